@@ -1,0 +1,667 @@
+"""Videos in: a folder of clips with captions becomes a cache of records, encoded once and trained on many times.
+
+    python data.py --videos DIR --model MODEL --out CACHE              (torchrun --nproc_per_node 8 data.py … as well)
+
+DIR holds NAME.mp4 beside NAME.txt; or metadata.jsonl / metadata.csv with file_name and text; or the authors' video.txt
+and prompt.txt, a line a clip. A record is a safetensors file that holds all training needs, in bf16:
+
+    CACHE/win/NAME.safetensors     win (C,F,H,W)  image (C,1,H,W)  text (L,D)  [noised (K,C,1,H,W)]
+    CACHE/lose/NAME.safetensors    lose (N,C,F,H,W)                            written by sample.py
+    CACHE/empty.safetensors        text (L,D), the embedding of "", for guidance
+
+Files are written whole or not at all, so every stage can be killed at any moment, and started again does what is missing.
+"""
+import argparse, csv, hashlib, inspect, json, os, re, sys
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from functools import cache
+from itertools import product
+from pathlib import Path
+from typing import Literal, NamedTuple, get_args, get_origin
+
+import imageio.v2 as imageio
+import numpy as np
+import torch
+import torch.nn.functional as nnf
+from einops import rearrange
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+from model import UserError, base_of, load_text_encoder, load_vae, resolve
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What all commands share: options, devices, seeds, files written whole
+# ---------------------------------------------------------------------------------------------------------------------
+
+HUB_MODEL = "zai-org/CogVideoX-5b-I2V"
+
+
+def parse(options, tiny, argv=None):
+    """Command line -> an instance of the dataclass `options`; each field's trailing comment is its help.
+
+    `tiny` are the defaults that differ for the tiny model.
+    """
+    help_of = dict(re.findall(r"^    (\w+):.*?# (.*)$", inspect.getsource(options), re.M))
+    parser = argparse.ArgumentParser(description=options.__doc__, allow_abbrev=False)
+    for field in fields(options):
+        kind = dict(type=field.type) if field.type is not bool else dict(action=argparse.BooleanOptionalAction)
+        if get_origin(field.type) is Literal:
+            kind = dict(choices=get_args(field.type))
+        parser.add_argument("--" + field.name.replace("_", "-"), default=field.default, help=help_of[field.name].replace("%", "%%"), **kind)
+    valid = " ".join("--" + f.name.replace("_", "-") for f in fields(options))
+    parser.error = lambda message: sys.exit(f"error: {message}; the options are {valid}")
+    if base_of(default_model(parser.parse_args(argv).model)[0]) == "tiny":
+        parser.set_defaults(**tiny)
+    return options(**vars(parser.parse_args(argv)))
+
+
+def command(main, options, tiny={}):
+    """Run `main(options)`; a user's mistake ends in one line and status 1, an interruption in how to go on."""
+    try:
+        main(parse(options, tiny))
+    except UserError as e:
+        sys.exit(f"error: {e}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted; nothing finished is lost, and the same command goes on from here")
+
+
+def default_model(model):
+    """The model to use and why it is that one: the one asked for, else tiny without a GPU and CogVideoX-5B-I2V with."""
+    if model:
+        return model, "--model"
+    return (HUB_MODEL, "a GPU is here") if torch.cuda.is_available() else ("tiny", "no GPU is here")
+
+
+def placement():
+    """(rank, world size, device, dtype of the networks) of this process, alone or under torchrun."""
+    rank, world, local = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    if not torch.cuda.is_available():
+        return rank, world, torch.device("cpu"), torch.float32
+    if local >= torch.cuda.device_count():
+        raise UserError(f"--nproc_per_node asks for a GPU number {local}, this machine has {torch.cuda.device_count()}")
+    torch.cuda.set_device(local)
+    return rank, world, torch.device("cuda", local), torch.bfloat16
+
+
+def generator(*key):
+    """A CPU generator whose stream depends on `key` alone: the same numbers on any device and any number of ranks."""
+    return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big"))
+
+
+@contextmanager
+def whole_file(path):
+    """Yield a temporary name beside `path` that takes its place once written and flushed, and vanishes otherwise."""
+    path = Path(path)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield part
+        with open(part, "rb") as f:
+            os.fsync(f.fileno())
+        part.replace(path)
+    except (OSError, SafetensorError) as e:
+        raise UserError(f"{path}: cannot be written ({e}); make room or choose another place, then start again") from e
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_tensors(path, tensors, **metadata):
+    """A safetensors file; `metadata` values are stored as JSON in its header."""
+    with whole_file(path) as part:
+        save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, part, {k: json.dumps(v) for k, v in metadata.items()})
+
+
+def read_header(path):
+    """({name: shape}, metadata) of a file that `write_tensors` wrote. Raises UserError for anything else."""
+    try:
+        with safe_open(path, "pt") as f:
+            return {k: tuple(f.get_slice(k).get_shape()) for k in f.keys()}, {k: json.loads(v) for k, v in (f.metadata() or {}).items()}
+    except (OSError, SafetensorError, ValueError) as e:
+        raise UserError(f"{path}: not a whole record ({e}); delete it and run the command that made it again") from e
+
+
+def read_tensors(path):
+    """All tensors of a record. Raises UserError for a file that is not one."""
+    read_header(path)
+    with safe_open(path, "pt") as f:
+        return {k: f.get_tensor(k) for k in f.keys()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pixels: reading and writing pictures and videos
+# ---------------------------------------------------------------------------------------------------------------------
+
+def read_frames(path, frames, fps):
+    """`frames` frames of a video, taken evenly at `fps` from its start: (F,H,W,3) uint8.
+
+    Raises UserError for a file that is missing, not a video, or too short.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such video")
+    try:
+        with imageio.get_reader(path, "ffmpeg") as reader:
+            rate, taken = reader.get_meta_data()["fps"], []
+            for i, frame in enumerate(reader):
+                while len(taken) < frames and i >= round(len(taken) * rate / fps):      # a slow video repeats frames
+                    taken.append(frame)
+                if len(taken) == frames:
+                    return np.stack(taken)
+    except (OSError, RuntimeError, KeyError, ValueError) as e:
+        reason = [line for line in str(e).splitlines() if line.strip()][-1]
+        raise UserError(f"{path}: cannot be read as a video ({reason.strip()})") from e
+    raise UserError(f"{path}: is too short, {len(taken)} of the {frames} frames at {fps} fps; give a clip of {(frames - 1) / fps:.1f} s or fewer --frames")
+
+
+def read_image(path):
+    """A picture as (1,H,W,3) uint8. Raises UserError for a file that is missing or not a picture."""
+    try:
+        image = np.asarray(imageio.imread(path))
+    except (OSError, ValueError, SyntaxError) as e:        # SyntaxError: what Pillow makes of a broken PNG
+        raise UserError(f"{path}: cannot be read as a picture ({str(e).splitlines()[0]})") from e
+    image = np.stack([image] * 3, axis=-1) if image.ndim == 2 else image[..., :3]
+    if image.ndim != 3 or image.shape[-1] != 3 or image.dtype != np.uint8:
+        raise UserError(f"{path}: is {image.dtype} of shape {image.shape}, expected a picture of 8 bits a channel")
+    return image[None]
+
+
+def fit(frames, height, width):
+    """(F,H,W,3) uint8 of any size -> (3,F,height,width) in [-1,1]: resized to cover, then cut at the centre."""
+    x = rearrange(torch.from_numpy(frames), "f h w c -> f c h w").float()
+    h, w = x.shape[2:]
+    scale = max(height / h, width / w)
+    size = max(height, round(h * scale)), max(width, round(w * scale))
+    if scale < 1:
+        x = nnf.interpolate(x, size, mode="area")          # the mean of the pixels that fall together: no aliasing
+    elif scale > 1:
+        x = nnf.interpolate(x, size, mode="bicubic").clamp(0, 255)
+    top, left = (x.shape[2] - height) // 2, (x.shape[3] - width) // 2
+    return rearrange(x[:, :, top:top + height, left:left + width], "f c h w -> c f h w") / 127.5 - 1
+
+
+def to_uint8(video):
+    """(3,F,H,W) in [-1,1] -> (F,H,W,3) uint8."""
+    return rearrange((video.float().clamp(-1, 1) + 1) * 127.5, "c f h w -> f h w c").round().byte().cpu().numpy()
+
+
+def write_video(path, frames, fps):
+    """(F,H,W,3) uint8 -> .mp4 (H.264, plays anywhere; even sides) or .gif, by the name's ending."""
+    if Path(path).suffix == ".gif":
+        coded = imageio.mimwrite(imageio.RETURN_BYTES, frames, format="gif", duration=1000 / fps, loop=0)
+    else:
+        coded = imageio.mimwrite(imageio.RETURN_BYTES, frames, format="mp4", fps=fps, codec="libx264", pixelformat="yuv420p",
+                                 quality=None, macro_block_size=2, output_params=["-crf", "12"])
+    with whole_file(path) as part:
+        part.write_bytes(coded)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A folder of videos with captions
+# ---------------------------------------------------------------------------------------------------------------------
+
+class Clip(NamedTuple):
+    """One sample before encoding."""
+    name: str                                              # of its record
+    video: Path
+    caption: str | None                                    # None: missing, which `usable` reports
+    image: Path | None = None                              # a first frame of its own, where the folder has one
+    negatives: tuple[Path, ...] = ()                       # generated videos, where the folder has them
+
+
+def list_clips(folder):
+    """The clips of a folder in any of its three forms, in a fixed order.
+
+    Raises UserError for a folder without clips, lists that do not fit, or two clips of one name.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"--videos {folder}: no such folder")
+    if (folder / "video.txt").is_file():
+        pairs = authors_pairs(folder)
+    elif (folder / "metadata.jsonl").is_file() or (folder / "metadata.csv").is_file():
+        pairs = metadata_pairs(folder)
+    else:
+        pairs = sidecar_pairs(folder)
+    clips = [find_extras(folder, file, caption) for file, caption in pairs]
+    if not clips:
+        raise UserError(f"--videos {folder}: holds no videos; expected NAME.mp4 beside NAME.txt, metadata.jsonl, metadata.csv, or video.txt and prompt.txt")
+    names = [clip.name for clip in clips]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"--videos {folder}: two clips are named {name}; rename one")
+    return clips
+
+
+def authors_pairs(folder):
+    """video.txt and prompt.txt, a line a clip: the layout of the authors' release."""
+    lists = []
+    for name in ("video.txt", "prompt.txt"):
+        if not (folder / name).is_file():
+            raise UserError(f"{folder / name}: missing; video.txt and prompt.txt go together")
+        lists.append((folder / name).read_text(encoding="utf-8").splitlines())
+    videos, prompts = ([line.strip() for line in lines] for lines in lists)
+    while videos and not videos[-1]:
+        videos.pop()
+    if len(videos) > len(prompts) or any(prompts[len(videos):]):
+        raise UserError(f"{folder}: video.txt has {len(videos)} lines and prompt.txt {len(prompts)}; every clip needs its caption")
+    return list(zip(videos, prompts))
+
+
+def metadata_pairs(folder):
+    """metadata.jsonl or metadata.csv with file_name and text: the layout of Hugging Face's video folders."""
+    file = folder / "metadata.jsonl"
+    try:
+        if file.is_file():
+            rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        else:
+            file = folder / "metadata.csv"
+            with open(file, newline="", encoding="utf-8") as f:
+                rows = list(csv.DictReader(f))
+        return [(row["file_name"], row["text"]) for row in rows]
+    except (ValueError, KeyError, TypeError) as e:
+        raise UserError(f"{file}: every row needs file_name and text ({type(e).__name__}: {e})") from e
+
+
+def sidecar_pairs(folder):
+    """NAME.mp4 beside NAME.txt."""
+    videos = sorted(p for p in folder.iterdir() if p.suffix.lower() in (".mp4", ".mov", ".mkv", ".webm") and not p.name.startswith("."))
+    captions = [video.with_suffix(".txt") for video in videos]
+    return [(video.name, c.read_text(encoding="utf-8").strip() if c.is_file() else None) for video, c in zip(videos, captions)]
+
+
+def find_extras(folder, file, caption):
+    """A Clip with its own first frame and negatives, if the folder holds them as the authors' does."""
+    path = Path(file)
+    name = "_".join(path.with_suffix("").parts)
+    image = folder / "first_frames" / f"{name}.png"
+    negatives = tuple(sorted((folder / "negative_samples" / path.stem).glob("*.mp4")))
+    return Clip(name, folder / path, caption, image if image.is_file() else None, negatives)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Records: what training reads
+# ---------------------------------------------------------------------------------------------------------------------
+
+def digest(folder):
+    """A short name for the weights in a folder: a hash of its small files and of the size and first MiB of the others."""
+    sha = hashlib.sha256()
+    for file in sorted(p for p in folder.iterdir() if p.suffix in (".json", ".safetensors", ".model")):
+        sha.update(f"{file.name} {file.stat().st_size}".encode())
+        with open(file, "rb") as f:
+            sha.update(f.read(2 ** 20))
+    return sha.hexdigest()[:16]
+
+
+def check_fingerprint(path, made_by, expected):
+    """Raise UserError unless the record at `path` was made with the `expected` settings."""
+    different = [f"{k} {made_by.get(k)} (now {expected.get(k)})" for k in sorted({*made_by, *expected}) if made_by.get(k) != expected.get(k)]
+    if different:
+        raise UserError(f"{path}: was made with other settings: {', '.join(different)}; use another folder or delete this one")
+
+
+class Records:
+    """The records of a cache as a sequence of dicts of tensors, checked to belong together.
+
+    win (C,F,H,W), image (C,1,H,W), text (L,D); with `negatives`, also lose (N,C,F,H,W). Latents are scaled, bf16.
+    """
+
+    def __init__(self, folder, negatives=True):
+        self.folder = Path(folder)
+        self.names = sorted(p.stem for p in (self.folder / "win").glob("*.safetensors"))
+        if not self.names:
+            raise UserError(f"--data {folder}: holds no records; make them with: python data.py --videos DIR --out {folder}")
+        self.kinds = ["win", "lose"] if negatives else ["win"]
+        for kind in self.kinds:
+            first = None
+            for name in self.names:
+                file = self.folder / kind / f"{name}.safetensors"
+                if not file.is_file():
+                    raise UserError(f"{file}: missing; make the negatives with: python sample.py --data {folder}")
+                shapes, metadata = read_header(file)
+                first = first or (shapes, metadata.get("fingerprint", {}))
+                check_fingerprint(file, metadata.get("fingerprint", {}), first[1])
+                if shapes != first[0]:
+                    raise UserError(f"{file}: holds {shapes}, the other records {first[0]}")
+
+    def __len__(self):
+        return len(self.names)
+
+    def __getitem__(self, index):
+        files = (self.folder / kind / f"{self.names[index]}.safetensors" for kind in self.kinds)
+        return {k: v for file in files for k, v in read_tensors(file).items()}
+
+    def empty_text(self):
+        """The embedding (L,D) of the empty caption, for guidance."""
+        return read_tensors(self.folder / "empty.safetensors")["text"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The toy world: figures in motion, of which every right answer is known
+# ---------------------------------------------------------------------------------------------------------------------
+# A stick figure of ten capsules faces the camera and moves as its caption says. The motion is exact (an action swings
+# between two key poses), so the first frame and the caption decide the whole clip up to a slight difference in pace,
+# and a generated clip can be judged without a learned judge. Lengths are in canvas widths, x to the right and y down;
+# time in seconds; angles in degrees. Axes: N videos, F frames, H W pixels, K = 10 capsules, L = 4 limbs of two pieces.
+
+FPS = 8
+SPEEDS = {"slowly": 0.5, "quickly": 1.0}   # cycles a second: one or two cycles in 17 frames
+JITTER = 0.05                              # a figure's own pace, within its speed class
+
+# Limb order: left arm, right arm, left leg, right leg. The figure's left is the picture's right.
+SIDE = np.array([1, -1, 1, -1])
+ROOT = np.array([(0.60, 0.34), (0.40, 0.34), (0.555, 0.60), (0.445, 0.60)])   # shoulders, hips: they never move
+PIECE = np.array([0.15, 0.15, 0.155, 0.155])                                  # length of upper = lower piece
+BODY = np.array([((0.5, 0.16), (0.5, 0.19)), ((0.5, 0.35), (0.5, 0.58))])     # head, torso
+RADIUS = np.array([0.075, 0.065] + [0.043] * 8, np.float32)
+
+# (shoulder, elbow) or (hip, knee) of each limb at both ends of the swing. 0 hangs straight down, outward is
+# positive, and the second angle bends on from the first.
+ARM, LEG = (14, 8), (7, 0)                 # at rest
+ACTIONS = {
+    "waves its left arm": [((65, 20), ARM, LEG, LEG), ((115, 95), ARM, LEG, LEG)],
+    "waves its right arm": [(ARM, (65, 20), LEG, LEG), (ARM, (115, 95), LEG, LEG)],
+    "does jumping jacks": [(ARM, ARM, (4, 0), (4, 0)), ((140, 15), (140, 15), (30, 0), (30, 0))],
+    "marches in place": [((16, 8), (40, 75), (55, -75), (4, 0)), ((40, 75), (16, 8), (4, 0), (55, -75))],
+}
+
+# One colour a capsule, on grey: a half-covered pixel lies between its colour and grey, and no other colour does.
+# The halves of a limb differ in brightness too, for mp4 stores hue at half the resolution.
+GREY = np.array([0.5, 0.5, 0.5], np.float32)
+COLOURS = np.array([
+    (1.0, 1.0, 1.0), (0.0, 0.0, 0.0),      # head white, torso black
+    (0.8, 0.0, 0.0), (1.0, 0.9, 0.0),      # left arm red, yellow
+    (0.0, 0.1, 0.9), (0.0, 1.0, 1.0),      # right arm blue, cyan
+    (0.6, 0.0, 0.6), (1.0, 0.3, 0.8),      # left leg purple, pink
+    (0.0, 0.6, 0.0), (0.4, 1.0, 0.2),      # right leg green, lime
+], np.float32)
+
+
+class Figure(NamedTuple):
+    """Everything that decides a clip."""
+    action: str
+    speed: str
+    hertz: float                           # its exact pace
+    phase: float                           # where in the swing it starts, radians
+    arm: float                             # length of its limbs, 1 = usual
+    leg: float
+
+    @property
+    def caption(self):
+        return f"a figure {self.action} {self.speed}"
+
+
+def draw_figure(seed, index):
+    """The figure `index` of the world `seed`. Phases of ±π/2 only, where the swing goes one way, so that the
+    first frame tells the phase."""
+    rng = np.random.default_rng([seed, index])
+    action, speed = rng.choice(list(ACTIONS)).item(), rng.choice(list(SPEEDS)).item()
+    pace, phase, arm, leg = rng.uniform((1 - JITTER, -np.pi / 2, 0.88, 0.88),
+                                        (1 + JITTER, np.pi / 2, 1.12, 1.12)).tolist()
+    return Figure(action, speed, SPEEDS[speed] * pace, phase, arm, leg)
+
+
+def pose(figure, times):
+    """The true motion at `times` (F,): joint angles (F,L,2) in degrees and limb lengths (F,L)."""
+    low, high = np.array(ACTIONS[figure.action], float)
+    swing = (1 + np.sin(figure.phase + 2 * np.pi * figure.hertz * times)) / 2
+    angles = low + swing[:, None, None] * (high - low)                              # (F,L,2)
+    lengths = PIECE * (figure.arm, figure.arm, figure.leg, figure.leg)
+    return angles, np.broadcast_to(lengths, (len(times), 4))
+
+
+def wrong_pose(figure, times, strength, rng):
+    """What an imperfect world model does, more of it with `strength` 0–1: the pace is uneven, a joint
+    drifts to a wrong angle, a limb grows or shrinks. Each comes on smoothly, and the first frame is right."""
+    u = times / times[-1]
+    onset = (1 - np.cos(np.pi * u)) / 2                                             # 0 → 1
+    hurry = rng.choice([-0.14, 0.14]) * np.sin(2 * np.pi * u)                       # < 1 / 2π: time never runs back
+    angles, lengths = pose(figure, times[-1] * (u + strength * hurry))
+    limb, joint = rng.integers(4), rng.integers(2)
+    angles[:, limb, joint] += strength * rng.choice([-80, 80]) * onset
+    lengths = lengths.copy()
+    lengths[:, rng.integers(4)] *= 1 + strength * rng.choice([-0.5, 0.35]) * onset
+    return angles, lengths
+
+
+def skeleton(angles, lengths):
+    """Joint angles (F,L,2) and limb lengths (F,L) → both ends of every capsule, (F,K,2,2)."""
+    turn = np.radians(np.cumsum(angles, axis=-1))                                   # each piece's own direction
+    step = np.stack([SIDE[:, None] * np.sin(turn), np.cos(turn)], axis=-1)          # (F,L,2,2)
+    reach = ROOT[:, None] + np.cumsum(step * lengths[..., None, None], axis=2)      # elbow, wrist
+    reach = reach.clip(0.045, 0.955)                                                # only wrong poses reach the edge
+    upper = np.stack([np.broadcast_to(ROOT, reach[:, :, 0].shape), reach[:, :, 0]], axis=2)
+    limbs = np.stack([upper, reach], axis=2).reshape(-1, 8, 2, 2)                   # upper, lower of each limb
+    return np.concatenate([np.broadcast_to(BODY, (len(limbs), 2, 2, 2)), limbs], axis=1)
+
+
+def render(ends, size):
+    """Capsules (F,K,2,2) → video (F,H,W,3) uint8, anti-aliased by each pixel's distance to the capsule."""
+    start, end = ends.astype(np.float32).transpose(2, 3, 0, 1)[..., None, None]     # each (2,F,K,1,1)
+    axis = end - start
+    centre = (np.arange(size, dtype=np.float32) + 0.5) / size
+    x, y = centre - start[0], centre[:, None] - start[1]                            # (F,K,1,W), (F,K,H,1)
+    along = ((x * axis[0] + y * axis[1]) / (axis**2).sum(0)).clip(0, 1)             # (F,K,H,W)
+    distance = np.hypot(x - along * axis[0], y - along * axis[1]) - RADIUS[:, None, None]
+    cover = (0.5 - distance * size).clip(0, 1)[..., None]                           # (F,K,H,W,1)
+    video = np.broadcast_to(GREY, (len(ends), size, size, 3))
+    for k, colour in enumerate(COLOURS):                                            # lower pieces over upper ones
+        video = video + cover[:, k] * (colour - video)
+    return (video * 255).round().astype(np.uint8)
+
+
+def toy_video(seed, index, frames=17, size=32, strength=0.0):
+    """Clip `index` of the world `seed`, as (F,H,W,3) uint8, and its caption."""
+    figure, times = draw_figure(seed, index), np.arange(frames) / FPS
+    rng = np.random.default_rng([seed, index, 1])                                   # the same faults at every strength
+    motion = wrong_pose(figure, times, strength, rng) if strength else pose(figure, times)
+    return render(skeleton(*motion), size), figure.caption
+
+
+def write_toy_videos(folder, count, seed, strength=0.0, frames=17, size=32):
+    """NAME.mp4 beside NAME.txt; each clip is corrupted by a strength between 0 and `strength`. What is there already
+    is left alone: the mp4 takes its name last, so where there is one, both files are whole."""
+    for index in tqdm(range(count), desc="drawing clips", leave=False):
+        path = Path(folder) / f"{index:05d}.mp4"
+        if path.exists():
+            continue
+        own = strength * np.random.default_rng([seed, index, 2]).uniform()
+        video, caption = toy_video(seed, index, frames, size, own)
+        with whole_file(path.with_suffix(".txt")) as part:
+            part.write_text(caption + "\n")
+        write_video(path, enlarge(video, 2), FPS)          # mp4 stores hue at half the resolution: at twice the size none is lost
+
+
+def enlarge(video, times):
+    """Every pixel of (F,H,W,3) `times` × `times`."""
+    return video.repeat(times, axis=1).repeat(times, axis=2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Judging a toy video, with no learned judge: by the truth the figure holds, and by joints read back from the colours
+# ---------------------------------------------------------------------------------------------------------------------
+
+PACES = np.linspace(-1.4, 1.4, 15) * JITTER    # a fine grid over a speed class and slightly beyond
+SOFTNESS = 0.03                                # of a colour match: squared RGB distance, small beside that of any two
+HIDDEN = 0.05                                  # measured: how much the lower piece, painted over it, shortens the upper
+
+
+@cache
+def continuations(figure, frames, size, codec=None):
+    """What may really follow this figure's first frame: its action at every plausible pace, (N,F,H,W,3). `codec` maps
+    such an array to its reconstruction, so that a VAE's own blur is not counted against a model."""
+    times = np.arange(frames) / FPS
+    likely = [figure._replace(hertz=SPEEDS[figure.speed] * (1 + pace)) for pace in PACES]
+    videos = np.stack([render(skeleton(*pose(real, times)), size) for real in likely])
+    return codec(videos) if codec else videos
+
+
+def nearest_real(video, figure, codec=None):
+    """The real continuation nearest to a video, and its distance: mean squared error × 1000 of pixels in 0–1."""
+    reals = continuations(figure, *video.shape[:2], codec)
+    errors = [1000 * np.mean((video / 255.0 - real / 255.0) ** 2) for real in reals]
+    return reals[np.argmin(errors)], min(errors)
+
+
+def track(video):
+    """Where the colour of each capsule is found: centre (F,K,2) and area (F,K) of its paint, in canvas units."""
+    palette = np.concatenate([COLOURS, GREY[None]])
+    distance = sum((video[..., c, None] / 255.0 - palette[:, c]) ** 2 for c in range(3))        # (F,H,W,K+1)
+    match = np.exp(-distance / SOFTNESS)
+    paint = (match / match.sum(axis=-1, keepdims=True))[..., :-1]                               # (F,H,W,K)
+    area = paint.mean(axis=(1, 2))
+    place = (np.arange(video.shape[1]) + 0.5) / video.shape[1] - 0.5
+    moment = np.stack([place @ paint.mean(axis=1), place @ paint.mean(axis=2)], axis=-1) / len(place)
+    return 0.5 + moment / (area[..., None] + 1e-6), area                # a colour that is nowhere: mid-canvas, not NaN
+
+
+def limb_lengths(centre):
+    """(F,L) from the centres of the paint: half way along the upper piece, which starts at a root that never moves,
+    and half way along the lower piece, which starts where the upper one ends."""
+    upper = 2 * (centre[:, 2::2] - ROOT)
+    upper *= 1 + HIDDEN / (np.linalg.norm(upper, axis=-1, keepdims=True) + 1e-6)
+    lower = 2 * (centre[:, 3::2] - ROOT - upper)
+    return np.linalg.norm(upper, axis=-1) + np.linalg.norm(lower, axis=-1)
+
+
+def change(centre, order):
+    """Speed (order 1) or acceleration (2) of every limb piece, per frame: (F,K,2) → (F-order,8)."""
+    return np.linalg.norm(np.diff(centre[:, 2:], order, axis=0), axis=-1)
+
+
+def action_match(centre, figure):
+    """1 if, of all actions and speeds, the caption's is the one whose motion is nearest, else 0."""
+    times = np.arange(len(centre)) / FPS
+
+    def error(rival):
+        action, speed = rival
+        truth = skeleton(*pose(figure._replace(action=action, hertz=SPEEDS[speed]), times)).mean(axis=2)
+        return np.mean((centre - truth) ** 2)
+
+    return float(min(product(ACTIONS, SPEEDS), key=error) == (figure.action, figure.speed))
+
+
+def judge(video, figure, codec=None):
+    """A video (F,H,W,3), 0–255, of a figure → the toy forms of the paper's measures. Bigger is worse, save for the
+    last two. `motion` stands beside the others because a still picture fools all but `rvd`."""
+    real, rvd = nearest_real(video, figure, codec)
+    (centre, area), (real_centre, real_area) = track(video), track(real)
+    length, peak, real_peak = limb_lengths(centre), change(centre, 2).max(axis=0), change(real_centre, 2).max(axis=0)
+    return {
+        "rvd": rvd,                                                                  # overall quality, MSE × 1000
+        "limb_change": 100 * np.mean(length.std(axis=0) / length.mean(axis=0)),      # human quality, %
+        "jerkiness": peak.mean() / real_peak.mean(),                                 # motion quality, 1 = real
+        "identity_loss": 100 * np.abs(area - real_area).mean() / real_area.mean(),   # visual alignment, %
+        "action_match": action_match(centre, figure),                                # text alignment, 0 or 1
+        "motion": change(centre, 1).mean() / change(real_centre, 1).mean(),          # how much moves, 1 = real
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command: encode a folder of videos
+# ---------------------------------------------------------------------------------------------------------------------
+
+@dataclass
+class Options:
+    """Encode a folder of videos with captions into records."""
+    videos: str = ""                   # folder of clips with captions
+    model: str = ""                    # folder in the published layout, hub id or "tiny"; default: by whether a GPU is here
+    out: str = "cache"                 # folder for the records
+    frames: int = 0                    # frames a clip, 8k + 1; default: the model's
+    height: int = 0                    # pixels, divisible by 16; default: the model's
+    width: int = 0                     # pixels, divisible by 16; default: the model's
+    fps: int = 8                       # frames a second the model works at
+    image_noise: int = 0               # K noised encodings of the first frame, of which training draws one (the authors' augmentation)
+    given_negatives: bool = False      # encode negative_samples/ID/*.mp4 instead of sampling negatives (Sec. 4.2 keeps latents: a last resort)
+    skip_bad: bool = False             # leave out unusable clips, with a list, instead of stopping
+    seed: int = 0                      # of the posterior samples
+
+
+def clip_shape(options, folder):
+    """(frames, height, width) of the clips: as asked, else what the model was trained on. Raises UserError for a bad one."""
+    c = json.loads((folder / "transformer" / "config.json").read_text())
+    space = 2 ** (len(json.loads((folder / "vae" / "config.json").read_text())["block_out_channels"]) - 1)
+    shape = (options.frames or c["sample_frames"], options.height or c["sample_height"] * space, options.width or c["sample_width"] * space)
+    if shape[0] % 8 != 1:
+        raise UserError(f"--frames {shape[0]}: expected 8k + 1 (9, 17, … 49)")
+    multiple = space * c["patch_size"]
+    for option, size in (("--height", shape[1]), ("--width", shape[2])):
+        if size <= 0 or size % multiple:
+            raise UserError(f"{option} {size}: expected a multiple of {multiple}")
+    return shape
+
+
+def usable(clips, options, frames):
+    """The clips that can be decoded; the first that cannot stops the job, or with --skip-bad is listed and left out."""
+    good = []
+    for clip in tqdm(clips, desc="checking clips"):
+        try:
+            if clip.caption is None:
+                raise UserError(f"{clip.video}: has no caption; write it into {clip.video.with_suffix('.txt')}")
+            for video in (clip.video, *(clip.negatives if options.given_negatives else ())):
+                read_frames(video, frames, options.fps)
+            good.append(clip)
+        except UserError as e:
+            if not options.skip_bad:
+                raise
+            tqdm.write(f"left out: {e}")
+    return good
+
+
+def encode_clip(clip, vae, shape, options, device):
+    """Tensors of one record, without the text; and the negatives', where the folder brings them."""
+    frames, size = shape[0], shape[1:]
+    encode = lambda video, *key: vae.encode(video[None].to(device), generator("posterior", options.seed, clip.name, *key))[0].bfloat16()
+    video = fit(read_frames(clip.video, frames, options.fps), *size)                    # (3,F,H,W)
+    image = fit(read_image(clip.image), *size) if clip.image else video[:, :1]          # (3,1,H,W)
+    record = {"win": encode(video, "win"), "image": encode(image, "image")}
+    if options.image_noise:
+        rng = generator("image noise", options.seed, clip.name)
+        sigma = (torch.randn(options.image_noise, generator=rng) * 0.5 - 3).exp()       # the authors' σ, in pixels of [-1,1]
+        noised = [image + s * torch.randn(image.shape, generator=rng) for s in sigma]
+        record["noised"] = torch.stack([encode(x, "noised", k) for k, x in enumerate(noised)])
+    lose = [encode(fit(read_frames(v, frames, options.fps), *size), "lose", k) for k, v in enumerate(clip.negatives)] if options.given_negatives else []
+    return record, lose
+
+
+def main(options):
+    """Encode this rank's share of the clips. Ranks never wait for each other: any number of them makes the same files."""
+    rank, world, device, dtype = placement()
+    model, why = default_model(options.model)
+    if rank == 0:
+        print(f"model: {model} ({why})")
+    if not options.videos:
+        raise UserError("--videos is missing: the folder of clips with captions")
+    clips = list_clips(options.videos)
+    folder, out = resolve(model, "transformer", "vae", "text_encoder", "tokenizer"), Path(options.out)
+    shape = clip_shape(options, folder)
+    fingerprint = dict(vae=digest(folder / "vae"), text_encoder=digest(folder / "text_encoder"), frames=shape[0], height=shape[1],
+                       width=shape[2], fps=options.fps, image_noise=options.image_noise, seed=options.seed)
+    todo = []
+    for clip in clips[rank::world]:
+        file = out / "win" / f"{clip.name}.safetensors"
+        if file.exists():
+            check_fingerprint(file, read_header(file)[1].get("fingerprint", {}), fingerprint)
+        else:
+            todo.append(clip)
+    todo = usable(todo, options, shape[0])
+
+    texts = [*dict.fromkeys(clip.caption for clip in todo), ""]                         # one network at a time on the device
+    encode_text = load_text_encoder(folder, device, dtype)
+    embeddings = {text: encode_text([text])[0].bfloat16().cpu() for text in tqdm(texts, desc="encoding captions", disable=rank > 0)}
+    del encode_text
+    if not (out / "empty.safetensors").exists():
+        write_tensors(out / "empty.safetensors", {"text": embeddings[""]})
+
+    vae = load_vae(folder, device, dtype)
+    for clip in tqdm(todo, desc="encoding clips", disable=rank > 0):
+        record, lose = encode_clip(clip, vae, shape, options, device)
+        if lose:
+            write_tensors(out / "lose" / f"{clip.name}.safetensors", {"lose": torch.stack(lose)}, fingerprint={"given": len(lose)})
+        write_tensors(out / "win" / f"{clip.name}.safetensors", {**record, "text": embeddings[clip.caption]},
+                      fingerprint=fingerprint, caption=clip.caption, source=str(clip.video))
+    if rank == 0:
+        print(f"{len(clips)} clips in {out}/win; next: python sample.py --model {model} --data {out}")
+
+
+if __name__ == "__main__":
+    command(main, Options)

@@ -1,0 +1,747 @@
+"""What is being trained: text encoder → causal video autoencoder → diffusion transformer, CogVideoX's three networks.
+
+Parameter names are the published checkpoint's, so loading needs no table and what we save opens in diffusers.
+
+    encode_text = load_text_encoder("zai-org/CogVideoX-5b-I2V")    list of prompts -> (B, 226, 4096)
+    vae         = load_vae("zai-org/CogVideoX-5b-I2V")             .encode(video), .decode(latents)
+    denoiser    = load_dit("zai-org/CogVideoX-5b-I2V")             denoiser(x_t, cond, t) -> the clean latents
+    save_dit(denoiser, "my-model")                                 opens in diffusers
+
+A model is a folder in the published layout (transformer/ vae/ text_encoder/ tokenizer/ scheduler/), a hub id, or
+"tiny", the model of a few million weights in assets/tiny that the tests and the laptop run use.
+
+Axes: B batch, C channels, F latent frames, H W latent height and width, L text tokens, S all tokens, D width.
+"""
+import json, math, shutil
+from functools import lru_cache, partial
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as nnf
+from einops import rearrange
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.utils.checkpoint import checkpoint
+
+
+class UserError(ValueError):
+    """A mistake that only the user can mend: the commands print it as one line and exit with status 1."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Text encoder: T5 v1.1 (Raffel et al. 2020; Shazeer 2020 for the gated feed-forward), encoder half only
+# ---------------------------------------------------------------------------------------------------------------------
+
+class T5Block(nn.Module):
+    """Pre-norm self-attention, unscaled and with an additive position bias, then a gated-GELU feed-forward."""
+
+    def __init__(self, c):
+        super().__init__()
+        width, inner, hidden = c["d_model"], c["num_heads"] * c["d_kv"], c["d_ff"]
+        linear = partial(nn.Linear, bias=False)
+        norm = partial(nn.RMSNorm, width, eps=c["layer_norm_epsilon"])
+        attention = {"q": linear(width, inner), "k": linear(width, inner), "v": linear(width, inner), "o": linear(inner, width)}
+        gated = {"wi_0": linear(width, hidden), "wi_1": linear(width, hidden), "wo": linear(hidden, width)}
+        self.layer = nn.ModuleList([                       # the nesting only reproduces the published names
+            nn.ModuleDict({"SelfAttention": nn.ModuleDict(attention), "layer_norm": norm()}),
+            nn.ModuleDict({"DenseReluDense": nn.ModuleDict(gated), "layer_norm": norm()})])
+        self.heads = c["num_heads"]
+
+    def forward(self, x, bias):
+        attention, gated = self.layer[0]["SelfAttention"], self.layer[1]["DenseReluDense"]
+        h = self.layer[0]["layer_norm"](x)
+        q, k, v = (rearrange(attention[n](h), "b l (h d) -> b h l d", h=self.heads) for n in "qkv")
+        h = nnf.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)        # T5 never divides by sqrt(d)
+        x = x + attention["o"](rearrange(h, "b h l d -> b l (h d)"))
+        h = self.layer[1]["layer_norm"](x)
+        return x + gated["wo"](nnf.gelu(gated["wi_0"](h), approximate="tanh") * gated["wi_1"](h))
+
+
+class T5Encoder(nn.Module):
+    """Token ids (B,L) -> embeddings (B,L,D). Padding is attended to like any token: CogVideoX was trained so."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.shared = nn.Embedding(c["vocab_size"], c["d_model"])
+        blocks = nn.ModuleList([T5Block(c) for _ in range(c["num_layers"])])
+        buckets = c["relative_attention_num_buckets"]
+        blocks[0].layer[0]["SelfAttention"]["relative_attention_bias"] = nn.Embedding(buckets, c["num_heads"])
+        norm = nn.RMSNorm(c["d_model"], eps=c["layer_norm_epsilon"])
+        self.encoder = nn.ModuleDict({"block": blocks, "final_layer_norm": norm})
+        self.buckets, self.max_distance = buckets, c["relative_attention_max_distance"]
+
+    def position_bias(self, length, device):
+        """(1,heads,L,L): one learned number a head and a bucket of key − query distance, shared by all blocks."""
+        distance = torch.arange(length, device=device) - torch.arange(length, device=device)[:, None]
+        half = self.buckets // 2                           # half the buckets look back, half ahead
+        exact = half // 2                                  # near distances have a bucket each, far ones share, in log steps
+        far = exact + (torch.log(distance.abs().clamp(min=1).float() / exact) / math.log(self.max_distance / exact) * (half - exact)).long()
+        bucket = torch.where(distance.abs() < exact, distance.abs(), far.clamp(max=half - 1)) + half * (distance > 0)
+        table = self.encoder["block"][0].layer[0]["SelfAttention"]["relative_attention_bias"]
+        return rearrange(table(bucket), "q k h -> 1 h q k")
+
+    def forward(self, ids):
+        x, bias = self.shared(ids), self.position_bias(ids.shape[1], ids.device)
+        for block in self.encoder["block"]:
+            x = block(x, bias)
+        return self.encoder["final_layer_norm"](x)
+
+
+def load_text_encoder(path, device="cpu", dtype=torch.float32):
+    """Load tokenizer and T5 encoder. Returns `encode_text(prompts: list[str]) -> (B,L,D)` on `device`.
+
+    Prompts are cut or padded to the transformer's `max_text_seq_length` L (226). Raises UserError for a folder that
+    does not hold them.
+    """
+    import sentencepiece
+    folder = resolve(path, "tokenizer", "text_encoder", "transformer")
+    net = materialize(T5Encoder, read_config(folder, "text_encoder", "T5EncoderModel"), folder / "text_encoder", device, dtype)
+    spiece = folder / "tokenizer" / "spiece.model"
+    if not spiece.is_file():
+        raise UserError(f"{spiece}: not found; T5's tokenizer is a SentencePiece file of that name")
+    tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(spiece))
+    length = read_config(folder, "transformer", "CogVideoXTransformer3DModel")["max_text_seq_length"]
+    PAD, EOS = 0, 1                                        # T5's ids
+
+    @torch.no_grad()
+    def encode_text(prompts):
+        ids = [tokenizer.encode(prompt)[:length - 1] + [EOS] for prompt in prompts]
+        ids = torch.tensor([row + [PAD] * (length - len(row)) for row in ids], device=device)
+        return net(ids)                                                                 # (B,L,D)
+
+    return encode_text
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Video autoencoder: 3-D convolutions that look into the past only (CogVideoX, Yang et al. 2024, Sec. 2.1)
+# ---------------------------------------------------------------------------------------------------------------------
+# A clip passes in chunks of 8 frames (the odd first frame joins the first chunk), so memory does not grow with length.
+# `past` carries, from chunk to chunk, the frames each convolution still needs. Normalisation spans a chunk, so the
+# chunking is part of the model: another one gives other latents.
+
+def chunks(length, size):
+    """Slices of `size` that cover `length`; the remainder goes into the first: chunks(17, 8) -> [0:9], [9:17]."""
+    starts = [0] + list(range(size + length % size, length, size))
+    return [slice(a, b) for a, b in zip(starts, starts[1:] + [length])]
+
+
+def silu(x):
+    """SiLU, in place where no gradient needs the input: the decoder is bound by its temporaries."""
+    return nnf.silu(x, inplace=not torch.is_grad_enabled())
+
+
+class CausalConv3d(nn.Module):
+    """3×3×3 convolution of (B,C,F,H,W) that never sees the future: two past frames in front, zeros at the borders."""
+
+    def __init__(self, c_in, c_out):
+        super().__init__()
+        self.conv = nn.Conv3d(c_in, c_out, 3, padding=(0, 1, 1))
+
+    def forward(self, x, past):
+        before = past.get(self)
+        x = torch.cat([x[:, :, :1], x[:, :, :1], x] if before is None else [before, x], dim=2)
+        past[self] = x[:, :, -2:].clone()                  # a view would keep the whole chunk alive
+        return self.conv(x)
+
+
+class SpatialNorm(nn.Module):
+    """GroupNorm whose scale and shift are read off the latents being decoded (Zheng et al. 2022, MoVQ)."""
+
+    def __init__(self, groups, channels, latent_channels):
+        super().__init__()
+        self.norm_layer = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.conv_y = nn.ModuleDict({"conv": nn.Conv3d(latent_channels, channels, 1)})
+        self.conv_b = nn.ModuleDict({"conv": nn.Conv3d(latent_channels, channels, 1)})
+
+    def forward(self, x, z):
+        # A 1×1×1 convolution commutes with the nearest upsampling that follows: run it on the few latent pixels.
+        scale, shift = (stretch(conv["conv"](z), x.shape[2:]) for conv in (self.conv_y, self.conv_b))
+        x = self.norm_layer(x)
+        return x * scale + shift if torch.is_grad_enabled() else x.mul_(scale).add_(shift)
+
+
+def stretch(z, size):
+    """Nearest upsampling of latents (B,C,f,h,w) to `size` (F,H,W); in an odd clip, frame 0 stands for itself alone."""
+    if size[0] > 1 and size[0] % 2:
+        first, rest = nnf.interpolate(z[:, :, :1], (1, *size[1:])), nnf.interpolate(z[:, :, 1:], (size[0] - 1, *size[1:]))
+        return torch.cat([first, rest], dim=2)
+    return nnf.interpolate(z, tuple(size))
+
+
+class Resnet(nn.Module):
+    """norm → SiLU → conv, twice, plus a shortcut. With `latent_channels` (the decoder) the norms are SpatialNorms."""
+
+    def __init__(self, c_in, c_out, groups, eps, latent_channels=None):
+        super().__init__()
+        norm = (lambda c: SpatialNorm(groups, c, latent_channels)) if latent_channels else (lambda c: nn.GroupNorm(groups, c, eps))
+        self.norm1, self.conv1 = norm(c_in), CausalConv3d(c_in, c_out)
+        self.norm2, self.conv2 = norm(c_out), CausalConv3d(c_out, c_out)
+        self.conv_shortcut = nn.Conv3d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+
+    def forward(self, x, past, *z):                        # z: the latents, or nothing in the encoder
+        h = self.conv1(silu(self.norm1(x, *z)), past)
+        h = self.conv2(silu(self.norm2(h, *z)), past)
+        return h.add_(self.conv_shortcut(x))
+
+
+class Downsample(nn.Module):
+    """Halve height and width; with `time`, average frames in pairs first (in an odd clip frame 0 stays alone)."""
+
+    def __init__(self, channels, time):
+        super().__init__()
+        self.conv, self.time = nn.Conv2d(channels, channels, 3, stride=2), time
+
+    def forward(self, x):
+        if self.time and x.shape[2] > 1:
+            odd = x.shape[2] % 2
+            x = torch.cat([x[:, :, :odd], nnf.avg_pool3d(x[:, :, odd:], (2, 1, 1))], dim=2)
+        frames = rearrange(nnf.pad(x, (0, 1, 0, 1)), "b c f h w -> (b f) c h w")
+        return rearrange(self.conv(frames), "(b f) c h w -> b c f h w", b=len(x))
+
+
+class Upsample(nn.Module):
+    """Double height and width; with `time`, also every frame (in an odd clip frame 0 stays alone)."""
+
+    def __init__(self, channels, time):
+        super().__init__()
+        self.conv, self.time = nn.Conv2d(channels, channels, 3, padding=1), time
+
+    def forward(self, x):
+        frames = nnf.interpolate(rearrange(x, "b c f h w -> (b f) c h w"), scale_factor=2.0)
+        x = rearrange(self.conv(frames), "(b f) c h w -> b c f h w", b=len(x))
+        if self.time and x.shape[2] > 1:                   # after the convolution: it need not see frames twice
+            odd = x.shape[2] % 2
+            x = torch.cat([x[:, :, :odd], x[:, :, odd:].repeat_interleave(2, dim=2)], dim=2)
+        return x
+
+
+class Coder(nn.Module):
+    """What encoder and decoder share: `widths` along the way, resnets at each level, a resampler between levels."""
+
+    def __init__(self, c, widths, c_in, c_out, layers, latent_channels, resample, names):
+        super().__init__()
+        resnet = partial(Resnet, groups=c["norm_num_groups"], eps=c["norm_eps"], latent_channels=latent_channels)
+        levels, time_levels = nn.ModuleList(), int(math.log2(c["temporal_compression_ratio"]))
+        for i, (before, width) in enumerate(zip([widths[0]] + widths, widths)):
+            resnets = nn.ModuleList([resnet(width if n else before, width) for n in range(layers)])
+            level = nn.ModuleDict({"resnets": resnets})
+            if i < len(widths) - 1:
+                level[names[1]] = nn.ModuleList([resample(width, time=i < time_levels)])
+            levels.append(level)
+        middle = c["block_out_channels"][-1]
+        self.conv_in = CausalConv3d(c_in, widths[0])
+        self.mid_block = nn.ModuleDict({"resnets": nn.ModuleList([resnet(middle, middle) for _ in range(2)])})
+        setattr(self, names[0], levels)
+        self.norm_out = SpatialNorm(c["norm_num_groups"], widths[-1], latent_channels) if latent_channels else nn.GroupNorm(c["norm_num_groups"], widths[-1], eps=1e-6)
+        self.conv_out = CausalConv3d(widths[-1], c_out)
+
+
+class Encoder(Coder):
+    """(B,3,F,H,W) -> mean and log-variance of the posterior, stacked: (B,2C,f,h,w)."""
+
+    def __init__(self, c):
+        super().__init__(c, list(c["block_out_channels"]), c["in_channels"], 2 * c["latent_channels"], c["layers_per_block"],
+                         None, Downsample, ("down_blocks", "downsamplers"))
+
+    def forward(self, x, past):
+        x = self.conv_in(x, past)
+        for level in self.down_blocks:
+            for resnet in level["resnets"]:
+                x = resnet(x, past)
+            for downsample in level["downsamplers"] if "downsamplers" in level else ():
+                x = downsample(x)
+        for resnet in self.mid_block["resnets"]:
+            x = resnet(x, past)
+        return self.conv_out(silu(self.norm_out(x)), past)
+
+
+class Decoder(Coder):
+    """Latents (B,C,f,h,w) -> video (B,3,F,H,W)."""
+
+    def __init__(self, c):
+        super().__init__(c, list(reversed(c["block_out_channels"])), c["latent_channels"], c["out_channels"],
+                         c["layers_per_block"] + 1, c["latent_channels"], Upsample, ("up_blocks", "upsamplers"))
+
+    def forward(self, z, past):
+        x = self.conv_in(z, past)
+        for resnet in self.mid_block["resnets"]:
+            x = resnet(x, past, z)
+        for level in self.up_blocks:
+            for resnet in level["resnets"]:
+                x = resnet(x, past, z)
+            for upsample in level["upsamplers"] if "upsamplers" in level else ():
+                x = upsample(x)
+        return self.conv_out(silu(self.norm_out(x, z)), past)
+
+
+class VAE(nn.Module):
+    """Video (B,3,F,H,W) in [-1,1], F = 8k + 1, to scaled latents (B,C,(F-1)/4+1,H/8,W/8) and back."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.config, self.encoder, self.decoder = c, Encoder(c), Decoder(c)
+        self.scale = c["scaling_factor"]                   # brings latents to about unit variance
+
+    def posterior(self, video):
+        """Mean and standard deviation of q(latents | video), each (B,C,f,h,w), unscaled and fp32."""
+        past, parameter = {}, self.encoder.conv_in.conv.weight
+        moments = [self.encoder(video[:, :, chunk].to(parameter), past) for chunk in chunks(video.shape[2], 8)]
+        mean, logvar = torch.cat(moments, dim=2).float().chunk(2, dim=1)
+        return mean, (0.5 * logvar.clamp(-30, 20)).exp()
+
+    @torch.no_grad()
+    def encode(self, video, generator=None):
+        """Scaled latents, fp32: the posterior's mean, or a sample of it where a CPU `generator` is given.
+
+        Raises ValueError unless video is (B,3,F,H,W) with F = 8k + 1.
+        """
+        if video.ndim != 5 or video.shape[1] != 3 or video.shape[2] % 8 != 1:
+            raise ValueError(f"video is {tuple(video.shape)}, expected (B,3,F,H,W) with F = 8k + 1 frames")
+        mean, std = self.posterior(video)
+        if generator is not None:
+            mean = mean + std * torch.randn(mean.shape, generator=generator).to(mean)
+        return mean * self.scale
+
+    @torch.no_grad()
+    def decode(self, latents):
+        """Video (B,3,F,H,W), fp32, about [-1,1], of scaled latents (B,C,f,h,w), f odd."""
+        past, parameter, z = {}, self.decoder.conv_in.conv.weight, latents / self.scale
+        return torch.cat([self.decoder(z[:, :, chunk].to(parameter), past).float() for chunk in chunks(z.shape[2], 2)], dim=2)
+
+
+def load_vae(path, device="cpu", dtype=torch.float32):
+    """Load the video autoencoder of a model folder or hub id. Raises UserError where it is missing or broken."""
+    folder = resolve(path, "vae")
+    config = read_config(folder, "vae", "AutoencoderKLCogVideoX")
+    refuse(folder / "vae", config, use_quant_conv=False, use_post_quant_conv=False, invert_scale_latents=False, shift_factor=None)
+    return materialize(VAE, config, folder / "vae", device, dtype).eval()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Diffusion transformer: text and video tokens in one sequence (CogVideoX, Sec. 2.2)
+# ---------------------------------------------------------------------------------------------------------------------
+
+class AdaptiveNorm(nn.Module):
+    """LayerNorm with a linear map of the time embedding to `chunks` vectors of shift, scale and gate."""
+
+    def __init__(self, width, time_width, eps, chunks):
+        super().__init__()
+        self.linear, self.norm, self.chunks = nn.Linear(time_width, chunks * width), nn.LayerNorm(width, eps), chunks
+
+    def forward(self, x, time):
+        return self.norm(x), self.linear(nnf.silu(time))[:, None].chunk(self.chunks, dim=-1)
+
+
+def per_kind(function, n_text, x, text, video):
+    """Apply `function(x, *coefficients)` to the text tokens with theirs and to the video tokens with theirs."""
+    return torch.cat([function(x[:, :n_text], *text), function(x[:, n_text:], *video)], dim=1)      # (B,S,D)
+
+
+def modulate(x, shift, scale):
+    return torch.addcmul(shift, x, 1 + scale)
+
+
+class Attention(nn.Module):
+    """Full self-attention over text and video, with LayerNorm on queries and keys and rotary positions."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.to_q, self.to_k, self.to_v = (nn.Linear(width, width) for _ in range(3))
+        self.norm_q, self.norm_k = (nn.LayerNorm(width // heads, eps=1e-6) for _ in range(2))
+        self.to_out, self.heads = nn.ModuleList([nn.Linear(width, width)]), heads
+
+    def forward(self, x, rope):
+        q, k, v = (rearrange(to(x), "b s (h d) -> b h s d", h=self.heads) for to in (self.to_q, self.to_k, self.to_v))
+        q, k = rotate(self.norm_q(q), *rope), rotate(self.norm_k(k), *rope)
+        return self.to_out[0](rearrange(nnf.scaled_dot_product_attention(q, k, v), "b h s d -> b s (h d)"))
+
+
+class Block(nn.Module):
+    """Attention and feed-forward, each shifted, scaled and gated by the time embedding; text has its own coefficients."""
+
+    def __init__(self, width, heads, time_width, eps):
+        super().__init__()
+        self.norm1, self.attn1 = AdaptiveNorm(width, time_width, eps, 6), Attention(width, heads)
+        self.norm2 = AdaptiveNorm(width, time_width, eps, 6)
+        up, down = nn.ModuleDict({"proj": nn.Linear(width, 4 * width)}), nn.Linear(4 * width, width)
+        self.ff = nn.ModuleDict({"net": nn.ModuleList([up, nn.Identity(), down])})
+
+    def forward(self, x, time, rope, n_text):
+        up, _, down = self.ff["net"]
+        feed_forward = lambda h: down(nnf.gelu(up["proj"](h), approximate="tanh"))
+        for norm, layer in (self.norm1, lambda h: self.attn1(h, rope)), (self.norm2, feed_forward):
+            h, (shift, scale, gate, text_shift, text_scale, text_gate) = norm(x, time)
+            h = layer(per_kind(modulate, n_text, h, (text_shift, text_scale), (shift, scale)))
+            x = x + per_kind(torch.mul, n_text, h, (text_gate,), (gate,))               # (B,S,D)
+        return x
+
+
+class DiT(nn.Module):
+    """The network F: noisy latents and image latents (B,2C,F,H,W), text (B,L,E), a time code -> (B,C,F,H,W)."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.config, heads, p = c, c["num_attention_heads"], c["patch_size"]
+        width, time_width = heads * c["attention_head_dim"], c["time_embed_dim"]
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(c["in_channels"], width, p, stride=p),
+                                          "text_proj": nn.Linear(c["text_embed_dim"], width)})
+        if c["use_learned_positional_embeddings"]:         # a buffer, not a parameter: published as one, never trained
+            frames = (c["sample_frames"] - 1) // c["temporal_compression_ratio"] + 1
+            tokens = c["max_text_seq_length"] + frames * (c["sample_height"] // p) * (c["sample_width"] // p)
+            self.patch_embed.register_buffer("pos_embedding", torch.zeros(1, tokens, width))
+        self.time_embedding = nn.ModuleDict({"linear_1": nn.Linear(width, time_width), "linear_2": nn.Linear(time_width, time_width)})
+        block = partial(Block, width, heads, time_width, c["norm_eps"])
+        self.transformer_blocks = nn.ModuleList([block() for _ in range(c["num_layers"])])
+        self.norm_final = nn.LayerNorm(width, c["norm_eps"])
+        self.norm_out = AdaptiveNorm(width, time_width, c["norm_eps"], 2)
+        self.proj_out = nn.Linear(width, p * p * c["out_channels"])
+
+    def forward(self, x, text, time_code, checkpointing=False):
+        p, (_, _, frames, height, width) = self.config["patch_size"], x.shape
+        grid, n_text = (frames, height // p, width // p), text.shape[1]
+        time = self.time_embedding["linear_2"](nnf.silu(self.time_embedding["linear_1"](time_code)))        # (B,T)
+        x = torch.cat([self.patch_embed["text_proj"](text), self.embed_patches(x)], dim=1)                  # (B,S,D)
+        x = x + self.positions(grid, n_text, x)
+        rope = rope_table(grid, n_text, self.config["attention_head_dim"], x.device)
+        for block in self.transformer_blocks:
+            call = partial(checkpoint, block, use_reentrant=False) if checkpointing and torch.is_grad_enabled() else block
+            x = call(x, time, rope, n_text)
+        x, (shift, scale) = self.norm_out(self.norm_final(x[:, n_text:]), time)                             # (B,FHW,D)
+        x = self.proj_out(modulate(x, shift, scale))
+        f, h, w = grid
+        return rearrange(x, "b (f h w) (c p q) -> b c f (h p) (w q)", f=f, h=h, w=w, p=p, q=p)
+
+    def embed_patches(self, x):
+        """(B,2C,F,H,W) -> (B,F·H/p·W/p,D), a matrix product: a convolution whose stride is its kernel is no more."""
+        proj, p = self.patch_embed["proj"], self.config["patch_size"]
+        patches = rearrange(x, "b c f (h p) (w q) -> b (f h w) (c p q)", p=p, q=p)
+        return nnf.linear(patches, proj.weight.flatten(1), proj.bias)
+
+    def positions(self, grid, n_text, like):
+        """Rows of the learned table for this grid: a shorter clip takes the first frames', another size has none."""
+        if not self.config["use_learned_positional_embeddings"]:
+            return 0
+        c, p = self.config, self.config["patch_size"]
+        expected, tokens = (c["sample_height"] // p, c["sample_width"] // p), n_text + math.prod(grid)
+        if grid[1:] != expected or n_text != c["max_text_seq_length"] or tokens > self.patch_embed.pos_embedding.shape[1]:
+            raise ValueError(f"{n_text} text tokens and a token grid (frames, height, width) of {grid}; this checkpoint's learned positions "
+                             f"are for {c['max_text_seq_length']} and at most {(c['sample_frames'] - 1) // c['temporal_compression_ratio'] + 1} frames of {expected}")
+        return self.patch_embed.pos_embedding[:, :tokens].to(like)
+
+
+@lru_cache(maxsize=8)
+def rope_table(grid, n_text, head_dim, device):
+    """cos and sin (S, head_dim/2), fp32: a quarter of the head turns with time, 3/8 each with height and width.
+
+    Text tokens stand at angle zero, so the whole sequence is rotated in one go.
+    """
+    parts = (head_dim // 4, head_dim // 8 * 3, head_dim // 8 * 3)
+    frequencies = [10_000.0 ** (-torch.arange(0, n, 2, dtype=torch.float32) / n) for n in parts]
+    positions = torch.cartesian_prod(*(torch.arange(n, dtype=torch.float32) for n in grid))                 # (FHW,3)
+    angles = torch.cat([positions[:, i, None] * f for i, f in enumerate(frequencies)], dim=1)
+    angles = torch.cat([torch.zeros(n_text, angles.shape[1]), angles])                                      # (S,d/2)
+    return angles.cos().to(device), angles.sin().to(device)
+
+
+def rotate(x, cos, sin):
+    """Turn adjacent pairs of features of x (B,heads,S,d) by the angles of `rope_table`, in fp32."""
+    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2).to(x.dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Everything is a denoiser: the wrapping of F that predicts clean latents on x_t = (1 − t)·x₀ + t·ε (ψ of Eq. 4–5)
+# ---------------------------------------------------------------------------------------------------------------------
+
+class FlowPrediction:
+    """F predicts the flow velocity u = ε − x₀."""
+
+    def coefficients(self, t):
+        return torch.ones_like(t), torch.ones_like(t), -t, 1000 * t                     # c_in, c_skip, c_out, c_noise
+
+    def time_grid(self, steps):
+        return torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+
+
+class VPrediction:
+    """F predicts v = α·z₁ − σ·x₀ of a variance-preserving schedule, the published CogVideoX.
+
+    Such a network *is* a flow model after a change of variables: z = x_t / s with s = √((1−t)² + t²) has the schedule's
+    α = (1−t)/s and σ = t/s, and the training step k is the one of equal signal-to-noise ratio.
+    """
+
+    def __init__(self, c):
+        betas = torch.linspace(c["beta_start"] ** 0.5, c["beta_end"] ** 0.5, c["num_train_timesteps"], dtype=torch.float64) ** 2
+        alpha_bar = (1 - betas).cumprod(0)
+        alpha_bar = alpha_bar / (c["snr_shift_scale"] + (1 - c["snr_shift_scale"]) * alpha_bar)
+        root = alpha_bar.sqrt()
+        alpha = (root - root[-1]) * root[0] / (root[0] - root[-1])                      # zero terminal SNR (Lin et al. 2024)
+        sigma = (1 - alpha ** 2).sqrt()
+        self.t = sigma / (alpha + sigma)                   # t of each training step: 0.0283 … 1
+
+    def coefficients(self, t):
+        s = ((1 - t) ** 2 + t ** 2).sqrt()
+        alpha, sigma = (1 - t) / s, t / s
+        return 1 / s, alpha / s, -sigma, self.step(t)                                   # c_in, c_skip, c_out, c_noise
+
+    def step(self, t):
+        """The training step of t, linear between steps, 0 below the first."""
+        table = self.t.to(t.device)
+        k = torch.searchsorted(table, t.double().contiguous()).clamp(1, len(table) - 1)
+        return (k - 1 + (t - table[k - 1]) / (table[k] - table[k - 1])).clamp(min=0)
+
+    def time_grid(self, steps):
+        trailing = torch.arange(len(self.t), 0, -len(self.t) / steps, dtype=torch.float64).round().long() - 1
+        return torch.cat([self.t[trailing], torch.zeros(1, dtype=torch.float64)])
+
+
+def prediction_of(folder):
+    """What the scheduler's config says the network predicts."""
+    c = read_config(folder, "scheduler", "CogVideoXDDIMScheduler", "CogVideoXDPMScheduler", "FlowMatchEulerDiscreteScheduler")
+    if c["_class_name"] == "FlowMatchEulerDiscreteScheduler":
+        return FlowPrediction()
+    refuse(folder / "scheduler", c, prediction_type="v_prediction", beta_schedule="scaled_linear", rescale_betas_zero_snr=True)
+    return VPrediction(c)
+
+
+class Denoiser(nn.Module):
+    """denoiser(x_t (B,C,F,H,W), cond, t (B,)) -> x̂₀ (B,C,F,H,W), fp32.
+
+    x̂₀ = c_skip·x_t + c_out·F(c_in·x_t, c, c_noise)   (the form of Karras et al. 2022, Eq. 7; ψ∘θ of the paper's Eq. 4–5)
+
+    `net` is F and the only part that runs in bf16. `checkpointing = True` recomputes each block in the backward pass.
+    """
+    checkpointing = False
+
+    def __init__(self, net, prediction, scheduler):
+        super().__init__()
+        self.net, self.prediction, self.scheduler = net, prediction, scheduler
+
+    def forward(self, x_t, cond, t):
+        channels, p = self.net.config["out_channels"], self.net.config["patch_size"]
+        if x_t.ndim != 5 or x_t.shape[1] != channels or x_t.shape[3] % p or x_t.shape[4] % p or cond.image.shape[2] != 1:
+            raise ValueError(f"latents {tuple(x_t.shape)} and image latents {tuple(cond.image.shape)}; expected (B,{channels},F,H,W) "
+                             f"and (B,{channels},1,H,W) with H and W divisible by {p}")
+        c_in, c_skip, c_out, c_noise = (c.float()[:, None, None, None, None] for c in self.prediction.coefficients(t.double()))
+        like = self.net.proj_out.weight.dtype
+        image = nnf.pad(cond.image, (0, 0, 0, 0, 0, x_t.shape[2] - 1))                  # zeros after the first frame
+        x = torch.cat([(c_in * x_t).to(like), image.to(like)], dim=1)                   # (B,2C,F,H,W)
+        code = sinusoid(c_noise.flatten(), self.net.time_embedding["linear_1"].in_features)
+        output = self.net(x, cond.text.to(like), code.to(like), checkpointing=self.checkpointing)
+        return c_skip * x_t + c_out * output.float()
+
+    def time_grid(self, steps):
+        """Times of a sampler with `steps` evaluations: steps + 1 falling numbers from 1 to 0, fp64."""
+        return self.prediction.time_grid(steps)
+
+
+def sinusoid(k, width):
+    """(B,) -> (B,width), fp32: cosines then sines of k at `width`/2 frequencies from 1 down to 1/10000."""
+    half = width // 2
+    angles = k[:, None] * torch.exp(-math.log(10_000) / half * torch.arange(half, device=k.device))
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+def load_dit(path, device="cpu", dtype=torch.float32, shard=lambda net: None):
+    """Load the diffusion transformer of a model folder or hub id as a `Denoiser`.
+
+    `shard(net)` may distribute the still empty network; each rank then reads only its own slices of the files.
+    Raises UserError for a checkpoint that is missing, broken or of another kind.
+    """
+    folder = resolve(path, "transformer", "scheduler")
+    config, where = read_config(folder, "transformer", "CogVideoXTransformer3DModel"), folder / "transformer"
+    refuse(where, config, use_rotary_positional_embeddings=True, patch_size_t=None, ofs_embed_dim=None, attention_bias=True, patch_bias=True,
+           in_channels=2 * config["out_channels"], activation_fn="gelu-approximate", timestep_activation_fn="silu",
+           norm_elementwise_affine=True, flip_sin_to_cos=True, freq_shift=0)
+    prediction = prediction_of(folder)
+    scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+    return Denoiser(materialize(DiT, config, where, device, dtype, shard), prediction, scheduler)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Folders: the layout that diffusers publishes, read strictly and written whole
+# ---------------------------------------------------------------------------------------------------------------------
+
+TINY = Path(__file__).parent / "assets" / "tiny"
+DEFAULTS = {                                               # what a config.json may leave out
+    "T5EncoderModel": dict(relative_attention_num_buckets=32, relative_attention_max_distance=128, layer_norm_epsilon=1e-6),
+    "AutoencoderKLCogVideoX": dict(in_channels=3, out_channels=3, norm_eps=1e-6, norm_num_groups=32, temporal_compression_ratio=4,
+                                   use_quant_conv=False, use_post_quant_conv=False, invert_scale_latents=False, shift_factor=None),
+    "CogVideoXTransformer3DModel": dict(patch_size=2, patch_size_t=None, patch_bias=True, ofs_embed_dim=None, attention_bias=True, norm_eps=1e-5,
+                                        norm_elementwise_affine=True, flip_sin_to_cos=True, freq_shift=0, max_text_seq_length=226,
+                                        temporal_compression_ratio=4, activation_fn="gelu-approximate", timestep_activation_fn="silu",
+                                        use_rotary_positional_embeddings=False, use_learned_positional_embeddings=False),
+    "CogVideoXDDIMScheduler": dict(snr_shift_scale=3.0, rescale_betas_zero_snr=True, num_train_timesteps=1000)}
+DEFAULTS["CogVideoXDPMScheduler"] = DEFAULTS["CogVideoXDDIMScheduler"]
+
+
+def base_of(path):
+    """The model a training run started from, by the note in its folder; any other model as it is."""
+    note = Path(path) / "base.json"
+    return json.loads(note.read_text())["model"] if note.is_file() else str(path)
+
+
+def resolve(path, *parts):
+    """The local folder that holds the named parts of a model: the model's own, its base's where it is a training run
+    that does not have them, or the hub's, downloaded once. Raises UserError where there is none."""
+    folder = TINY if str(path) == "tiny" else Path(path)
+    if folder.is_dir() and base_of(path) != str(path) and not all((folder / part).is_dir() for part in parts):
+        return resolve(base_of(path), *parts)
+    if not folder.is_dir():
+        if str(path) == "tiny" or str(path).count("/") != 1 or str(path).startswith((".", "/")):
+            raise UserError(f"{folder}: no such model folder, and not a hub id (owner/name)")
+        import huggingface_hub
+        try:
+            return Path(huggingface_hub.snapshot_download(str(path), allow_patterns=[f"{part}/*" for part in parts]))
+        except (huggingface_hub.errors.HfHubHTTPError, huggingface_hub.errors.LocalEntryNotFoundError, OSError) as e:
+            raise UserError(f"{path}: no such model folder, and the hub gave no such model ({str(e).splitlines()[0]})") from e
+    for part in parts:
+        if not (folder / part).is_dir():
+            raise UserError(f"{folder}: has no {part}/; a model folder holds transformer/ vae/ text_encoder/ tokenizer/ scheduler/")
+    return folder
+
+
+def read_config(folder, part, *class_names):
+    """config.json of a part, with the family's defaults filled in. Raises UserError for another class of network."""
+    file = folder / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
+    try:
+        config = json.loads(file.read_text())
+    except (OSError, ValueError) as e:
+        raise UserError(f"{file}: cannot be read as a model config ({e})") from e
+    name = config.get("_class_name") or (config.get("architectures") or ["no class"])[0]
+    if name not in class_names:
+        raise UserError(f"{file}: is of class {name}, expected {' or '.join(class_names)}")
+    return {**DEFAULTS.get(name, {}), **config, "_class_name": name}
+
+
+def refuse(where, config, **supported):
+    """Raise UserError where a config asks for what this code does not have, rather than compute something else."""
+    for key, value in supported.items():
+        if config[key] != value:
+            raise UserError(f"{where}: {key} is {config[key]}, supported is {value}; this code knows CogVideoX-5B-I2V "
+                            "(not 2b, text-to-video, or 1.5)")
+
+
+def materialize(network, config, where, device, dtype, shard=lambda net: None):
+    """Build a network without memory, shard it, give it memory on `device`, and fill it from the files in `where`."""
+    try:
+        with torch.device("meta"):
+            net = network(config).to(dtype)
+    except KeyError as e:
+        raise UserError(f"{where / 'config.json'}: {e} is missing") from e
+    shard(net)
+    net.to_empty(device=device)
+    read_weights(net, where)
+    return net
+
+
+def weight_files(where):
+    """{tensor name: file} of a part's safetensors: those an index names, or the only one. Nothing else is ever opened."""
+    index = sorted(where.glob("*.safetensors.index.json"))
+    files = {where / name for name in json.loads(index[0].read_text())["weight_map"].values()} if index else set(where.glob("*.safetensors"))
+    if not files:
+        raise UserError(f"{where}: holds no .safetensors weights (pickled weights are not read)")
+    if len(files) > 1 and not index:
+        raise UserError(f"{where}: holds {len(files)} .safetensors files and no index that says which are the weights")
+    names = {}
+    for file in sorted(files):
+        try:
+            with safe_open(file, "pt") as f:
+                names.update(dict.fromkeys(f.keys(), file))
+        except (OSError, SafetensorError) as e:
+            raise UserError(f"{file}: not a whole safetensors file ({e}); download or copy it again") from e
+    return names
+
+
+@torch.no_grad()
+def read_weights(net, where):
+    """Copy a part's tensors into `net`, each rank only its slice. Names and shapes must match exactly."""
+    files, target = weight_files(where), net.state_dict()
+    for problem, names in (("is missing", target.keys() - files.keys()), ("is not expected", files.keys() - target.keys())):
+        if names:
+            raise UserError(f"{where}: tensor {min(names)} {problem} ({len(names)} such; {len(target)} expected, {len(files)} found)")
+    for file in sorted(set(files.values())):
+        with safe_open(file, "pt") as f:
+            for name in f.keys():
+                stored, tensor = f.get_slice(name), target[name]
+                if tuple(stored.get_shape()) != tuple(tensor.shape):
+                    raise UserError(f"{file}: tensor {name} is {tuple(stored.get_shape())}, expected {tuple(tensor.shape)}")
+                copy_slice(stored, tensor)
+
+
+def copy_slice(stored, tensor):
+    """Fill a tensor, or this rank's shard of a DTensor, from a stored one without reading the rest of it."""
+    if not isinstance(tensor, DTensor):
+        return tensor.copy_(stored[...])
+    shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    tensor.to_local().copy_(stored[tuple(slice(o, o + n) for o, n in zip(offset, shape))])
+
+
+SHARD_BYTES = 5 * 10 ** 9                                  # the size at which published checkpoints are split
+
+
+def write_weights(net, config, where, dtype=None, stem="diffusion_pytorch_model", shard_bytes=SHARD_BYTES):
+    """Write a part (config.json and safetensors, split at 5 GB) into the folder `where`; every rank calls it.
+
+    One tensor at a time is gathered, so the memory needed beside the weights is one shard on rank 0.
+    """
+    rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+    tensors = net.state_dict()
+    plan, size = [[]], 0
+    for name, tensor in tensors.items():
+        nbytes = tensor.numel() * (dtype or tensor.dtype).itemsize
+        if size and size + nbytes > shard_bytes:
+            plan, size = plan + [[]], 0
+        plan[-1].append(name)
+        size += nbytes
+    total = sum(t.numel() * (dtype or t.dtype).itemsize for t in tensors.values())
+    names = [f"{stem}.safetensors"] if len(plan) == 1 else [f"{stem}-{i + 1:05d}-of-{len(plan):05d}.safetensors" for i in range(len(plan))]
+    if rank == 0:
+        where.mkdir(parents=True)
+        (where / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    for file, shard in zip(names, plan):
+        gathered = {}
+        for name in shard:
+            tensor = tensors[name].to(dtype or tensors[name].dtype)
+            tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            if rank == 0:
+                gathered[name] = tensor.cpu().contiguous()
+        if rank == 0:
+            save_file(gathered, where / file, metadata={"format": "pt"})
+    if rank == 0 and len(plan) > 1:
+        weight_map = {name: file for file, shard in zip(names, plan) for name in shard}
+        (where / f"{stem}.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2))
+
+
+def save_dit(dit, path, dtype=None):
+    """Write a denoiser's transformer/ and scheduler/ into the folder `path`, whole or not at all; diffusers opens it.
+
+    `dtype` converts (training keeps fp32, publishing wants bf16). Under torch.distributed every rank must call it.
+    """
+    path = Path(path)
+    rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+    parts = {"transformer": path / "transformer.part", "scheduler": path / "scheduler.part"}
+    if rank == 0:
+        for part in parts.values():
+            shutil.rmtree(part, ignore_errors=True)        # left by a run that was killed while writing
+    write_weights(dit.net, dit.net.config, parts["transformer"], dtype)
+    if rank == 0:
+        parts["scheduler"].mkdir()
+        (parts["scheduler"] / "scheduler_config.json").write_text(json.dumps(dit.scheduler, indent=2) + "\n")
+        for name, part in parts.items():
+            replace_folder(part, path / name)
+
+
+def replace_folder(new, old):
+    """Put the complete folder `new` in the place of `old`."""
+    if old.exists():
+        aside = old.with_name(old.name + ".old")
+        shutil.rmtree(aside, ignore_errors=True)
+        old.rename(aside)
+        new.rename(old)
+        shutil.rmtree(aside)
+    else:
+        new.rename(old)

@@ -1,0 +1,200 @@
+"""RealDPO: real videos against the model's own (paper: "RealDPO: Real or Not Real, that is the Preference").
+
+The whole method, as functions of tensors. A *denoiser* is any callable D(x_t, cond, t) -> x̂₀; which network is inside,
+and what that network predicts, is model.py's business. The four steps of a training run are
+
+    lose      = sample(policy, noise, cond, ...)               three times a real video, offline            Sec. 4.2
+    loss, _   = realdpo_loss(policy, reference, win=..., lose=lose, cond=cond, beta=...)                    Eq. 6
+    loss.backward(); optimizer.step()
+    ema_update(reference, policy, 0.996)                       every few steps                              Eq. 7
+
+Symbols, as in the paper and in every file here:
+
+    x₀ (B,C,F,H,W) clean latents    ε noise    t ∈ (0,1] noise level (B,)    x_t = (1−t)·x₀ + t·ε    x̂₀ = D(x_t, c, t)
+    win   latents of a real video (B,C,F,H,W)       lose   latents of N generated ones (B,N,C,F,H,W)
+    B batch, N negatives, C channels, F H W latent frames, height and width, L text tokens, D text width
+"""
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as nnf
+from einops import rearrange, repeat
+from torch import Tensor
+from tqdm import tqdm
+
+
+class Condition(NamedTuple):
+    """What a video is generated from: the caption and the first frame. Unconditional: the caption ""."""
+    text: Tensor                                           # (B,L,D)
+    image: Tensor                                          # (B,C,1,H,W), latents of the first frame encoded alone
+
+    def repeat(self, n):
+        """The same condition for n videos a sample: (B,…) -> (B·n,…)."""
+        return Condition(*(repeat(x, "b ... -> (b n) ...", n=n) for x in self))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Noise and errors (App. C)
+# ---------------------------------------------------------------------------------------------------------------------
+
+def per_sample(t, like):
+    """(B,) -> (B,1,…,1), to multiply with `like` (B,…)."""
+    return t.view(-1, *[1] * (like.ndim - 1))
+
+
+def add_noise(x0, noise, t):
+    """x_t = (1 − t)·x₀ + t·ε, in fp32. x0 and noise (B,…), t (B,)."""
+    t = per_sample(t, x0).float()
+    return (1 - t) * x0.float() + t * noise.float()
+
+
+def error(denoiser, x0, noise, t, cond, weighting):
+    """w(t)·‖x₀ − D(x_t, c, t)‖² per element, fp32 (B,).
+
+    weighting "x0" (w = 1) is the paper's App. C; "velocity" (w = 1/t²) is the squared error of the flow velocity
+    ε − x₀, the same as the authors' 1/(1−ᾱ) up to s² = (1−t)² + t², the ratio of the two parametrizations.
+    """
+    x0 = x0.float()
+    difference = denoiser(add_noise(x0, noise, t), cond, t).float() - x0
+    return weight(t, weighting) * difference.square().flatten(1).mean(1)
+
+
+def weight(t, weighting):
+    """w(t), (B,)."""
+    if weighting not in ("x0", "velocity"):
+        raise ValueError(f'weighting is "{weighting}", expected "x0" or "velocity"')
+    return torch.ones_like(t) if weighting == "x0" else t.float() ** -2
+
+
+def draw(win, t, noise, generator=None):
+    """The t (B,), uniform in (0,1], and the noise (like win) that the caller did not give."""
+    if t is None:
+        t = 1 - torch.rand(len(win), generator=generator).to(win.device)                # never 0: 1/t² is finite
+    if noise is None:
+        noise = torch.randn(win.shape, generator=generator).to(win.device)
+    return t, noise
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The losses
+# ---------------------------------------------------------------------------------------------------------------------
+
+def realdpo_loss(policy, reference, *, win, lose, cond, beta, t=None, noise=None, weighting="x0", anchor=0.0, stream=False):
+    """The RealDPO loss (Eq. 6, App. C), averaged over samples and negatives.
+
+        z = −β/2 · [ (ℓ_θ(win) − ℓ_ref(win)) − (ℓ_θ(lose) − ℓ_ref(lose)) ]        L = −log σ(z)
+
+    win (B,C,F,H,W), lose (B,N,C,F,H,W), t (B,), noise (B,C,F,H,W): one t and one ε a sample, shared by the win and its
+    negatives, drawn where not given. ℓ is `error`, a mean over elements, so that β does not depend on the latents'
+    size; on the paper's sum it would be β / numel (the authors' 5000 at 16×13×60×90 is 0.00445 on the sum).
+    `anchor` adds anchor · ℓ_θ(win), the supervised loss (the paper has none).
+    `stream` runs the backward pass here, negative by negative, so that two graphs are alive instead of N + 1; the
+    gradients are the same, and the loss returned is only to be read.
+
+    Returns (loss, metrics): a scalar, and scalars `win`, `lose`, `ref_win`, `ref_lose` (the four errors), `margin`
+    (mean z) and `accuracy` (how often z > 0: the policy prefers the real video more than the reference does).
+    """
+    if lose.ndim != win.ndim + 1 or lose.shape[:1] + lose.shape[2:] != win.shape:
+        raise ValueError(f"win {tuple(win.shape)} and lose {tuple(lose.shape)}; expected (B,C,F,H,W) and (B,N,C,F,H,W)")
+    t, noise = draw(win, t, noise)
+    n = lose.shape[1]
+    videos = torch.cat([win[:, None].float(), lose.float()], dim=1)                     # (B,1+N,C,F,H,W)
+
+    def errors(denoiser, videos):                          # (B,K,C,F,H,W) -> (B,K): K videos a sample in one batch
+        k = videos.shape[1]
+        flat = error(denoiser, rearrange(videos, "b k ... -> (b k) ..."), repeat(noise, "b ... -> (b k) ...", k=k),
+                     t.repeat_interleave(k), cond.repeat(k), weighting)
+        return rearrange(flat, "(b k) -> b k", k=k)
+
+    def objective(win_error, lose_error, ref_win, ref_lose):
+        z = -beta / 2 * ((win_error - ref_win) - (lose_error - ref_lose))               # (B,K), Eq. 6
+        return z, (-nnf.logsigmoid(z)).mean()
+
+    with torch.no_grad():
+        ref = errors(reference, videos)                                                 # (B,1+N)
+    if stream:
+        win_error, lose_error = streamed_errors(policy, errors, videos, ref, objective, anchor)
+    else:
+        win_error, lose_error = errors(policy, videos).split([1, n], dim=1)             # the win once, for all N
+    z, loss = objective(win_error, lose_error, ref[:, :1], ref[:, 1:])
+    loss = loss + anchor * win_error.mean()
+    metrics = dict(win=win_error, lose=lose_error, ref_win=ref[:, :1], ref_lose=ref[:, 1:], margin=z, accuracy=(z > 0).float())
+    return loss, {name: value.detach().mean() for name, value in metrics.items()}
+
+
+def streamed_errors(policy, errors, videos, ref, objective, anchor):
+    """Policy errors (B,1), (B,N), detached, their gradients already in the parameters; two graphs alive at a time.
+
+    The loss reaches the win's graph through one number a sample: a stand-in collects that number's gradient from every
+    negative, and the win's own backward pass comes last.
+    """
+    win_error, lose_errors = errors(policy, videos[:, :1]), []
+    stand_in, n = win_error.detach().requires_grad_(), videos.shape[1] - 1
+    for k in range(1, n + 1):
+        lose_error = errors(policy, videos[:, k:k + 1])
+        _, part = objective(stand_in, lose_error, ref[:, :1], ref[:, k:k + 1])
+        (part / n).backward()                              # frees this negative's graph
+        lose_errors.append(lose_error.detach())
+    win_error.backward(stand_in.grad + anchor / len(win_error))
+    return win_error.detach(), torch.cat(lose_errors, dim=1)
+
+
+def sft_loss(policy, *, win, cond, t=None, noise=None, weighting="x0"):
+    """Supervised fine-tuning, the paper's baseline: the mean error on real videos. Shapes as in `realdpo_loss`.
+
+    Returns (loss, metrics) with the error as `win`.
+    """
+    t, noise = draw(win, t, noise)
+    loss = error(policy, win, noise, t, cond, weighting).mean()
+    return loss, {"win": loss.detach()}
+
+
+@torch.no_grad()
+def ema_update(reference, policy, decay):
+    """θ_ref ← ω·θ_ref + (1 − ω)·θ, ω = `decay` (Eq. 7). Keep the reference in fp32: bf16 rounds most of it away.
+
+    Works shard by shard on sharded modules, without communication. Call `reference.reshard()` afterwards if the
+    reference's root keeps gathered parameters: they would go on showing the old values.
+    """
+    local = [[p.to_local() if hasattr(p, "to_local") else p for p in m.parameters()] for m in (reference, policy)]
+    torch._foreach_lerp_(local[0], [p.to(r.dtype) for r, p in zip(*local)], 1 - decay)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The sampler
+# ---------------------------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def sample(denoiser, noise, cond, *, steps, guidance, uncond=None, solver="euler", progress=True):
+    """Generate latents (B,C,F,H,W) from noise of that shape, in `steps` evaluations of the denoiser.
+
+    solver "euler": x ← x̂₀ + (t′/t)·(x − x̂₀), one step of the flow, which on CogVideoX's time grid is one DDIM step.
+    solver "multistep": the same with x̂₀ extrapolated from the last two (DPM-Solver++(2M), Lu et al. 2022), so that
+    half the steps reach the same video.
+    guidance g > 1: x̂₀ = x̂₀(∅) + g·(x̂₀(c) − x̂₀(∅)), both halves in one batch; `uncond` is the Condition of the
+    empty caption (its text alone will do: both halves see the same image).
+    """
+    if solver not in ("euler", "multistep"):
+        raise ValueError(f'solver is "{solver}", expected "euler" or "multistep"')
+    if guidance != 1 and uncond is None:
+        raise ValueError(f"guidance {guidance} needs uncond, the condition of the empty caption")
+    if guidance != 1:
+        empty = (uncond.text if isinstance(uncond, Condition) else uncond).expand_as(cond.text)
+        both = Condition(torch.cat([empty, cond.text]), torch.cat([cond.image, cond.image]))
+
+    def denoise(x, t):
+        if guidance == 1:
+            return denoiser(x, cond, t.expand(len(x)))
+        without, with_caption = denoiser(torch.cat([x, x]), both, t.expand(2 * len(x))).chunk(2)
+        return without + guidance * (with_caption - without)
+
+    x, last, h_last = noise.float(), None, None
+    times = denoiser.time_grid(steps).to(noise.device)
+    for t, t_next in tqdm(list(zip(times, times[1:])), desc="sampling", disable=not progress, leave=False):
+        x0 = target = denoise(x, t)
+        h = torch.log((1 - t_next) / t_next) - torch.log((1 - t) / t)                   # step in half log-SNR
+        if solver == "multistep" and last is not None and t_next > 0:                   # the last step lands on x̂₀ itself
+            target = x0 + (h / h_last / 2).float() * (x0 - last)
+        x = target + (t_next / t).float() * (x - target)
+        last, h_last = x0, h
+    return x

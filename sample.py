@@ -1,0 +1,122 @@
+"""Videos out: one picture and one sentence become an mp4; and every record of a cache gets its offline negatives.
+
+    python sample.py --image first.png --prompt "a figure waves its left arm slowly" --out video.mp4
+    python sample.py --data CACHE                                      (torchrun --nproc_per_node 8 sample.py … as well)
+
+MODEL is a model folder, a hub id, or the --out folder of a training run. Text encoder, transformer and autoencoder are
+never on the device together: 5B needs 11 GB for the largest of them and what its activations take.
+"""
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from tqdm import tqdm
+
+from data import (Records, check_fingerprint, clip_shape, command, default_model, digest, fit, generator, placement, read_header,
+                  read_image, to_uint8, write_tensors, write_video)
+from model import UserError, load_dit, load_text_encoder, load_vae, resolve
+from realdpo import Condition, sample
+
+
+@dataclass
+class Options:
+    """Generate one video (--image, --prompt) or the negatives of every record (--data)."""
+    model: str = ""                    # folder in the published layout, hub id, training run or "tiny"; default: by whether a GPU is here
+    image: str = ""                    # the first frame, a picture of any size
+    prompt: str = ""                   # what happens; may be empty
+    out: str = "video.mp4"             # where the video goes, .mp4
+    gif: bool = False                  # also write a GIF beside the mp4
+    data: str = ""                     # cache of records whose negatives to make
+    negatives: int = 3                 # generated videos a record
+    steps: int = 50                    # evaluations of the transformer
+    guidance: float = 6.0              # 1 = none
+    solver: str = "euler"              # euler (on CogVideoX: DDIM) or multistep
+    frames: int = 0                    # of the video, 8k + 1; default: the model's
+    height: int = 0                    # of the video; default: the model's
+    width: int = 0                     # of the video; default: the model's
+    fps: int = 8                       # of the video
+    seed: int = 0                      # of the noise
+
+
+TINY = dict(steps=16, guidance=1.0)    # a flow model on four actions needs no more
+
+
+def generate(denoiser, record, empty, options, device, *key, count=1, progress=True):
+    """`count` generated latents (count,C,F,H,W) of a record's caption and first frame; noise k depends on (*key, k) alone."""
+    shape = record["win"].shape
+    noise = torch.stack([torch.randn(shape, generator=generator(*key, k)) for k in range(count)]).to(device)
+    cond = Condition(record["text"][None].to(device), record["image"][None].to(device)).repeat(count)
+    return sample(denoiser, noise, cond, steps=options.steps, guidance=options.guidance, uncond=empty[None].to(device),
+                  solver=options.solver, progress=progress)
+
+
+def negatives(model, options):
+    """The offline stage of Sec. 4.2: `lose` latents for this rank's share of the records that have none yet.
+
+    They are stored as they leave the sampler, never decoded. Ranks never wait for each other.
+    """
+    rank, world, device, dtype = placement()
+    records = Records(options.data, negatives=False)
+    folder = resolve(model, "transformer", "scheduler")
+    fingerprint = dict(transformer=digest(folder / "transformer"), negatives=options.negatives, steps=options.steps,
+                       guidance=options.guidance, solver=options.solver, seed=options.seed)
+    todo = []
+    for index in range(rank, len(records), world):
+        file = Path(options.data) / "lose" / f"{records.names[index]}.safetensors"
+        if file.exists():
+            check_fingerprint(file, read_header(file)[1].get("fingerprint", {}), fingerprint)
+        else:
+            todo.append((index, file))
+    if todo:
+        denoiser, empty = load_dit(folder, device, dtype), records.empty_text()
+    for index, file in tqdm(todo, desc="sampling negatives", disable=rank > 0):
+        lose = generate(denoiser, records[index], empty, options, device, "negative", options.seed, records.names[index],
+                        count=options.negatives, progress=False)
+        write_tensors(file, {"lose": lose.bfloat16()}, fingerprint=fingerprint)
+    if rank == 0:
+        print(f"{len(records)} × {options.negatives} negatives in {options.data}/lose; next: python train.py --model {model} --data {options.data}")
+
+
+def video_from(model, options):
+    """One picture and one sentence to an mp4."""
+    _, _, device, dtype = placement()
+    frames, height, width = clip_shape(options, resolve(model, "transformer", "vae"))
+    image = fit(read_image(options.image), height, width)                               # (3,1,H,W); fails before any network loads
+    text, empty = load_text_encoder(model, device, dtype)([options.prompt, ""])
+    image = load_vae(model, device, dtype).encode(image[None].to(device), generator("image", options.seed))[0]
+    free(device)
+    denoiser = load_dit(model, device, dtype)
+    win = torch.empty(image.shape[0], (frames - 1) // 4 + 1, *image.shape[2:], device="meta")        # only its shape is read
+    latents = generate(denoiser, dict(text=text, image=image, win=win), empty, options, device, "video", options.seed)
+    del denoiser
+    free(device)
+    video = to_uint8(load_vae(model, device, dtype).decode(latents)[0])
+    write_video(options.out, video, options.fps)
+    if options.gif:
+        write_video(Path(options.out).with_suffix(".gif"), video, options.fps)
+    print(f"{frames} frames of {height}×{width} in {options.out}" + (" and .gif" if options.gif else ""))
+
+
+def free(device):
+    """Give the memory of deleted networks back before the next is loaded."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def main(options):
+    """Negatives with --data, else one video."""
+    model, why = default_model(options.model)
+    if placement()[0] == 0:
+        print(f"model: {model} ({why})")
+    if bool(options.data) == bool(options.image):
+        raise UserError("give either --data CACHE (negatives) or --image PICTURE and --prompt (one video)")
+    if options.steps < 1 or options.negatives < 1:
+        raise UserError(f"--steps {options.steps} and --negatives {options.negatives} must be at least 1")
+    if Path(options.out).suffix != ".mp4":
+        raise UserError(f"--out {options.out}: expected a name that ends in .mp4")
+    negatives(model, options) if options.data else video_from(model, options)
+
+
+if __name__ == "__main__":
+    command(main, Options, TINY)

@@ -1,0 +1,517 @@
+"""RealDPO, the training run: one code path for a laptop, two CPU processes and eight GPUs.
+
+    python train.py                                                    laptop: everything, on the tiny model, in minutes
+    python train.py --model MODEL --data CACHE --out RUN               one GPU
+    torchrun --nproc_per_node 8 train.py                               CogVideoX-5B-I2V on the records in cache/
+
+RUN afterwards holds transformer/ (opens here, --model RUN, and in diffusers), metrics.jsonl and checkpoints/.
+The same command continues an interrupted run from its last checkpoint.
+"""
+import dataclasses, json, math, os, shutil, signal, time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import torch.nn as nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from tqdm import tqdm
+
+import data, model, sample
+from data import Records, command, default_model, generator, placement, whole_file
+from model import UserError
+from realdpo import Condition, ema_update, realdpo_loss, sft_loss
+
+
+@dataclass
+class Options:
+    """Align an image-to-video transformer with real videos."""
+    model: str = ""                    # folder in the published layout, hub id, training run or "tiny"; default: by whether a GPU is here
+    data: str = "cache"                # cache of records, from data.py and sample.py
+    out: str = "run"                   # folder for the trained transformer, checkpoints and logs
+    method: Literal["realdpo", "sft"] = "realdpo"  # realdpo (Eq. 6) or supervised fine-tuning on the same real videos
+    epochs: int = 10                   # passes over the records (paper: 10)
+    steps: int = 0                     # training steps; default: what the epochs come to
+    batch: int = 8                     # samples a step over all GPUs (paper: 8); one sample is one win and N lose videos
+    micro_batch: int = 1               # samples a GPU takes at a time; the rest of its share is accumulated
+    lr: float = 1e-5                   # learning rate after warm-up (paper: 1e-5)
+    warmup: int = 20                   # steps of linear warm-up
+    weight_decay: float = 1e-4         # of AdamW
+    clip: float = 1.0                  # largest gradient norm
+    beta: float = 5000.0               # strength of the preference, on the mean error an element (authors' code: 5000)
+    weighting: Literal["x0", "velocity"] = "x0"  # of the error over t: x0 (App. C) or velocity, 1/t²
+    anchor: float = 0.0                # weight of the win error added to the loss (paper: none)
+    t_min: float = 0.0                 # t is uniform between these two (paper: 0 to 1)
+    t_max: float = 1.0                 # (authors' code: the low-noise half, up to 0.6387)
+    ema_decay: float = 0.996           # ω of the reference (Eq. 7, paper: 0.996)
+    ema_every: int = 1                 # steps between two updates of the reference (paper: unnamed)
+    checkpointing: bool = True         # recompute blocks in the backward pass: 5B needs it
+    stream: bool = False               # back-propagate a sample's videos one by one: less memory, same gradient
+    save_every: int = 200              # steps between checkpoints
+    keep: int = 2                      # checkpoints to keep
+    resume: str = "auto"               # auto (continue what --out holds), none (refuse if it holds a run) or a checkpoint folder
+    max_minutes: float = 0.0           # stop with a checkpoint after this long; 0: never
+    seed: int = 0                      # of order, noise and t
+    from_scratch: bool = False         # make the tiny model itself again (an hour or two), into --out
+
+
+TINY = dict(epochs=0, steps=100, micro_batch=8, lr=1e-5, beta=25.0, checkpointing=False, save_every=50)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Processes and sharding: the networks know nothing of it
+# ---------------------------------------------------------------------------------------------------------------------
+
+def start():
+    """Join the process group; a bare `python` is a group of one, so nothing below asks whether there are others."""
+    rank, world, device, dtype = placement()
+    cuda = device.type == "cuda"
+    if "RANK" in os.environ:
+        dist.init_process_group("cuda:nccl,cpu:gloo" if cuda else "gloo")
+    else:
+        dist.init_process_group("nccl" if cuda else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+    return rank, world, device, init_device_mesh(device.type, (world,), mesh_dim_names=("dp",)), dtype
+
+
+def shard(net, mesh, dtype):
+    """Split every block's parameters over the ranks (FSDP2); they are gathered in `dtype`, gradients reduced in fp32."""
+    policy = dict(param_dtype=dtype, reduce_dtype=torch.float32)
+    for block in net.transformer_blocks:
+        fully_shard(block, mesh=mesh, mp_policy=MixedPrecisionPolicy(**policy, cast_forward_inputs=False))       # rope stays fp32
+    # Resharding the root too: else its parameters stay gathered after a forward and hide the EMA's updates.
+    fully_shard(net, mesh=mesh, mp_policy=MixedPrecisionPolicy(**policy, output_dtype=torch.float32), reshard_after_forward=True)
+
+
+def load_models(name, device, mesh, dtype, checkpointing):
+    """Policy and reference, equal and sharded, fp32; they compute in `dtype`."""
+    policy, reference = (model.load_dit(name, device, torch.float32, lambda net: shard(net, mesh, dtype)) for _ in range(2))
+    policy.checkpointing = checkpointing
+    return policy.train(), reference.requires_grad_(False)
+
+
+def make_optimizer(policy, options):
+    """AdamW whose moments exist from the start, so that a checkpoint can be read into them."""
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=options.lr, betas=(0.9, 0.95), weight_decay=options.weight_decay, fused=True)
+    for p in policy.parameters():
+        optimizer.state[p] = dict(step=torch.zeros((), device=p.device), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+    return optimizer
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One step
+# ---------------------------------------------------------------------------------------------------------------------
+
+def order(options, count, step):
+    """Indices of the records of one global batch: a fresh permutation each epoch, a function of (seed, step) alone."""
+    picks = range(step * options.batch, (step + 1) * options.batch)
+    epochs = {pick // count: None for pick in picks}
+    shuffled = {epoch: torch.randperm(count, generator=generator("order", options.seed, epoch)) for epoch in epochs}
+    return [int(shuffled[pick // count][pick % count]) for pick in picks]
+
+
+def collate(records, indices, options, step, device):
+    """Tensors of a micro-batch: win, lose, cond, and each sample's own t and noise from (seed, step, record)."""
+    rows = []
+    for index in indices:
+        row, rng = records[index], generator("train", options.seed, step, records.names[index])
+        row["t"] = options.t_min + (options.t_max - options.t_min) * (1 - torch.rand((), generator=rng))
+        row["noise"] = torch.randn(row["win"].shape, generator=rng)
+        if "noised" in row:
+            row["image"] = row["noised"][torch.randint(len(row["noised"]), (), generator=rng)]
+        rows.append(row)
+    batch = {k: torch.stack([row[k] for row in rows]).to(device) for k in rows[0] if k != "noised"}
+    batch["cond"] = Condition(batch.pop("text").float(), batch.pop("image").float())
+    return batch
+
+
+def loss_of(policy, reference, batch, options):
+    """Loss and metrics of a micro-batch by the chosen method."""
+    common = dict(win=batch["win"].float(), cond=batch["cond"], t=batch["t"], noise=batch["noise"], weighting=options.weighting)
+    if options.method == "sft":
+        return sft_loss(policy, **common)
+    return realdpo_loss(policy, reference, lose=batch["lose"].float(), beta=options.beta, anchor=options.anchor, stream=options.stream, **common)
+
+
+def train_step(policy, reference, optimizer, records, options, step, rank, world, device):
+    """One optimizer step. Returns the metrics, averaged over all ranks, and whether some rank was asked to stop."""
+    names = order(options, len(records), step)[rank::world]
+    parts = [names[i:i + options.micro_batch] for i in range(0, len(names), options.micro_batch)]
+    total = {}
+    for part in parts:
+        batch = collate(records, part, options, step, device)
+        share = len(part) / len(names)
+        loss, metrics = loss_of(policy, reference, batch, options)
+        if not options.stream or options.method == "sft":
+            (loss * share).backward()
+        for key, value in {"loss": loss.detach(), **metrics}.items():
+            total[key] = total.get(key, 0) + value * share
+    numbers = torch.stack([v.double() for v in total.values()] + [torch.tensor(float(stop.asked), dtype=torch.float64, device=device)]) / world
+    dist.all_reduce(numbers)
+    *values, asked = numbers.tolist()
+    total = dict(zip(total, values))
+    norm = nn.utils.clip_grad_norm_(policy.parameters(), options.clip)
+    total["grad_norm"] = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
+    check_health(total, options, step, [records.names[i] for i in order(options, len(records), step)])
+    for group in optimizer.param_groups:
+        group["lr"] = total["lr"] = options.lr * min(1, (step + 1) / max(1, options.warmup))
+    optimizer.step()
+    optimizer.zero_grad()
+    if options.method == "realdpo" and (step + 1) % options.ema_every == 0:
+        ema_update(reference, policy, options.ema_decay)                                # shard by shard: no traffic
+    return total, asked > 0
+
+
+def check_health(metrics, options, step, names):
+    """Stop before the optimizer spoils the weights: at numbers that are not finite, or a first loss that is not log 2."""
+    bad = [key for key, value in metrics.items() if not math.isfinite(value)]
+    if bad:
+        raise UserError(f"step {step}: {', '.join(bad)} not finite, records {' '.join(names)}; nothing was updated: lower --lr or --beta and continue from "
+                        f"the last checkpoint in {options.out}/checkpoints")
+    if options.method == "realdpo" and step == 0:
+        preference = metrics["loss"] - options.anchor * metrics["win"]
+        if abs(preference - math.log(2)) > 1e-6:
+            raise UserError(f"the first preference loss is {preference:.8f}, expected log 2 = {math.log(2):.8f}: the reference is not the policy")
+
+
+class stop:
+    """Whether SIGTERM or SIGINT asked this process to finish its step, save and leave."""
+    asked = False
+
+    @classmethod
+    def on_signals(cls):
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: setattr(cls, "asked", True))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints: tensors only, in safetensors; a folder has its name only once it is whole
+# ---------------------------------------------------------------------------------------------------------------------
+
+def training_state(policy, reference, optimizer):
+    """Everything that training changes, as one flat dict of (sharded) tensors."""
+    state = {}
+    for name, p in policy.net.named_parameters():
+        state[f"model.{name}"] = p.detach()
+        state |= {f"{moment}.{name}": optimizer.state[p][moment] for moment in ("exp_avg", "exp_avg_sq")}
+    return state | {f"ref.{name}": p.detach() for name, p in reference.net.named_parameters()}
+
+
+def save_checkpoint(state, options, step, rank):
+    """Write checkpoints/step-N, then forget all but the last `keep`."""
+    folder = Path(options.out) / "checkpoints"
+    part, final = folder / f"step-{step:06d}.part", folder / f"step-{step:06d}"
+    if rank == 0:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+    dist.barrier()
+    dcp.save(state, storage_writer=dcp.HuggingFaceStorageWriter(str(part), save_distributed=True), no_dist=False)
+    if rank == 0:
+        (part / "options.json").write_text(json.dumps({"step": step, **dataclasses.asdict(options)}, indent=1))
+        shutil.rmtree(final, ignore_errors=True)
+        part.rename(final)
+        for old in sorted(folder.glob("step-??????"))[:-options.keep]:
+            shutil.rmtree(old)
+    dist.barrier()
+
+
+def load_checkpoint(state, optimizer, folder, options):
+    """Read a checkpoint into the models and the optimizer. Returns its step."""
+    saved = json.loads((folder / "options.json").read_text())
+    free = {"out", "steps", "epochs", "save_every", "keep", "resume", "max_minutes", "data", "checkpointing", "stream", "micro_batch"}
+    different = [f"--{k.replace('_', '-')} {saved[k]} (now {v})" for k, v in dataclasses.asdict(options).items() if k not in free and saved.get(k) != v]
+    if different:
+        raise UserError(f"{folder}: was made with {', '.join(different)}; use the same options or another --out")
+    dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(str(folder)))
+    for s in optimizer.state.values():
+        s["step"].fill_(saved["step"])
+    return saved["step"]
+
+
+def find_checkpoint(options):
+    """The checkpoint folder to resume from, or None for a fresh start."""
+    found = sorted((Path(options.out) / "checkpoints").glob("step-??????"))
+    if options.resume == "auto":
+        return found[-1] if found else None
+    if options.resume == "none":
+        if found:
+            raise UserError(f"--out {options.out}: holds a run ({found[-1].name}); choose another folder or leave out --resume none")
+        return None
+    if not (Path(options.resume) / "options.json").is_file():
+        raise UserError(f"--resume {options.resume}: no such checkpoint")
+    return Path(options.resume)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run
+# ---------------------------------------------------------------------------------------------------------------------
+
+def check_options(options, records, world):
+    if options.batch % world:
+        raise UserError(f"--batch {options.batch}: expected a multiple of the {world} processes")
+    if not 0 <= options.t_min < options.t_max <= 1:
+        raise UserError(f"--t-min {options.t_min} --t-max {options.t_max}: expected 0 ≤ t-min < t-max ≤ 1")
+    for name in ("batch", "micro_batch", "ema_every", "save_every", "keep"):
+        if getattr(options, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: expected at least 1")
+
+
+def train(name, options, rank, world, device, mesh, dtype):
+    """Steps until done or asked to stop, checkpoints on the way, the trained transformer at the end.
+
+    Returns whether training is complete.
+    """
+    records = Records(options.data, negatives=options.method != "sft")
+    check_options(options, records, world)
+    steps = options.steps or math.ceil(options.epochs * len(records) / options.batch)
+    policy, reference = load_models(name, device, mesh, dtype, options.checkpointing)
+    optimizer = make_optimizer(policy, options)
+    state, begin = training_state(policy, reference, optimizer), time.time()
+    checkpoint = find_checkpoint(options)
+    first = load_checkpoint(state, optimizer, checkpoint, options) if checkpoint else 0
+    log = open_log(Path(options.out) / "metrics.jsonl", first) if rank == 0 else None
+    if rank == 0 and first:
+        print(f"continuing from {checkpoint}")
+    stop.on_signals()
+    bar = tqdm(range(first, steps), initial=first, total=steps, desc=options.method, disable=rank > 0)
+    for step in bar:
+        tick = time.time()
+        metrics, asked = train_step(policy, reference, optimizer, records, options, step, rank, world, device)
+        metrics["seconds"] = time.time() - tick
+        if rank == 0:
+            log.write(json.dumps({"step": step, **metrics}) + "\n")
+            log.flush()
+            bar.write(f"step {step:4d}  " + "  ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
+        asked = asked or (options.max_minutes and time.time() - begin > 60 * options.max_minutes)
+        if step + 1 == steps or asked or (step + 1) % options.save_every == 0:
+            save_checkpoint(state, options, step + 1, rank)
+        if asked and step + 1 < steps:
+            if rank == 0:
+                bar.write(f"stopped after step {step}, checkpoint saved; the same command continues")
+            return False
+    export(policy, name, options, rank)
+    return True
+
+
+def open_log(file, first):
+    """metrics.jsonl, open to append, without the lines of steps that will be done again."""
+    lines = file.read_text().splitlines() if file.exists() else []
+    kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] < first]
+    with whole_file(file) as part:
+        part.write_text("".join(line + "\n" for line in kept))
+    return open(file, "a")
+
+
+def export(policy, name, options, rank):
+    """The trained transformer in the published layout, in the precision it will run in."""
+    model.save_dit(policy, options.out, torch.bfloat16)
+    if rank == 0:
+        base = name if not Path(name).is_dir() else str(Path(name).resolve())
+        with whole_file(Path(options.out) / "base.json") as part:
+            part.write_text(json.dumps({"model": model.base_of(base)}))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The laptop run: the tiny model on the toy world, by the same road as real videos
+# ---------------------------------------------------------------------------------------------------------------------
+
+CORPUS, REAL, HELD_OUT = range(3)                          # worlds of one seed: what the base saw, what it is aligned with, what judges it
+COUNTS = {REAL: 48, HELD_OUT: 16}
+
+
+def world_of(seed, kind):
+    return 10 * seed + kind
+
+
+def prepare(options, rank):
+    """Toy videos, records and negatives under --out, made by the commands that a user would call."""
+    out = Path(options.out)
+    for kind, name in ((REAL, "real"), (HELD_OUT, "held-out")):
+        if rank == 0:
+            data.write_toy_videos(out / "videos" / name, COUNTS[kind], world_of(options.seed, kind))
+        dist.barrier()
+        run(data, rank, videos=f"{out}/videos/{name}", model="tiny", out=f"{out}/cache/{name}")
+        dist.barrier()
+    run(sample, rank, data=f"{out}/cache/real", model="tiny", **sample.TINY)
+    dist.barrier()
+    return f"{out}/cache/real"
+
+
+def run(module, rank, **options):
+    """One stage, and the command line that does the same."""
+    if rank == 0:
+        print(f"\n$ python {module.__name__}.py " + " ".join(f"--{k} {v}" for k, v in options.items()))
+    module.main(module.Options(**options))
+
+
+def show(options):
+    """Held-out figures before, after and real, as a GIF and an mp4, and what the exact metrics say of them."""
+    records, out = Records(f"{options.out}/cache/held-out", negatives=False), Path(options.out)
+    vae, settings = model.load_vae("tiny"), sample.Options(**sample.TINY)
+    decode = lambda latents: data.to_uint8(vae.decode(latents)[0])
+    codec = lambda videos: np.stack([decode(vae.encode(data.fit(v, *v.shape[1:3])[None])) for v in videos])
+    rows, scores = [], {"before": [], "after": []}
+    denoisers = {"before": model.load_dit("tiny"), "after": model.load_dit(out)}
+    for i, record in enumerate(tqdm(records, desc="held-out figures", total=len(records))):
+        real, _ = data.toy_video(world_of(options.seed, HELD_OUT), i)
+        videos = {k: decode(sample.generate(d, record, records.empty_text(), settings, "cpu", "held-out", i, progress=False)) for k, d in denoisers.items()}
+        for k, video in videos.items():
+            scores[k].append(data.judge(video, data.draw_figure(world_of(options.seed, HELD_OUT), i), codec))
+        rows.append(np.concatenate([real[:1].repeat(len(real), axis=0), videos["before"], videos["after"], real], axis=2))
+    grid = data.enlarge(np.concatenate([np.concatenate(rows[:4], axis=1), np.concatenate(rows[4:8], axis=1)], axis=2), 3)
+    for file in (out / "held-out.gif", out / "held-out.mp4"):
+        data.write_video(file, grid, data.FPS)
+    print(f"{len(rows)} held-out figures (mean):")
+    for k, values in scores.items():
+        print(f"  {k:6}  " + "  ".join(f"{m} {np.mean([v[m] for v in values]):.2f}" for m in values[0]))
+    print(f"first frame | before | after | real, two figures a row: {out}/held-out.gif and .mp4")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The tiny model, from nothing: text encoder, autoencoder, and a base whose world was imperfect
+# ---------------------------------------------------------------------------------------------------------------------
+
+TINY_T5 = dict(architectures=["T5EncoderModel"], model_type="t5", vocab_size=64, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4,
+               relative_attention_num_buckets=32, relative_attention_max_distance=128, layer_norm_epsilon=1e-6, feed_forward_proj="gated-gelu")
+TINY_VAE = dict(_class_name="AutoencoderKLCogVideoX", in_channels=3, out_channels=3, down_block_types=["CogVideoXDownBlock3D"] * 3,
+                up_block_types=["CogVideoXUpBlock3D"] * 3, block_out_channels=[16, 16, 32], latent_channels=8, layers_per_block=1,
+                norm_num_groups=4, norm_eps=1e-6, temporal_compression_ratio=4, sample_height=32, sample_width=32, act_fn="silu", scaling_factor=1.0)
+TINY_DIT = dict(_class_name="CogVideoXTransformer3DModel", num_attention_heads=4, attention_head_dim=32, in_channels=16, out_channels=8,
+                time_embed_dim=32, text_embed_dim=32, num_layers=5, sample_width=8, sample_height=8, sample_frames=17, patch_size=2,
+                temporal_compression_ratio=4, max_text_seq_length=16, norm_eps=1e-5, activation_fn="gelu-approximate", timestep_activation_fn="silu",
+                use_rotary_positional_embeddings=True, use_learned_positional_embeddings=True)
+FLOW = dict(_class_name="FlowMatchEulerDiscreteScheduler", num_train_timesteps=1000, shift=1.0)
+
+
+def cosine(step, steps, lr):
+    """Learning rate with 50 steps of warm-up and a cosine down to a hundredth."""
+    return lr * min(1, (step + 1) / 50) * (0.01 + 0.99 * (1 + math.cos(math.pi * step / steps)) / 2)
+
+
+def optimize(parameters, loss, steps, lr, desc):
+    """Adam on `loss(generator)`, with a progress bar."""
+    parameters = list(parameters)
+    optimizer, rng = torch.optim.AdamW(parameters, lr, betas=(0.9, 0.99), weight_decay=0.0), generator(desc)
+    bar, average = tqdm(range(steps), desc=desc), None
+    for step in bar:
+        optimizer.param_groups[0]["lr"] = cosine(step, steps, lr)
+        value = loss(rng)
+        optimizer.zero_grad()
+        value.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        average = value.item() if average is None else 0.99 * average + 0.01 * value.item()
+        bar.set_postfix(loss=f"{average:.4f}")
+
+
+def make_text_encoder(folder):
+    """A SentencePiece vocabulary of the toy captions and a random T5, frozen: it only has to tell captions apart."""
+    import sentencepiece
+    words, rng = sorted({w for action in data.ACTIONS for w in action.split()} | {"a", "figure", *data.SPEEDS}), np.random.default_rng(0)
+    sentences = (" ".join(rng.choice(words, 6)) for _ in range(1000))                   # shuffled, so that the pieces are the words
+    (folder / "tokenizer").mkdir()
+    with open(folder / "tokenizer" / "spiece.model", "wb") as f:
+        sentencepiece.SentencePieceTrainer.train(sentence_iterator=sentences, model_writer=f, model_type="unigram", vocab_size=TINY_T5["vocab_size"],
+                                                 pad_id=0, eos_id=1, unk_id=2, bos_id=-1, hard_vocab_limit=False, minloglevel=2)
+    torch.manual_seed(0)
+    model.write_weights(model.T5Encoder(TINY_T5), TINY_T5, folder / "text_encoder", torch.bfloat16, stem="model")
+
+
+def make_vae(folder, steps):
+    """A small CogVideoX autoencoder, trained on clean and imperfect figures alike."""
+    torch.manual_seed(0)
+    vae, config = model.VAE(TINY_VAE), dict(TINY_VAE)
+    clips = torch.stack([data.fit(corpus_clip(i, i % 2)[0], 32, 32) for i in tqdm(range(2048), desc="drawing figures")])
+
+    def reconstruct(video, noise):
+        mean, std = vae.posterior(video)
+        past, z = {}, mean + std * noise(mean)
+        return torch.cat([vae.decoder(z[:, :, chunk], past) for chunk in model.chunks(z.shape[2], 2)], dim=2), mean, std
+
+    def loss(rng):
+        video = clips[torch.randint(len(clips), (4,), generator=rng)]
+        output, mean, std = reconstruct(video, lambda z: torch.randn(z.shape, generator=rng))
+        kl = (mean ** 2 + std ** 2 - 1 - 2 * std.log()).mean() / 2
+        return (output - video).abs().mean() + (output - video).square().mean() + 1e-4 * kl
+
+    optimize(vae.parameters(), loss, steps, 3e-3, "autoencoder")
+    with torch.no_grad():
+        held_out = torch.stack([data.fit(data.toy_video(world_of(0, HELD_OUT), i)[0], 32, 32) for i in range(32)])
+        output, mean, _ = reconstruct(held_out, torch.zeros_like)
+    config["scaling_factor"] = round(1 / mean.std().item(), 6)
+    error = (output.clamp(-1, 1) - held_out).square().mean().item() / 4
+    print(f"autoencoder: {-10 * math.log10(error):.1f} dB on 32 held-out clips")
+    model.write_weights(vae, config, folder / "vae", torch.bfloat16)
+
+
+def corpus_clip(index, imperfect, seed=0):
+    """Clip `index` of the corpus the base learns from: an imperfect one has faults of a strength of its own."""
+    strength = float(np.random.default_rng([seed, index, 3]).uniform()) if imperfect else 0.0
+    return data.toy_video(world_of(seed, CORPUS), index, strength=strength)
+
+
+def make_base(folder, steps, seed=0, imperfect=True, clips=4096):
+    """Pre-train the transformer by flow matching on a corpus of imperfect figures, as the web is of videos."""
+    vae, encode_text = model.load_vae(folder), model.load_text_encoder(folder)
+    empty, samples = encode_text([""])[0], []
+    for i in tqdm(range(clips), desc="encoding the corpus"):
+        frames, caption = corpus_clip(i, imperfect, seed)
+        video, rng = data.fit(frames, 32, 32)[None], generator("corpus", seed, i)
+        samples.append((vae.encode(video, rng)[0], vae.encode(video[:, :, :1], rng)[0], encode_text([caption])[0]))
+    win, image, text = (torch.stack(x) for x in zip(*samples))
+    torch.manual_seed(seed)
+    net = model.DiT(TINY_DIT)
+    for linear in [n.linear for b in net.transformer_blocks for n in (b.norm1, b.norm2)] + [net.norm_out.linear, net.proj_out]:
+        nn.init.zeros_(linear.weight), nn.init.zeros_(linear.bias)                      # every block starts as the identity (DiT's adaLN-Zero)
+    table = nn.init.normal_(net.patch_embed.pos_embedding, std=0.02).requires_grad_()   # published as a buffer, but somebody trained it
+    denoiser = model.Denoiser(net, model.FlowPrediction(), FLOW)
+
+    def loss(rng):
+        i = torch.randint(len(win), (16,), generator=rng)
+        captioned = torch.rand(len(i), 1, 1, generator=rng) > 0.1                       # some without a caption, for guidance
+        cond = Condition(torch.where(captioned, text[i], empty), image[i])
+        return sft_loss(denoiser, win=win[i], cond=cond, t=1 - torch.rand(len(i), generator=rng), noise=torch.randn(win[i].shape, generator=rng), weighting="velocity")[0]
+
+    optimize([*net.parameters(), table], loss, steps, 2e-3, "base")
+    model.save_dit(denoiser, folder, torch.bfloat16)
+
+
+def from_scratch(options):
+    """Make the tiny model in --out, part by part; a part that is there is kept."""
+    torch.set_flush_denormal(True)
+    folder = Path(options.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "text_encoder").is_dir():
+        make_text_encoder(folder)
+    (folder / "transformer").mkdir(exist_ok=True)          # the text encoder asks it for the length of a caption
+    (folder / "transformer" / "config.json").write_text(json.dumps(TINY_DIT))
+    if not (folder / "vae").is_dir():
+        make_vae(folder, 3500)
+    make_base(folder, 12_000, options.seed)
+    print(f"the tiny model is in {folder}; try: python train.py --model {folder}")
+
+
+def main(options):
+    """Everything for the tiny model where there is no cache; else train on the cache there is."""
+    if options.from_scratch:
+        return from_scratch(options)
+    rank, world, device, mesh, dtype = start()
+    name, why = default_model(options.model)
+    if rank == 0:
+        print(f"model: {name} ({why})")
+    laptop = name == "tiny" and not Path(options.data).is_dir()
+    if laptop:
+        options.data = prepare(options, rank)
+    elif not Path(options.data).is_dir():
+        raise UserError(f"--data {options.data}: no such cache; make it with: python data.py --videos DIR --model {name} --out {options.data}"
+                        f" and: python sample.py --model {name} --data {options.data}")
+    if train(name, options, rank, world, device, mesh, dtype) and rank == 0:
+        show(options) if laptop else print(f"done; try: python sample.py --model {options.out} --image first.png --prompt \"…\"")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    command(main, Options, TINY)
