@@ -623,6 +623,25 @@ def encode_clip(clip, vae, shape, options, device):
     return record, lose
 
 
+def encode_captions(clips, folder, out, device, dtype):
+    """{caption: embedding (L,D), bf16} of the clips, and the empty caption's beside the records."""
+    encode_text = load_text_encoder(folder, device, dtype)
+    texts = [*dict.fromkeys(clip.caption for clip in clips), ""]
+    embeddings = {text: encode_text([text])[0].bfloat16().cpu() for text in tqdm(texts, desc="encoding captions")}
+    if not (out / "empty.safetensors").exists():
+        write_tensors(out / "empty.safetensors", {"text": embeddings[""]})
+    return embeddings
+
+
+def missing(names, folder, fingerprint):
+    """Those of the names that have no record in `folder` yet. Raises UserError where one was made with other settings."""
+    files = {name: Path(folder) / f"{name}.safetensors" for name in names}
+    for file in files.values():
+        if file.exists():
+            check_fingerprint(file, read_header(file)[1].get("fingerprint", {}), fingerprint)
+    return [name for name, file in files.items() if not file.exists()]
+
+
 def main(options):
     """Encode this rank's share of the clips. Ranks never wait for each other: any number of them makes the same files."""
     rank, world, device, dtype = placement()
@@ -631,28 +650,15 @@ def main(options):
         print(f"model: {model} ({why})")
     if not options.videos:
         raise UserError("--videos is missing: the folder of clips with captions")
-    clips = list_clips(options.videos)
+    clips = {clip.name: clip for clip in list_clips(options.videos)}
     folder, out = resolve(model, "transformer", "vae", "text_encoder", "tokenizer"), Path(options.out)
     shape = clip_shape(options, folder)
     fingerprint = dict(vae=digest(folder / "vae"), text_encoder=digest(folder / "text_encoder"), frames=shape[0], height=shape[1],
                        width=shape[2], fps=options.fps, image_noise=options.image_noise, seed=options.seed)
-    todo = []
-    for clip in clips[rank::world]:
-        file = out / "win" / f"{clip.name}.safetensors"
-        if file.exists():
-            check_fingerprint(file, read_header(file)[1].get("fingerprint", {}), fingerprint)
-        else:
-            todo.append(clip)
-    todo = usable(todo, options, shape[0])
-
-    texts = [*dict.fromkeys(clip.caption for clip in todo), ""]                         # one network at a time on the device
-    encode_text = load_text_encoder(folder, device, dtype)
-    embeddings = {text: encode_text([text])[0].bfloat16().cpu() for text in tqdm(texts, desc="encoding captions", disable=rank > 0)}
-    del encode_text
-    if not (out / "empty.safetensors").exists():
-        write_tensors(out / "empty.safetensors", {"text": embeddings[""]})
-
-    vae = load_vae(folder, device, dtype)
+    todo = usable([clips[name] for name in missing(list(clips)[rank::world], out / "win", fingerprint)], options, shape[0])
+    if todo:
+        embeddings = encode_captions(todo, folder, out, device, dtype)                  # then that network is gone: one at a time
+        vae = load_vae(folder, device, dtype)
     for clip in tqdm(todo, desc="encoding clips", disable=rank > 0):
         record, lose = encode_clip(clip, vae, shape, options, device)
         if lose:

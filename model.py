@@ -576,6 +576,10 @@ DEFAULTS = {                                               # what a config.json 
                                         use_rotary_positional_embeddings=False, use_learned_positional_embeddings=False),
     "CogVideoXDDIMScheduler": dict(snr_shift_scale=3.0, rescale_betas_zero_snr=True, num_train_timesteps=1000)}
 DEFAULTS["CogVideoXDPMScheduler"] = DEFAULTS["CogVideoXDDIMScheduler"]
+PUBLISHED_DIT = DEFAULTS["CogVideoXTransformer3DModel"] | dict(                          # CogVideoX-5B-I2V's, for dry runs without a download
+    _class_name="CogVideoXTransformer3DModel", num_attention_heads=48, attention_head_dim=64, in_channels=32, out_channels=16, num_layers=42,
+    sample_frames=49, sample_height=60, sample_width=90, text_embed_dim=4096, time_embed_dim=512,
+    use_learned_positional_embeddings=True, use_rotary_positional_embeddings=True)
 
 
 def base_of(path):
@@ -625,15 +629,22 @@ def refuse(where, config, **supported):
                             "(not 2b, text-to-video, or 1.5)")
 
 
+def empty(network, config, dtype, device, shard=lambda net: None):
+    """A network with its memory on `device`, sharded first so that a rank takes only its part, and nothing in it yet."""
+    with torch.device("meta"):
+        net = network(config)
+    if dtype != torch.float32:
+        net.to(dtype)
+    shard(net)
+    return net.to_empty(device=device)
+
+
 def materialize(network, config, where, device, dtype, shard=lambda net: None):
-    """Build a network without memory, shard it, give it memory on `device`, and fill it from the files in `where`."""
+    """A network filled from the files in `where`. Raises UserError where they are not its own."""
     try:
-        with torch.device("meta"):
-            net = network(config).to(dtype)
+        net = empty(network, config, dtype, device, shard)
     except KeyError as e:
         raise UserError(f"{where / 'config.json'}: {e} is missing") from e
-    shard(net)
-    net.to_empty(device=device)
     read_weights(net, where)
     return net
 

@@ -13,8 +13,8 @@ from typing import Literal
 import torch
 from tqdm import tqdm
 
-from data import (Records, check_fingerprint, clip_shape, command, default_model, digest, fit, generator, placement, read_header,
-                  read_image, to_uint8, write_tensors, write_video)
+from data import (Records, clip_shape, command, default_model, digest, fit, generator, missing, placement, read_image, to_uint8,
+                  write_tensors, write_video)
 from model import UserError, load_dit, load_text_encoder, load_vae, resolve
 from realdpo import Condition, sample
 
@@ -61,19 +61,13 @@ def negatives(model, options):
     folder = resolve(model, "transformer", "scheduler")
     fingerprint = dict(transformer=digest(folder / "transformer"), negatives=options.negatives, steps=options.steps,
                        guidance=options.guidance, solver=options.solver, seed=options.seed)
-    todo = []
-    for index in range(rank, len(records), world):
-        file = Path(options.data) / "lose" / f"{records.names[index]}.safetensors"
-        if file.exists():
-            check_fingerprint(file, read_header(file)[1].get("fingerprint", {}), fingerprint)
-        else:
-            todo.append((index, file))
+    todo = missing(records.names[rank::world], f"{options.data}/lose", fingerprint)
     if todo:
         denoiser, empty = load_dit(folder, device, dtype), records.empty_text()
-    for index, file in tqdm(todo, desc="sampling negatives", disable=rank > 0):
-        lose = generate(denoiser, records[index], empty, options, device, "negative", options.seed, records.names[index],
+    for name in tqdm(todo, desc="sampling negatives", disable=rank > 0):
+        lose = generate(denoiser, records[records.names.index(name)], empty, options, device, "negative", options.seed, name,
                         count=options.negatives, progress=False)
-        write_tensors(file, {"lose": lose.bfloat16()}, fingerprint=fingerprint)
+        write_tensors(f"{options.data}/lose/{name}.safetensors", {"lose": lose.bfloat16()}, fingerprint=fingerprint)
     if rank == 0:
         print(f"{len(records)} × {options.negatives} negatives in {options.data}/lose; next: python train.py --model {model} --data {options.data}")
 

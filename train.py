@@ -55,7 +55,13 @@ class Options:
     keep: int = 2                      # checkpoints to keep
     resume: str = "auto"               # auto (continue what --out holds), none (refuse if it holds a run) or a checkpoint folder
     max_minutes: float = 0.0           # stop with a checkpoint after this long; 0: never
+    eval_data: str = ""                # cache of held-out records with negatives
+    eval_every: int = 50               # steps between two looks at them
+    eval_videos: int = 0               # of them to generate as mp4 each time
+    compile: bool = False              # torch.compile each block, policy and reference alike
     seed: int = 0                      # of order, noise and t
+    dry_run: bool = False              # only compute what a run would take: memory, FLOP, hours; needs no GPU
+    gpus: int = 8                      # ranks of the dry run
     from_scratch: bool = False         # make the tiny model itself again (an hour or two), into --out
 
 
@@ -67,7 +73,10 @@ TINY = dict(epochs=0, steps=100, micro_batch=8, lr=1e-5, beta=25.0, checkpointin
 # ---------------------------------------------------------------------------------------------------------------------
 
 def start():
-    """Join the process group; a bare `python` is a group of one, so nothing below asks whether there are others."""
+    """Join the process group; a bare `python` is a group of one, so nothing below asks whether there are others.
+
+    Returns (rank, world size, device, mesh, dtype the networks compute in).
+    """
     rank, world, device, dtype = placement()
     cuda = device.type == "cuda"
     if "RANK" in os.environ:
@@ -77,19 +86,21 @@ def start():
     return rank, world, device, init_device_mesh(device.type, (world,), mesh_dim_names=("dp",)), dtype
 
 
-def shard(net, mesh, dtype):
+def shard(net, mesh, dtype, compile=False):
     """Split every block's parameters over the ranks (FSDP2); they are gathered in `dtype`, gradients reduced in fp32."""
     policy = dict(param_dtype=dtype, reduce_dtype=torch.float32)
     for block in net.transformer_blocks:
+        if compile:
+            block.compile()                                # in place: names stay
         fully_shard(block, mesh=mesh, mp_policy=MixedPrecisionPolicy(**policy, cast_forward_inputs=False))       # rope stays fp32
     # Resharding the root too: else its parameters stay gathered after a forward and hide the EMA's updates.
     fully_shard(net, mesh=mesh, mp_policy=MixedPrecisionPolicy(**policy, output_dtype=torch.float32), reshard_after_forward=True)
 
 
-def load_models(name, device, mesh, dtype, checkpointing):
+def load_models(name, device, mesh, dtype, options):
     """Policy and reference, equal and sharded, fp32; they compute in `dtype`."""
-    policy, reference = (model.load_dit(name, device, torch.float32, lambda net: shard(net, mesh, dtype)) for _ in range(2))
-    policy.checkpointing = checkpointing
+    policy, reference = (model.load_dit(name, device, torch.float32, lambda net: shard(net, mesh, dtype, options.compile)) for _ in range(2))
+    policy.checkpointing = options.checkpointing
     return policy.train(), reference.requires_grad_(False)
 
 
@@ -169,8 +180,8 @@ def check_health(metrics, options, step, names):
     """Stop before the optimizer spoils the weights: at numbers that are not finite, or a first loss that is not log 2."""
     bad = [key for key, value in metrics.items() if not math.isfinite(value)]
     if bad:
-        raise UserError(f"step {step}: {', '.join(bad)} not finite, records {' '.join(names)}; nothing was updated: lower --lr or --beta and continue from "
-                        f"the last checkpoint in {options.out}/checkpoints")
+        raise UserError(f"step {step}: {', '.join(bad)} not finite, records {' '.join(names)}; nothing was updated; the last good "
+                        f"checkpoint is {find_checkpoint(options) or 'none'}: continue from it with a lower --lr or --beta and another --out")
     if options.method == "realdpo" and step == 0:
         preference = metrics["loss"] - options.anchor * metrics["win"]
         if abs(preference - math.log(2)) > 1e-6:
@@ -208,7 +219,11 @@ def save_checkpoint(state, options, step, rank):
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
     dist.barrier()
-    dcp.save(state, storage_writer=dcp.HuggingFaceStorageWriter(str(part), save_distributed=True), no_dist=False)
+    try:
+        dcp.save(state, storage_writer=dcp.HuggingFaceStorageWriter(str(part), save_distributed=True))
+    except dcp.api.CheckpointException as e:
+        shutil.rmtree(part, ignore_errors=True)
+        raise UserError(f"{part}: cannot be written ({list(e.failures.values())[0][0]}); earlier checkpoints are whole: make room and start again") from None
     if rank == 0:
         (part / "options.json").write_text(json.dumps({"step": step, **dataclasses.asdict(options)}, indent=1))
         shutil.rmtree(final, ignore_errors=True)
@@ -219,12 +234,19 @@ def save_checkpoint(state, options, step, rank):
 
 
 def load_checkpoint(state, optimizer, folder, options):
-    """Read a checkpoint into the models and the optimizer. Returns its step."""
+    """Read a checkpoint into the models and the optimizer. Returns its step.
+
+    Raises UserError where it is not whole, or was made with options that would make this another run.
+    """
     saved = json.loads((folder / "options.json").read_text())
-    free = {"out", "steps", "epochs", "save_every", "keep", "resume", "max_minutes", "data", "checkpointing", "stream", "micro_batch"}
+    free = {"out", "steps", "epochs", "save_every", "keep", "resume", "max_minutes", "data", "checkpointing", "stream", "micro_batch", "compile",
+            "eval_data", "eval_every", "eval_videos", "dry_run", "gpus"}
     different = [f"--{k.replace('_', '-')} {saved[k]} (now {v})" for k, v in dataclasses.asdict(options).items() if k not in free and saved.get(k) != v]
     if different:
         raise UserError(f"{folder}: was made with {', '.join(different)}; use the same options or another --out")
+    names = set().union(*(data.read_header(file)[0] for file in folder.glob("*.safetensors")))
+    if names != state.keys():
+        raise UserError(f"{folder}: not a whole checkpoint of this model (tensor {min(names ^ state.keys())}); delete it to continue from an earlier one")
     dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(str(folder)))
     for s in optimizer.state.values():
         s["step"].fill_(saved["step"])
@@ -246,17 +268,99 @@ def find_checkpoint(options):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Looking at it: held-out records, FLOP
+# ---------------------------------------------------------------------------------------------------------------------
+
+T_BINS = (0.1, 0.3, 0.5, 0.7, 0.9)
+PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}    # dense bf16 FLOP/s, by what the device's name contains
+
+
+@torch.no_grad()
+def evaluate(policy, reference, records, options, rank, world, device):
+    """Margin, accuracy and the four errors on held-out records at fixed t and fixed noise, {"eval_margin": …, "eval_win_t0.1": …}."""
+    share, sums = math.ceil(len(records) / world), {}
+    for i in range(share):                                 # every rank makes equally many forwards: they are collectives
+        index = rank + i * world
+        row = records[index % len(records)]
+        for t in T_BINS:
+            noise = torch.randn(row["win"].shape, generator=generator("eval", records.names[index % len(records)], t))
+            batch = {k: v[None].to(device).float() for k, v in {**row, "noise": noise}.items()}
+            _, metrics = realdpo_loss(policy, reference, win=batch["win"], lose=batch["lose"], cond=Condition(batch["text"], batch["image"]), beta=options.beta,
+                                      t=torch.tensor([t], device=device), noise=batch["noise"], weighting=options.weighting)
+            for key, value in metrics.items():
+                name = f"eval_{key}" if key in ("margin", "accuracy") else f"eval_{key}_t{t}"
+                count = len(T_BINS) if key in ("margin", "accuracy") else 1
+                sums[name] = sums.get(name, 0) + value.double() * (index < len(records)) / len(records) / count
+    numbers = torch.stack(list(sums.values()))
+    dist.all_reduce(numbers)
+    return dict(zip(sums, numbers.tolist()))
+
+
+def evaluate_videos(policy, name, records, options, step, rank, world, device):
+    """The first `eval_videos` held-out records as the policy makes them now: videos/STEP-NAME.mp4."""
+    settings = sample.Options(**(sample.TINY if model.base_of(name) == "tiny" else {}))
+    vae = model.load_vae(name, device, placement()[3])
+    for i in range(math.ceil(min(options.eval_videos, len(records)) / world)):
+        index = (rank + i * world) % len(records)
+        latents = sample.generate(policy, records[index], records.empty_text(), settings, device, "eval", records.names[index], progress=False)
+        data.write_video(Path(options.out) / "videos" / f"{step:06d}-{records.names[index]}.mp4", data.to_uint8(vae.decode(latents)[0]), settings.fps)
+
+
+def forward_flops(config, grid, n_text):
+    """(FLOP of one sequence's forward pass, tokens): 24·D² a token and block in matrix products, 4·S²·D a block in attention."""
+    width, tokens = config["num_attention_heads"] * config["attention_head_dim"], n_text + math.prod(grid) // config["patch_size"] ** 2
+    return config["num_layers"] * (24 * width ** 2 * tokens + 4 * tokens ** 2 * width), tokens
+
+
+def step_flops(config, shape, options, n_lose):
+    """(FLOP, tokens) of one step, all ranks: shape (C,F,H,W) of the latents. Policy: forward, backward (twice that), recompute; reference: forward."""
+    forward, tokens = forward_flops(config, shape[1:], config["max_text_seq_length"])
+    passes = 3 + options.checkpointing + (options.method != "sft")
+    sequences = options.batch * (1 + n_lose if options.method != "sft" else 1)
+    return forward * passes * sequences, tokens * sequences
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The run
 # ---------------------------------------------------------------------------------------------------------------------
 
-def check_options(options, records, world):
+def check_options(options, records, config, world):
+    """Raise UserError for options that contradict each other, the records or the number of processes."""
     if options.batch % world:
         raise UserError(f"--batch {options.batch}: expected a multiple of the {world} processes")
     if not 0 <= options.t_min < options.t_max <= 1:
         raise UserError(f"--t-min {options.t_min} --t-max {options.t_max}: expected 0 ≤ t-min < t-max ≤ 1")
-    for name in ("batch", "micro_batch", "ema_every", "save_every", "keep"):
+    for name in ("batch", "micro_batch", "ema_every", "save_every", "keep", "eval_every"):
         if getattr(options, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: expected at least 1")
+    win, text = (tuple(records[0][k].shape) for k in ("win", "text"))
+    if win[0] != config["out_channels"] or text != (config["max_text_seq_length"], config["text_embed_dim"]):
+        raise UserError(f"--data {options.data}: latents {win} and text {text} are not this model's ({config['out_channels']} channels, text "
+                        f"{config['max_text_seq_length']}×{config['text_embed_dim']}); encode the videos with the model to be trained")
+
+
+class Log:
+    """metrics.jsonl, the console and, where it is installed, TensorBoard. On rank 0; the other ranks say nothing."""
+
+    def __init__(self, options, first, rank):
+        self.active = rank == 0
+        if self.active:
+            self.file = open_log(Path(options.out) / "metrics.jsonl", first)
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+                self.board = SummaryWriter(f"{options.out}/tensorboard", purge_step=first)
+            except ImportError:
+                self.board = None
+
+    def __call__(self, step, metrics):
+        if self.active:
+            self.file.write(json.dumps({"step": step, **metrics}) + "\n")
+            self.file.flush()
+            for held_out in (False, True):                 # a line of their own for the held-out numbers
+                shown = "  ".join(f"{k} {v:.4g}" for k, v in metrics.items() if k.startswith("eval") == held_out)
+                tqdm.write(f"step {step:4d}  {shown}") if shown else None
+            for key, value in metrics.items() if self.board else ():
+                self.board.add_scalar(key, value, step)
 
 
 def train(name, options, rank, world, device, mesh, dtype):
@@ -265,32 +369,41 @@ def train(name, options, rank, world, device, mesh, dtype):
     Returns whether training is complete.
     """
     records = Records(options.data, negatives=options.method != "sft")
-    check_options(options, records, world)
-    steps = options.steps or math.ceil(options.epochs * len(records) / options.batch)
-    policy, reference = load_models(name, device, mesh, dtype, options.checkpointing)
+    held_out = Records(options.eval_data) if options.eval_data else None
+    steps, begin = options.steps or math.ceil(options.epochs * len(records) / options.batch), time.time()
+    policy, reference = load_models(name, device, mesh, dtype, options)
+    check_options(options, records, policy.net.config, world)
     optimizer = make_optimizer(policy, options)
-    state, begin = training_state(policy, reference, optimizer), time.time()
+    state = training_state(policy, reference, optimizer)
     checkpoint = find_checkpoint(options)
     first = load_checkpoint(state, optimizer, checkpoint, options) if checkpoint else 0
-    log = open_log(Path(options.out) / "metrics.jsonl", first) if rank == 0 else None
     if rank == 0 and first:
         print(f"continuing from {checkpoint}")
+    flops, tokens = step_flops(policy.net.config, records[0]["win"].shape, options, len(records[0].get("lose", ())))
+    peak = next((p for gpu, p in PEAK.items() if device.type == "cuda" and gpu in torch.cuda.get_device_name()), None)
+    log = Log(options, first, rank)
     stop.on_signals()
     bar = tqdm(range(first, steps), initial=first, total=steps, desc=options.method, disable=rank > 0)
     for step in bar:
         tick = time.time()
+        if options.max_minutes and tick - begin > 60 * options.max_minutes:
+            stop.asked = True
         metrics, asked = train_step(policy, reference, optimizer, records, options, step, rank, world, device)
         metrics["seconds"] = time.time() - tick
-        if rank == 0:
-            log.write(json.dumps({"step": step, **metrics}) + "\n")
-            log.flush()
-            bar.write(f"step {step:4d}  " + "  ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
-        asked = asked or (options.max_minutes and time.time() - begin > 60 * options.max_minutes)
-        if step + 1 == steps or asked or (step + 1) % options.save_every == 0:
+        metrics["tokens_per_second"] = tokens / metrics["seconds"]
+        if peak:
+            metrics["mfu"] = flops / metrics["seconds"] / world / peak
+        last = step + 1 == steps or asked
+        if held_out and ((step + 1) % options.eval_every == 0 or last):
+            metrics |= evaluate(policy, reference, held_out, options, rank, world, device)
+            if options.eval_videos:
+                evaluate_videos(policy, name, held_out, options, step + 1, rank, world, device)
+        log(step, metrics)
+        if last or (step + 1) % options.save_every == 0:
             save_checkpoint(state, options, step + 1, rank)
         if asked and step + 1 < steps:
             if rank == 0:
-                bar.write(f"stopped after step {step}, checkpoint saved; the same command continues")
+                print(f"stopped after step {step}; checkpoint saved in {options.out}/checkpoints, and the same command continues")
             return False
     export(policy, name, options, rank)
     return True
@@ -312,6 +425,60 @@ def export(policy, name, options, rank):
         base = name if not Path(name).is_dir() else str(Path(name).resolve())
         with whole_file(Path(options.out) / "base.json") as part:
             part.write_text(json.dumps({"model": model.base_of(base)}))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The dry run: the real code on tensors without data
+# ---------------------------------------------------------------------------------------------------------------------
+
+def dry_run(name, options):
+    """What a run would take on `gpus` ranks: the training step on fake tensors, its memory followed by torch's FSDP tracker."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+    config = model.PUBLISHED_DIT if name == data.HUB_MODEL else model.read_config(model.resolve(name, "transformer"), "transformer", "CogVideoXTransformer3DModel")
+    shape = (config["out_channels"], (config["sample_frames"] - 1) // config["temporal_compression_ratio"] + 1, config["sample_height"], config["sample_width"])
+    n_lose, local = 3, options.batch // options.gpus
+    if options.batch % options.gpus:
+        raise UserError(f"--batch {options.batch}: expected a multiple of --gpus {options.gpus}")
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=options.gpus)
+    mesh = init_device_mesh("cpu", (options.gpus,), mesh_dim_names=("dp",))
+    model.rope_table.cache_clear()
+    with FakeTensorMode():
+        policy, reference = (model.Denoiser(model.empty(model.DiT, config, torch.float32, "cpu", lambda net: shard(net, mesh, torch.bfloat16)),
+                                            model.FlowPrediction(), None) for _ in range(2))
+        policy.checkpointing = options.checkpointing
+        tracker = FSDPMemTracker(policy.net, make_optimizer(policy, options))
+        reference.requires_grad_(False)
+        n = min(options.micro_batch, local)
+        batch = dict(win=torch.randn(n, *shape), lose=torch.randn(n, n_lose, *shape), t=torch.rand(n), noise=torch.randn(n, *shape),
+                     cond=Condition(torch.randn(n, config["max_text_seq_length"], config["text_embed_dim"]), torch.randn(n, shape[0], 1, *shape[2:])))
+        with tracker:
+            for _ in range(2):                             # the second step meets the first one's gradients, as all later ones do
+                loss, _ = loss_of(policy, reference, batch, options)
+                if not options.stream or options.method == "sft":
+                    loss.backward()
+    model.rope_table.cache_clear()                         # it holds fake tensors
+    found = {k.value if hasattr(k, "value") else k: v for k, v in tracker.get_tracker_snapshot("peak")[torch.device("cpu")].items()}
+    held = sum(t.to_local().nbytes if hasattr(t, "to_local") else t.nbytes for t in reference.state_dict().values())
+    memory = {"parameters": found["Sharded Param"] + found["Unsharded Param"] + found["All Gather"] + found["Buffer"],
+              "gradients": found["Sharded Grad"] + found["Unsharded Grad"] + found["Reduce Scatter"], "Adam": found["OptState"], "reference": held,
+              "activations": found["Activation"] - held, "temporaries": found["Temp"], "context, NCCL …": 5 * 2 ** 30}      # the last: a guess, 4 to 6
+    report_dry_run(options, memory, *step_flops(config, shape, options, n_lose), sum(p.numel() for p in policy.parameters()))
+    dist.destroy_process_group()
+
+
+def report_dry_run(options, memory, flops, tokens, parameters, clips=5000, utilisation=0.4):
+    """Print what `dry_run` found, and how long the paper's 5 k clips would take at a stated part of an H100's peak."""
+    print(f"{parameters:,} parameters, {options.gpus} ranks, {options.batch} samples and {tokens:,} tokens a step")
+    print(f"{flops / options.batch / 1e15:.3g} PFLOP a sample, {flops / 1e15:.3g} PFLOP a step")
+    for kind, size in memory.items():
+        print(f"{size / 2 ** 30:7.2f} GiB a rank  {kind}")
+    total = sum(memory.values()) / 2 ** 30
+    print(f"{total:7.2f} GiB a rank  at the peak, which {'fits' if total < 78 else 'does not fit'} into the 78 GiB that an 80 GB GPU gives")
+    seconds = flops / options.gpus / (utilisation * PEAK["H100"])
+    steps = options.steps or math.ceil(options.epochs * clips / options.batch)
+    print(f"{seconds:.3g} s a step at {utilisation:.0%} of an H100's {PEAK['H100'] / 1e12:.0f} TFLOP/s; {steps} steps ({clips} clips) take {steps * seconds / 3600:.3g} h")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -496,10 +663,12 @@ def from_scratch(options):
 
 def main(options):
     """Everything for the tiny model where there is no cache; else train on the cache there is."""
+    name, why = default_model(options.model)
     if options.from_scratch:
         return from_scratch(options)
+    if options.dry_run:
+        return dry_run(name, options)
     rank, world, device, mesh, dtype = start()
-    name, why = default_model(options.model)
     if rank == 0:
         print(f"model: {name} ({why})")
     laptop = name == "tiny" and not Path(options.data).is_dir()
