@@ -110,8 +110,8 @@ def realdpo_loss(policy, reference, *, win, lose, cond, beta, t=None, noise=None
         z = -beta / 2 * ((win_error - ref_win) - (lose_error - ref_lose))               # (B,K), Eq. 6
         return z, (-nnf.logsigmoid(z)).mean()
 
-    with torch.no_grad():
-        ref = errors(reference, videos)                                                 # (B,1+N)
+    with torch.no_grad():                                  # in the policy's batches: equal weights then give equal bits
+        ref = torch.cat([errors(reference, part) for part in videos.split(1 if stream else n + 1, dim=1)], dim=1)      # (B,1+N)
     if stream:
         win_error, lose_error = streamed_errors(policy, errors, videos, ref, objective, anchor)
     else:

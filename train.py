@@ -7,7 +7,7 @@
 RUN afterwards holds transformer/ (opens here, --model RUN, and in diffusers), metrics.jsonl and checkpoints/.
 The same command continues an interrupted run from its last checkpoint.
 """
-import dataclasses, json, math, os, shutil, signal, time
+import dataclasses, json, math, os, shutil, signal, threading, time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -124,11 +124,12 @@ def order(options, count, step):
     return [int(shuffled[pick // count][pick % count]) for pick in picks]
 
 
-def collate(records, indices, options, step, device):
-    """Tensors of a micro-batch: win, lose, cond, and each sample's own t and noise from (seed, step, record)."""
+def collate(records, samples, options, step, device):
+    """Tensors of a micro-batch of (place in the global batch, record): win, lose, cond, and each sample's own t and
+    noise, which depend on seed, step and place alone."""
     rows = []
-    for index in indices:
-        row, rng = records[index], generator("train", options.seed, step, records.names[index])
+    for place, index in samples:
+        row, rng = records[index], generator("train", options.seed, step, place)
         row["t"] = options.t_min + (options.t_max - options.t_min) * (1 - torch.rand((), generator=rng))
         row["noise"] = torch.randn(row["win"].shape, generator=rng)
         if "noised" in row:
@@ -149,31 +150,30 @@ def loss_of(policy, reference, batch, options):
 
 def train_step(policy, reference, optimizer, records, options, step, rank, world, device):
     """One optimizer step. Returns the metrics, averaged over all ranks, and whether some rank was asked to stop."""
-    names = order(options, len(records), step)[rank::world]
-    parts = [names[i:i + options.micro_batch] for i in range(0, len(names), options.micro_batch)]
+    samples = list(enumerate(order(options, len(records), step)))
+    mine = samples[rank::world]
+    parts = [mine[i:i + options.micro_batch] for i in range(0, len(mine), options.micro_batch)]
     total = {}
-    for part in parts:
-        batch = collate(records, part, options, step, device)
-        share = len(part) / len(names)
-        loss, metrics = loss_of(policy, reference, batch, options)
-        if not options.stream or options.method == "sft":
-            (loss * share).backward()
+    for part in parts:                                     # equal parts, so the mean of their gradients is the batch's
+        loss, metrics = loss_of(policy, reference, collate(records, part, options, step, device), options)
+        if loss.requires_grad:                             # else it was streamed, and is back-propagated already
+            loss.backward()
         for key, value in {"loss": loss.detach(), **metrics}.items():
-            total[key] = total.get(key, 0) + value * share
-    numbers = torch.stack([v.double() for v in total.values()] + [torch.tensor(float(stop.asked), dtype=torch.float64, device=device)]) / world
+            total[key] = total.get(key, 0) + value.double() / len(parts)
+    numbers = torch.stack([*total.values(), torch.tensor(float(stop.is_set()), dtype=torch.float64, device=device)]) / world
     dist.all_reduce(numbers)
     *values, asked = numbers.tolist()
-    total = dict(zip(total, values))
-    norm = nn.utils.clip_grad_norm_(policy.parameters(), options.clip)
-    total["grad_norm"] = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
-    check_health(total, options, step, [records.names[i] for i in order(options, len(records), step)])
+    metrics = dict(zip(total, values))
+    torch._foreach_div_([p.grad.to_local() for p in policy.parameters()], len(parts))
+    metrics["grad_norm"] = nn.utils.clip_grad_norm_(policy.parameters(), options.clip).full_tensor().item()
+    check_health(metrics, options, step, [records.names[index] for _, index in samples])
     for group in optimizer.param_groups:
-        group["lr"] = total["lr"] = options.lr * min(1, (step + 1) / max(1, options.warmup))
+        group["lr"] = metrics["lr"] = options.lr * min(1, (step + 1) / max(1, options.warmup))
     optimizer.step()
     optimizer.zero_grad()
     if options.method == "realdpo" and (step + 1) % options.ema_every == 0:
         ema_update(reference, policy, options.ema_decay)                                # shard by shard: no traffic
-    return total, asked > 0
+    return metrics, asked > 0
 
 
 def check_health(metrics, options, step, names):
@@ -188,14 +188,17 @@ def check_health(metrics, options, step, names):
             raise UserError(f"the first preference loss is {preference:.8f}, expected log 2 = {math.log(2):.8f}: the reference is not the policy")
 
 
-class stop:
-    """Whether SIGTERM or SIGINT asked this process to finish its step, save and leave."""
-    asked = False
+stop = threading.Event()                                   # set when this process shall finish its step, save and leave
 
-    @classmethod
-    def on_signals(cls):
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: setattr(cls, "asked", True))
+
+def finish_on_signals():
+    """SIGTERM (clusters pre-empt) and the first Ctrl-C end the run after its step; a second Ctrl-C ends it at once."""
+    def handle(number, _):
+        stop.set()
+        signal.signal(number, signal.SIG_DFL)
+    stop.clear()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, handle)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -326,13 +329,16 @@ def step_flops(config, shape, options, n_lose):
 
 def check_options(options, records, config, world):
     """Raise UserError for options that contradict each other, the records or the number of processes."""
-    if options.batch % world:
-        raise UserError(f"--batch {options.batch}: expected a multiple of the {world} processes")
-    if not 0 <= options.t_min < options.t_max <= 1:
-        raise UserError(f"--t-min {options.t_min} --t-max {options.t_max}: expected 0 ≤ t-min < t-max ≤ 1")
     for name in ("batch", "micro_batch", "ema_every", "save_every", "keep", "eval_every"):
         if getattr(options, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: expected at least 1")
+    if options.batch % world:
+        raise UserError(f"--batch {options.batch}: expected a multiple of the {world} processes")
+    local = options.batch // world
+    if local % min(local, options.micro_batch):
+        raise UserError(f"--micro-batch {options.micro_batch}: expected a divisor of a process's share, {local} of --batch {options.batch}")
+    if not 0 <= options.t_min < options.t_max <= 1:
+        raise UserError(f"--t-min {options.t_min} --t-max {options.t_max}: expected 0 ≤ t-min < t-max ≤ 1")
     win, text = (tuple(records[0][k].shape) for k in ("win", "text"))
     if win[0] != config["out_channels"] or text != (config["max_text_seq_length"], config["text_embed_dim"]):
         raise UserError(f"--data {options.data}: latents {win} and text {text} are not this model's ({config['out_channels']} channels, text "
@@ -382,12 +388,12 @@ def train(name, options, rank, world, device, mesh, dtype):
     flops, tokens = step_flops(policy.net.config, records[0]["win"].shape, options, len(records[0].get("lose", ())))
     peak = next((p for gpu, p in PEAK.items() if device.type == "cuda" and gpu in torch.cuda.get_device_name()), None)
     log = Log(options, first, rank)
-    stop.on_signals()
+    finish_on_signals()
     bar = tqdm(range(first, steps), initial=first, total=steps, desc=options.method, disable=rank > 0)
     for step in bar:
         tick = time.time()
         if options.max_minutes and tick - begin > 60 * options.max_minutes:
-            stop.asked = True
+            stop.set()
         metrics, asked = train_step(policy, reference, optimizer, records, options, step, rank, world, device)
         metrics["seconds"] = time.time() - tick
         metrics["tokens_per_second"] = tokens / metrics["seconds"]
@@ -456,7 +462,7 @@ def dry_run(name, options):
         with tracker:
             for _ in range(2):                             # the second step meets the first one's gradients, as all later ones do
                 loss, _ = loss_of(policy, reference, batch, options)
-                if not options.stream or options.method == "sft":
+                if loss.requires_grad:
                     loss.backward()
     model.rope_table.cache_clear()                         # it holds fake tensors
     found = {k.value if hasattr(k, "value") else k: v for k, v in tracker.get_tracker_snapshot("peak")[torch.device("cpu")].items()}
