@@ -73,15 +73,23 @@ def default_model(model):
     return (HUB_MODEL, "a GPU is here") if torch.cuda.is_available() else ("tiny", "no GPU is here")
 
 
+class Place(NamedTuple):
+    """Where a process stands: one of `world` equals, each with a device and the dtype its networks compute in."""
+    rank: int
+    world: int
+    device: torch.device
+    dtype: torch.dtype
+
+
 def placement():
-    """(rank, world size, device, dtype of the networks) of this process, alone or under torchrun."""
+    """The Place of this process, alone or under torchrun. Raises UserError where more GPUs are asked for than there are."""
     rank, world, local = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     if not torch.cuda.is_available():
-        return rank, world, torch.device("cpu"), torch.float32
+        return Place(rank, world, torch.device("cpu"), torch.float32)
     if local >= torch.cuda.device_count():
         raise UserError(f"--nproc_per_node asks for a GPU number {local}, this machine has {torch.cuda.device_count()}")
     torch.cuda.set_device(local)
-    return rank, world, torch.device("cuda", local), torch.bfloat16
+    return Place(rank, world, torch.device("cuda", local), torch.bfloat16)
 
 
 def generator(*key):
@@ -581,7 +589,7 @@ def clip_shape(options, folder):
     c = json.loads((folder / "transformer" / "config.json").read_text())
     space = 2 ** (len(json.loads((folder / "vae" / "config.json").read_text())["block_out_channels"]) - 1)
     shape = (options.frames or c["sample_frames"], options.height or c["sample_height"] * space, options.width or c["sample_width"] * space)
-    if shape[0] % 8 != 1:
+    if shape[0] < 1 or shape[0] % 8 != 1:
         raise UserError(f"--frames {shape[0]}: expected 8k + 1 (9, 17, … 49)")
     multiple = space * c["patch_size"]
     for option, size in (("--height", shape[1]), ("--width", shape[2])):

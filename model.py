@@ -427,7 +427,7 @@ class DiT(nn.Module):
         c, p = self.config, self.config["patch_size"]
         expected, tokens = (c["sample_height"] // p, c["sample_width"] // p), n_text + math.prod(grid)
         if grid[1:] != expected or n_text != c["max_text_seq_length"] or tokens > self.patch_embed.pos_embedding.shape[1]:
-            raise ValueError(f"{n_text} text tokens and a token grid (frames, height, width) of {grid}; this checkpoint's learned positions "
+            raise UserError(f"{n_text} text tokens and a token grid (frames, height, width) of {grid}; this checkpoint's learned positions "
                              f"are for {c['max_text_seq_length']} and at most {(c['sample_frames'] - 1) // c['temporal_compression_ratio'] + 1} frames of {expected}")
         return self.patch_embed.pos_embedding[:, :tokens].to(like)
 
@@ -523,7 +523,7 @@ class Denoiser(nn.Module):
     def forward(self, x_t, cond, t):
         channels, p = self.net.config["out_channels"], self.net.config["patch_size"]
         if x_t.ndim != 5 or x_t.shape[1] != channels or x_t.shape[3] % p or x_t.shape[4] % p or cond.image.shape[2] != 1:
-            raise ValueError(f"latents {tuple(x_t.shape)} and image latents {tuple(cond.image.shape)}; expected (B,{channels},F,H,W) "
+            raise UserError(f"latents {tuple(x_t.shape)} and image latents {tuple(cond.image.shape)}; expected (B,{channels},F,H,W) "
                              f"and (B,{channels},1,H,W) with H and W divisible by {p}")
         c_in, c_skip, c_out, c_noise = (c.float()[:, None, None, None, None] for c in self.prediction.coefficients(t.double()))
         like = self.net.proj_out.weight.dtype
@@ -694,65 +694,70 @@ def copy_slice(stored, tensor):
 SHARD_BYTES = 5 * 10 ** 9                                  # the size at which published checkpoints are split
 
 
-def write_weights(net, config, where, dtype=None, stem="diffusion_pytorch_model", shard_bytes=SHARD_BYTES):
-    """Write a part (config.json and safetensors, split at 5 GB) into the folder `where`; every rank calls it.
+def is_first():
+    """Whether this process is the one that writes what all share."""
+    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
 
-    One tensor at a time is gathered, so the memory needed beside the weights is one shard on rank 0.
-    """
-    rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-    tensors = net.state_dict()
+
+def plan_shards(tensors, itemsize, stem, shard_bytes):
+    """[(file name, tensor names)]: files of at most `shard_bytes`, named as published ones are."""
     plan, size = [[]], 0
     for name, tensor in tensors.items():
-        nbytes = tensor.numel() * (dtype or tensor.dtype).itemsize
+        nbytes = tensor.numel() * itemsize(tensor)
         if size and size + nbytes > shard_bytes:
             plan, size = plan + [[]], 0
         plan[-1].append(name)
         size += nbytes
-    total = sum(t.numel() * (dtype or t.dtype).itemsize for t in tensors.values())
-    names = [f"{stem}.safetensors"] if len(plan) == 1 else [f"{stem}-{i + 1:05d}-of-{len(plan):05d}.safetensors" for i in range(len(plan))]
-    if rank == 0:
-        where.mkdir(parents=True)
-        (where / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    for file, shard in zip(names, plan):
-        gathered = {}
-        for name in shard:
-            tensor = tensors[name].to(dtype or tensors[name].dtype)
-            tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-            if rank == 0:
-                gathered[name] = tensor.cpu().contiguous()
-        if rank == 0:
-            save_file(gathered, where / file, metadata={"format": "pt"})
-    if rank == 0 and len(plan) > 1:
-        weight_map = {name: file for file, shard in zip(names, plan) for name in shard}
-        (where / f"{stem}.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2))
+    return [(f"{stem}.safetensors" if len(plan) == 1 else f"{stem}-{i + 1:05d}-of-{len(plan):05d}.safetensors", names) for i, names in enumerate(plan)]
 
 
-def save_dit(dit, path, dtype=None):
-    """Write a denoiser's transformer/ and scheduler/ into the folder `path`, whole or not at all; diffusers opens it.
+def save_part(net, config, where, dtype=None, stem="diffusion_pytorch_model", config_name="config.json", shard_bytes=5 * 10 ** 9):
+    """Write a network and its config as the folder `where`, whole or not at all. Every rank calls it.
 
-    `dtype` converts (training keeps fp32, publishing wants bf16). Under torch.distributed every rank must call it.
+    Tensors are gathered and converted to `dtype` one at a time, so that rank 0 needs the memory of one file (the 5 GB at
+    which published checkpoints are split) beside its own shard. Raises UserError where there is no room.
     """
-    path = Path(path)
-    rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-    parts = {"transformer": path / "transformer.part", "scheduler": path / "scheduler.part"}
-    if rank == 0:
-        for part in parts.values():
+    tensors, part = net.state_dict() if net else {}, where.with_name(where.name + ".part")
+    plan = plan_shards(tensors, lambda t: (dtype or t.dtype).itemsize, stem, shard_bytes)
+    try:
+        if is_first():
             shutil.rmtree(part, ignore_errors=True)        # left by a run that was killed while writing
-    write_weights(dit.net, dit.net.config, parts["transformer"], dtype)
-    if rank == 0:
-        parts["scheduler"].mkdir()
-        (parts["scheduler"] / "scheduler_config.json").write_text(json.dumps(dit.scheduler, indent=2) + "\n")
-        for name, part in parts.items():
-            replace_folder(part, path / name)
+            part.mkdir(parents=True)
+            (part / config_name).write_text(json.dumps(config, indent=2) + "\n")
+        for file, names in plan:
+            gathered = {}
+            for name in names:
+                tensor = tensors[name].to(dtype or tensors[name].dtype)
+                tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor                   # a collective
+                if is_first():
+                    gathered[name] = tensor.cpu().contiguous()
+            if gathered:
+                save_file(gathered, part / file, metadata={"format": "pt"})
+        if is_first():
+            if len(plan) > 1:
+                index = {"metadata": {"total_size": sum(t.numel() * (dtype or t.dtype).itemsize for t in tensors.values())},
+                         "weight_map": {name: file for file, names in plan for name in names}}
+                (part / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2))
+            replace_folder(part, where)
+    except (OSError, SafetensorError) as e:
+        shutil.rmtree(part, ignore_errors=True)
+        raise UserError(f"{where}: cannot be written ({e}); what was there before is untouched: make room and start again") from e
 
 
 def replace_folder(new, old):
     """Put the complete folder `new` in the place of `old`."""
+    aside = old.with_name(old.name + ".old")
+    shutil.rmtree(aside, ignore_errors=True)
     if old.exists():
-        aside = old.with_name(old.name + ".old")
-        shutil.rmtree(aside, ignore_errors=True)
         old.rename(aside)
-        new.rename(old)
-        shutil.rmtree(aside)
-    else:
-        new.rename(old)
+    new.rename(old)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def save_dit(dit, path, dtype=None):
+    """Write a denoiser's transformer/ and scheduler/ into the folder `path`; diffusers opens it.
+
+    `dtype` converts (training keeps fp32, publishing wants bf16). Under torch.distributed every rank must call it.
+    """
+    save_part(None, dit.scheduler, Path(path) / "scheduler", config_name="scheduler_config.json")
+    save_part(dit.net, dit.net.config, Path(path) / "transformer", dtype)

@@ -56,19 +56,19 @@ def negatives(model, options):
 
     They are stored as they leave the sampler, never decoded. Ranks never wait for each other.
     """
-    rank, world, device, dtype = placement()
+    place = placement()
     records = Records(options.data, negatives=False)
     folder = resolve(model, "transformer", "scheduler")
     fingerprint = dict(transformer=digest(folder / "transformer"), negatives=options.negatives, steps=options.steps,
                        guidance=options.guidance, solver=options.solver, seed=options.seed)
-    todo = missing(records.names[rank::world], f"{options.data}/lose", fingerprint)
+    todo = missing(records.names[place.rank::place.world], f"{options.data}/lose", fingerprint)
     if todo:
-        denoiser, empty = load_dit(folder, device, dtype), records.empty_text()
-    for name in tqdm(todo, desc="sampling negatives", disable=rank > 0):
-        lose = generate(denoiser, records[records.names.index(name)], empty, options, device, "negative", options.seed, name,
+        denoiser, empty = load_dit(folder, place.device, place.dtype), records.empty_text()
+    for name in tqdm(todo, desc="sampling negatives", disable=place.rank > 0):
+        lose = generate(denoiser, records[records.names.index(name)], empty, options, place.device, "negative", options.seed, name,
                         count=options.negatives, progress=False)
         write_tensors(f"{options.data}/lose/{name}.safetensors", {"lose": lose.bfloat16()}, fingerprint=fingerprint)
-    if rank == 0:
+    if place.rank == 0:
         print(f"{len(records)} × {options.negatives} negatives in {options.data}/lose; next: python train.py --model {model} --data {options.data}")
 
 
@@ -101,7 +101,7 @@ def free(device):
 def main(options):
     """Negatives with --data, else one video."""
     model, why = default_model(options.model)
-    if placement()[0] == 0:
+    if placement().rank == 0:
         print(f"model: {model} ({why})")
     if bool(options.data) == bool(options.image):
         raise UserError("give either --data CACHE (negatives) or --image PICTURE and --prompt (one video)")

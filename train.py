@@ -75,15 +75,15 @@ TINY = dict(epochs=0, steps=100, micro_batch=8, lr=1e-5, beta=25.0, checkpointin
 def start():
     """Join the process group; a bare `python` is a group of one, so nothing below asks whether there are others.
 
-    Returns (rank, world size, device, mesh, dtype the networks compute in).
+    Returns this process's Place and the mesh of all.
     """
-    rank, world, device, dtype = placement()
-    cuda = device.type == "cuda"
+    place = placement()
+    cuda = place.device.type == "cuda"
     if "RANK" in os.environ:
         dist.init_process_group("cuda:nccl,cpu:gloo" if cuda else "gloo")
     else:
         dist.init_process_group("nccl" if cuda else "gloo", store=dist.HashStore(), rank=0, world_size=1)
-    return rank, world, device, init_device_mesh(device.type, (world,), mesh_dim_names=("dp",)), dtype
+    return place, init_device_mesh(place.device.type, (place.world,), mesh_dim_names=("dp",))
 
 
 def shard(net, mesh, dtype, compile=False):
@@ -97,9 +97,9 @@ def shard(net, mesh, dtype, compile=False):
     fully_shard(net, mesh=mesh, mp_policy=MixedPrecisionPolicy(**policy, output_dtype=torch.float32), reshard_after_forward=True)
 
 
-def load_models(name, device, mesh, dtype, options):
-    """Policy and reference, equal and sharded, fp32; they compute in `dtype`."""
-    policy, reference = (model.load_dit(name, device, torch.float32, lambda net: shard(net, mesh, dtype, options.compile)) for _ in range(2))
+def load_models(name, place, mesh, options):
+    """Policy and reference, equal and sharded, fp32; they compute in the place's dtype."""
+    policy, reference = (model.load_dit(name, place.device, torch.float32, lambda net: shard(net, mesh, place.dtype, options.compile)) for _ in range(2))
     policy.checkpointing = options.checkpointing
     return policy.train(), reference.requires_grad_(False)
 
@@ -148,19 +148,19 @@ def loss_of(policy, reference, batch, options):
     return realdpo_loss(policy, reference, lose=batch["lose"].float(), beta=options.beta, anchor=options.anchor, stream=options.stream, **common)
 
 
-def train_step(policy, reference, optimizer, records, options, step, rank, world, device):
+def train_step(policy, reference, optimizer, records, options, step, place):
     """One optimizer step. Returns the metrics, averaged over all ranks, and whether some rank was asked to stop."""
     samples = list(enumerate(order(options, len(records), step)))
-    mine = samples[rank::world]
+    mine = samples[place.rank::place.world]
     parts = [mine[i:i + options.micro_batch] for i in range(0, len(mine), options.micro_batch)]
     total = {}
     for part in parts:                                     # equal parts, so the mean of their gradients is the batch's
-        loss, metrics = loss_of(policy, reference, collate(records, part, options, step, device), options)
+        loss, metrics = loss_of(policy, reference, collate(records, part, options, step, place.device), options)
         if loss.requires_grad:                             # else it was streamed, and is back-propagated already
             loss.backward()
         for key, value in {"loss": loss.detach(), **metrics}.items():
             total[key] = total.get(key, 0) + value.double() / len(parts)
-    numbers = torch.stack([*total.values(), torch.tensor(float(stop.is_set()), dtype=torch.float64, device=device)]) / world
+    numbers = torch.stack([*total.values(), torch.tensor(float(stop.is_set()), dtype=torch.float64, device=place.device)]) / place.world
     dist.all_reduce(numbers)
     *values, asked = numbers.tolist()
     metrics = dict(zip(total, values))
@@ -229,8 +229,7 @@ def save_checkpoint(state, options, step, rank):
         raise UserError(f"{part}: cannot be written ({list(e.failures.values())[0][0]}); earlier checkpoints are whole: make room and start again") from None
     if rank == 0:
         (part / "options.json").write_text(json.dumps({"step": step, **dataclasses.asdict(options)}, indent=1))
-        shutil.rmtree(final, ignore_errors=True)
-        part.rename(final)
+        model.replace_folder(part, final)
         for old in sorted(folder.glob("step-??????"))[:-options.keep]:
             shutil.rmtree(old)
     dist.barrier()
@@ -279,17 +278,17 @@ PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}    # dense bf16 FLOP/s, 
 
 
 @torch.no_grad()
-def evaluate(policy, reference, records, options, rank, world, device):
+def evaluate(policy, reference, records, options, place):
     """Margin, accuracy and the four errors on held-out records at fixed t and fixed noise, {"eval_margin": …, "eval_win_t0.1": …}."""
-    share, sums = math.ceil(len(records) / world), {}
+    share, sums = math.ceil(len(records) / place.world), {}
     for i in range(share):                                 # every rank makes equally many forwards: they are collectives
-        index = rank + i * world
+        index = place.rank + i * place.world
         row = records[index % len(records)]
         for t in T_BINS:
             noise = torch.randn(row["win"].shape, generator=generator("eval", records.names[index % len(records)], t))
-            batch = {k: v[None].to(device).float() for k, v in {**row, "noise": noise}.items()}
+            batch = {k: v[None].to(place.device).float() for k, v in {**row, "noise": noise}.items()}
             _, metrics = realdpo_loss(policy, reference, win=batch["win"], lose=batch["lose"], cond=Condition(batch["text"], batch["image"]), beta=options.beta,
-                                      t=torch.tensor([t], device=device), noise=batch["noise"], weighting=options.weighting)
+                                      t=torch.tensor([t], device=place.device), noise=batch["noise"], weighting=options.weighting)
             for key, value in metrics.items():
                 name = f"eval_{key}" if key in ("margin", "accuracy") else f"eval_{key}_t{t}"
                 count = len(T_BINS) if key in ("margin", "accuracy") else 1
@@ -299,13 +298,13 @@ def evaluate(policy, reference, records, options, rank, world, device):
     return dict(zip(sums, numbers.tolist()))
 
 
-def evaluate_videos(policy, name, records, options, step, rank, world, device):
+def evaluate_videos(policy, name, records, options, step, place):
     """The first `eval_videos` held-out records as the policy makes them now: videos/STEP-NAME.mp4."""
     settings = sample.Options(**(sample.TINY if model.base_of(name) == "tiny" else {}))
-    vae = model.load_vae(name, device, placement()[3])
-    for i in range(math.ceil(min(options.eval_videos, len(records)) / world)):
-        index = (rank + i * world) % len(records)
-        latents = sample.generate(policy, records[index], records.empty_text(), settings, device, "eval", records.names[index], progress=False)
+    vae = model.load_vae(name, place.device, place.dtype)
+    for i in range(math.ceil(min(options.eval_videos, len(records)) / place.world)):
+        index = (place.rank + i * place.world) % len(records)
+        latents = sample.generate(policy, records[index], records.empty_text(), settings, place.device, "eval", records.names[index], progress=False)
         data.write_video(Path(options.out) / "videos" / f"{step:06d}-{records.names[index]}.mp4", data.to_uint8(vae.decode(latents)[0]), settings.fps)
 
 
@@ -369,7 +368,7 @@ class Log:
                 self.board.add_scalar(key, value, step)
 
 
-def train(name, options, rank, world, device, mesh, dtype):
+def train(name, options, place, mesh):
     """Steps until done or asked to stop, checkpoints on the way, the trained transformer at the end.
 
     Returns whether training is complete.
@@ -377,41 +376,41 @@ def train(name, options, rank, world, device, mesh, dtype):
     records = Records(options.data, negatives=options.method != "sft")
     held_out = Records(options.eval_data) if options.eval_data else None
     steps, begin = options.steps or math.ceil(options.epochs * len(records) / options.batch), time.time()
-    policy, reference = load_models(name, device, mesh, dtype, options)
-    check_options(options, records, policy.net.config, world)
+    policy, reference = load_models(name, place, mesh, options)
+    check_options(options, records, policy.net.config, place.world)
     optimizer = make_optimizer(policy, options)
     state = training_state(policy, reference, optimizer)
     checkpoint = find_checkpoint(options)
     first = load_checkpoint(state, optimizer, checkpoint, options) if checkpoint else 0
-    if rank == 0 and first:
+    if place.rank == 0 and first:
         print(f"continuing from {checkpoint}")
     flops, tokens = step_flops(policy.net.config, records[0]["win"].shape, options, len(records[0].get("lose", ())))
-    peak = next((p for gpu, p in PEAK.items() if device.type == "cuda" and gpu in torch.cuda.get_device_name()), None)
-    log = Log(options, first, rank)
+    peak = next((p for gpu, p in PEAK.items() if place.device.type == "cuda" and gpu in torch.cuda.get_device_name()), None)
+    log = Log(options, first, place.rank)
     finish_on_signals()
-    bar = tqdm(range(first, steps), initial=first, total=steps, desc=options.method, disable=rank > 0)
+    bar = tqdm(range(first, steps), initial=first, total=steps, desc=options.method, disable=place.rank > 0)
     for step in bar:
         tick = time.time()
         if options.max_minutes and tick - begin > 60 * options.max_minutes:
             stop.set()
-        metrics, asked = train_step(policy, reference, optimizer, records, options, step, rank, world, device)
+        metrics, asked = train_step(policy, reference, optimizer, records, options, step, place)
         metrics["seconds"] = time.time() - tick
         metrics["tokens_per_second"] = tokens / metrics["seconds"]
         if peak:
-            metrics["mfu"] = flops / metrics["seconds"] / world / peak
+            metrics["mfu"] = flops / metrics["seconds"] / place.world / peak
         last = step + 1 == steps or asked
         if held_out and ((step + 1) % options.eval_every == 0 or last):
-            metrics |= evaluate(policy, reference, held_out, options, rank, world, device)
+            metrics |= evaluate(policy, reference, held_out, options, place)
             if options.eval_videos:
-                evaluate_videos(policy, name, held_out, options, step + 1, rank, world, device)
+                evaluate_videos(policy, name, held_out, options, step + 1, place)
         log(step, metrics)
         if last or (step + 1) % options.save_every == 0:
-            save_checkpoint(state, options, step + 1, rank)
+            save_checkpoint(state, options, step + 1, place.rank)
         if asked and step + 1 < steps:
-            if rank == 0:
+            if place.rank == 0:
                 print(f"stopped after step {step}; checkpoint saved in {options.out}/checkpoints, and the same command continues")
             return False
-    export(policy, name, options, rank)
+    export(policy, name, options, place.rank)
     return True
 
 
@@ -564,20 +563,30 @@ def cosine(step, steps, lr):
     return lr * min(1, (step + 1) / 50) * (0.01 + 0.99 * (1 + math.cos(math.pi * step / steps)) / 2)
 
 
-def optimize(parameters, loss, steps, lr, desc):
-    """Adam on `loss(generator)`, with a progress bar."""
+def optimize(parameters, loss, steps, lr, file):
+    """Adam on `loss(generator)`, with a progress bar; its state goes to `file` now and then, from which it continues."""
     parameters = list(parameters)
-    optimizer, rng = torch.optim.AdamW(parameters, lr, betas=(0.9, 0.99), weight_decay=0.0), generator(desc)
-    bar, average = tqdm(range(steps), desc=desc), None
+    optimizer = torch.optim.AdamW(parameters, lr, betas=(0.9, 0.99), weight_decay=0.0)
+    kinds = {"weight": parameters, "exp_avg": [torch.zeros_like(p) for p in parameters], "exp_avg_sq": [torch.zeros_like(p) for p in parameters]}
+    state, first = {f"{kind}.{i}": t.detach() for kind, ts in kinds.items() for i, t in enumerate(ts)}, 0
+    if file.exists():
+        first = data.read_header(file)[1]["step"]
+        for name, tensor in data.read_tensors(file).items():
+            state[name].copy_(tensor)
+    for p, m, v in zip(*kinds.values()):
+        optimizer.state[p] = dict(step=torch.tensor(float(first)), exp_avg=m, exp_avg_sq=v)
+    bar, average = tqdm(range(first, steps), initial=first, total=steps, desc=file.stem), None
     for step in bar:
         optimizer.param_groups[0]["lr"] = cosine(step, steps, lr)
-        value = loss(rng)
+        value = loss(generator(file.stem, step))
         optimizer.zero_grad()
         value.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         average = value.item() if average is None else 0.99 * average + 0.01 * value.item()
         bar.set_postfix(loss=f"{average:.4f}")
+        if (step + 1) % 500 == 0:
+            data.write_tensors(file, state, step=step + 1)
 
 
 def make_text_encoder(folder):
@@ -585,12 +594,11 @@ def make_text_encoder(folder):
     import sentencepiece
     words, rng = sorted({w for action in data.ACTIONS for w in action.split()} | {"a", "figure", *data.SPEEDS}), np.random.default_rng(0)
     sentences = (" ".join(rng.choice(words, 6)) for _ in range(1000))                   # shuffled, so that the pieces are the words
-    (folder / "tokenizer").mkdir()
-    with open(folder / "tokenizer" / "spiece.model", "wb") as f:
+    with whole_file(folder / "tokenizer" / "spiece.model") as part, open(part, "wb") as f:
         sentencepiece.SentencePieceTrainer.train(sentence_iterator=sentences, model_writer=f, model_type="unigram", vocab_size=TINY_T5["vocab_size"],
                                                  pad_id=0, eos_id=1, unk_id=2, bos_id=-1, hard_vocab_limit=False, minloglevel=2)
     torch.manual_seed(0)
-    model.write_weights(model.T5Encoder(TINY_T5), TINY_T5, folder / "text_encoder", torch.bfloat16, stem="model")
+    model.save_part(model.T5Encoder(TINY_T5), TINY_T5, folder / "text_encoder", torch.bfloat16, stem="model")
 
 
 def make_vae(folder, steps):
@@ -610,14 +618,14 @@ def make_vae(folder, steps):
         kl = (mean ** 2 + std ** 2 - 1 - 2 * std.log()).mean() / 2
         return (output - video).abs().mean() + (output - video).square().mean() + 1e-4 * kl
 
-    optimize(vae.parameters(), loss, steps, 3e-3, "autoencoder")
+    optimize(vae.parameters(), loss, steps, 3e-3, folder / "autoencoder.safetensors")
     with torch.no_grad():
         held_out = torch.stack([data.fit(data.toy_video(world_of(0, HELD_OUT), i)[0], 32, 32) for i in range(32)])
         output, mean, _ = reconstruct(held_out, torch.zeros_like)
     config["scaling_factor"] = round(1 / mean.std().item(), 6)
     error = (output.clamp(-1, 1) - held_out).square().mean().item() / 4
     print(f"autoencoder: {-10 * math.log10(error):.1f} dB on 32 held-out clips")
-    model.write_weights(vae, config, folder / "vae", torch.bfloat16)
+    model.save_part(vae, config, folder / "vae", torch.bfloat16)
 
 
 def corpus_clip(index, imperfect, seed=0):
@@ -648,7 +656,7 @@ def make_base(folder, steps, seed=0, imperfect=True, clips=4096):
         cond = Condition(torch.where(captioned, text[i], empty), image[i])
         return sft_loss(denoiser, win=win[i], cond=cond, t=1 - torch.rand(len(i), generator=rng), noise=torch.randn(win[i].shape, generator=rng), weighting="velocity")[0]
 
-    optimize([*net.parameters(), table], loss, steps, 2e-3, "base")
+    optimize([*net.parameters(), table], loss, steps, 2e-3, folder / "base.safetensors")
     model.save_dit(denoiser, folder, torch.bfloat16)
 
 
@@ -674,16 +682,16 @@ def main(options):
         return from_scratch(options)
     if options.dry_run:
         return dry_run(name, options)
-    rank, world, device, mesh, dtype = start()
-    if rank == 0:
+    place, mesh = start()
+    if place.rank == 0:
         print(f"model: {name} ({why})")
     laptop = name == "tiny" and not Path(options.data).is_dir()
     if laptop:
-        options.data = prepare(options, rank)
+        options.data = prepare(options, place.rank)
     elif not Path(options.data).is_dir():
         raise UserError(f"--data {options.data}: no such cache; make it with: python data.py --videos DIR --model {name} --out {options.data}"
                         f" and: python sample.py --model {name} --data {options.data}")
-    if train(name, options, rank, world, device, mesh, dtype) and rank == 0:
+    if train(name, options, place, mesh) and place.rank == 0:
         show(options) if laptop else print(f"done; try: python sample.py --model {options.out} --image first.png --prompt \"…\"")
     dist.destroy_process_group()
 
