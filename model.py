@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 
 class UserError(ValueError):
@@ -407,8 +407,7 @@ class DiT(nn.Module):
         x = x + self.positions(grid, n_text, x)
         rope = rope_table(grid, n_text, self.config["attention_head_dim"], x.device)
         for block in self.transformer_blocks:
-            call = partial(checkpoint, block, use_reentrant=False) if checkpointing and torch.is_grad_enabled() else block
-            x = call(x, time, rope, n_text)
+            x = (recomputed(block, checkpointing) if checkpointing and torch.is_grad_enabled() else block)(x, time, rope, n_text)
         x, (shift, scale) = self.norm_out(self.norm_final(x[:, n_text:]), time)                             # (B,FHW,D)
         x = self.proj_out(modulate(x, shift, scale))
         f, h, w = grid
@@ -430,6 +429,17 @@ class DiT(nn.Module):
             raise UserError(f"{n_text} text tokens and a token grid (frames, height, width) of {grid}; this checkpoint's learned positions "
                              f"are for {c['max_text_seq_length']} and at most {(c['sample_frames'] - 1) // c['temporal_compression_ratio'] + 1} frames of {expected}")
         return self.patch_embed.pos_embedding[:, :tokens].to(like)
+
+
+ATTENTION = [getattr(torch.ops.aten, f"_scaled_dot_product_{kind}").default
+             for kind in ("flash_attention", "flash_attention_for_cpu", "efficient_attention", "cudnn_attention")]
+
+
+def recomputed(block, how):
+    """`block` with its activations recomputed in the backward pass: all of them, or ("selective") all but what attention
+    put out, half of a 5B block's work for one activation more."""
+    keep = dict(context_fn=partial(create_selective_checkpoint_contexts, ATTENTION)) if how == "selective" else {}
+    return partial(checkpoint, block, use_reentrant=False, **keep)
 
 
 @lru_cache(maxsize=8)
@@ -512,7 +522,8 @@ class Denoiser(nn.Module):
 
     x̂₀ = c_skip·x_t + c_out·F(c_in·x_t, c, c_noise)   (the form of Karras et al. 2022, Eq. 7; ψ∘θ of the paper's Eq. 4–5)
 
-    `net` is F and the only part that runs in bf16. `checkpointing = True` recomputes each block in the backward pass.
+    `net` is F and the only part that runs in bf16. `checkpointing = True` recomputes each block in the backward pass,
+    "selective" all of it but its attention.
     """
     checkpointing = False
 

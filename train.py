@@ -49,7 +49,7 @@ class Options:
     t_max: float = 1.0                 # (authors' code: the low-noise half, up to 0.6387)
     ema_decay: float = 0.996           # ω of the reference (Eq. 7, paper: 0.996)
     ema_every: int = 1                 # steps between two updates of the reference (paper: unnamed)
-    checkpointing: bool = True         # recompute blocks in the backward pass: 5B needs it
+    checkpointing: Literal["none", "full", "selective"] = "selective"  # recompute blocks in the backward pass, selective: but for attention
     stream: bool = False               # back-propagate a sample's videos one by one: less memory, same gradient
     save_every: int = 200              # steps between checkpoints
     keep: int = 2                      # checkpoints to keep
@@ -65,7 +65,8 @@ class Options:
     from_scratch: bool = False         # make the tiny model itself again (an hour or two), into --out
 
 
-TINY = dict(epochs=0, steps=100, micro_batch=8, lr=1e-5, beta=25.0, checkpointing=False, save_every=50)
+TINY = dict(epochs=0, steps=100, micro_batch=8, lr=1e-5, beta=25.0, checkpointing="none", save_every=50)
+CHECKPOINTING = {"none": False, "full": True, "selective": "selective"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -100,7 +101,7 @@ def shard(net, mesh, dtype, compile=False):
 def load_models(name, place, mesh, options):
     """Policy and reference, equal and sharded, fp32; they compute in the place's dtype."""
     policy, reference = (model.load_dit(name, place.device, torch.float32, lambda net: shard(net, mesh, place.dtype, options.compile)) for _ in range(2))
-    policy.checkpointing = options.checkpointing
+    policy.checkpointing = CHECKPOINTING[options.checkpointing]
     return policy.train(), reference.requires_grad_(False)
 
 
@@ -309,17 +310,22 @@ def evaluate_videos(policy, name, records, options, step, place):
 
 
 def forward_flops(config, grid, n_text):
-    """(FLOP of one sequence's forward pass, tokens): 24·D² a token and block in matrix products, 4·S²·D a block in attention."""
+    """FLOP of one sequence's forward pass in matrix products (24·D² a token and block) and in attention (4·S²·D a
+    block), and its tokens S."""
     width, tokens = config["num_attention_heads"] * config["attention_head_dim"], n_text + math.prod(grid) // config["patch_size"] ** 2
-    return config["num_layers"] * (24 * width ** 2 * tokens + 4 * tokens ** 2 * width), tokens
+    return config["num_layers"] * 24 * width ** 2 * tokens, config["num_layers"] * 4 * tokens ** 2 * width, tokens
 
 
 def step_flops(config, shape, options, n_lose):
-    """(FLOP, tokens) of one step, all ranks: shape (C,F,H,W) of the latents. Policy: forward, backward (twice that), recompute; reference: forward."""
-    forward, tokens = forward_flops(config, shape[1:], config["max_text_seq_length"])
-    passes = 3 + options.checkpointing + (options.method != "sft")
-    sequences = options.batch * (1 + n_lose if options.method != "sft" else 1)
-    return forward * passes * sequences, tokens * sequences
+    """(FLOP, tokens) of one step over all ranks; latents of shape (C,F,H,W).
+
+    Policy: forward, backward (twice that) and what is recomputed; reference: forward.
+    """
+    products, attention, tokens = forward_flops(config, shape[1:], config["max_text_seq_length"])
+    again = {"none": 0, "full": products + attention, "selective": products}[options.checkpointing]
+    reference = 0 if options.method == "sft" else products + attention
+    sequences = options.batch * (1 if options.method == "sft" else 1 + n_lose)
+    return (3 * (products + attention) + again + reference) * sequences, tokens * sequences
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -452,7 +458,7 @@ def dry_run(name, options):
     with FakeTensorMode():
         policy, reference = (model.Denoiser(model.empty(model.DiT, config, torch.float32, "cpu", lambda net: shard(net, mesh, torch.bfloat16)),
                                             model.FlowPrediction(), None) for _ in range(2))
-        policy.checkpointing = options.checkpointing
+        policy.checkpointing = CHECKPOINTING[options.checkpointing]
         tracker = FSDPMemTracker(policy.net, make_optimizer(policy, options))
         reference.requires_grad_(False)
         n = min(options.micro_batch, local)
