@@ -28,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from model import UserError, base_of, load_text_encoder, load_vae, resolve
+from model import UserError, base_of, load_text_encoder, load_vae, read_config, resolve
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What all commands share: options, devices, seeds, files written whole
@@ -586,8 +586,8 @@ class Options:
 
 def clip_shape(options, folder):
     """(frames, height, width) of the clips: as asked, else what the model was trained on. Raises UserError for a bad one."""
-    c = json.loads((folder / "transformer" / "config.json").read_text())
-    space = 2 ** (len(json.loads((folder / "vae" / "config.json").read_text())["block_out_channels"]) - 1)
+    c = read_config(folder, "transformer", "CogVideoXTransformer3DModel")
+    space = 2 ** (len(read_config(folder, "vae", "AutoencoderKLCogVideoX")["block_out_channels"]) - 1)
     shape = (options.frames or c["sample_frames"], options.height or c["sample_height"] * space, options.width or c["sample_width"] * space)
     if shape[0] < 1 or shape[0] % 8 != 1:
         raise UserError(f"--frames {shape[0]}: expected 8k + 1 (9, 17, … 49)")
@@ -659,7 +659,7 @@ def main(options):
     if not options.videos:
         raise UserError("--videos is missing: the folder of clips with captions")
     clips = {clip.name: clip for clip in list_clips(options.videos)}
-    folder, out = resolve(model, "transformer", "vae", "text_encoder", "tokenizer"), Path(options.out)
+    folder, out = resolve(model, "transformer/config.json", "vae", "text_encoder", "tokenizer"), Path(options.out)
     shape = clip_shape(options, folder)
     fingerprint = dict(vae=digest(folder / "vae"), text_encoder=digest(folder / "text_encoder"), frames=shape[0], height=shape[1],
                        width=shape[2], fps=options.fps, image_noise=options.image_noise, seed=options.seed)

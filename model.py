@@ -97,12 +97,13 @@ def load_text_encoder(path, device="cpu", dtype=torch.float32):
     does not hold them.
     """
     import sentencepiece
-    folder = resolve(path, "tokenizer", "text_encoder", "transformer")
+    folder = resolve(path, "tokenizer", "text_encoder", "transformer/config.json")
     net = materialize(T5Encoder, read_config(folder, "text_encoder", "T5EncoderModel"), folder / "text_encoder", device, dtype)
     spiece = folder / "tokenizer" / "spiece.model"
-    if not spiece.is_file():
-        raise UserError(f"{spiece}: not found; T5's tokenizer is a SentencePiece file of that name")
-    tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(spiece))
+    try:
+        tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(spiece))
+    except (RuntimeError, OSError) as e:
+        raise UserError(f"{spiece}: cannot be read; T5's tokenizer is a SentencePiece file of that name ({e})") from e
     length = read_config(folder, "transformer", "CogVideoXTransformer3DModel")["max_text_seq_length"]
     PAD, EOS = 0, 1                                        # T5's ids
 
@@ -568,7 +569,7 @@ def load_dit(path, device="cpu", dtype=torch.float32, shard=lambda net: None):
            in_channels=2 * config["out_channels"], activation_fn="gelu-approximate", timestep_activation_fn="silu",
            norm_elementwise_affine=True, flip_sin_to_cos=True, freq_shift=0)
     prediction = prediction_of(folder)
-    scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+    scheduler = dict(read_json(folder / "scheduler" / "scheduler_config.json"))
     return Denoiser(materialize(DiT, config, where, device, dtype, shard), prediction, scheduler)
 
 
@@ -603,33 +604,50 @@ def resolve(path, *parts):
     """The local folder that holds the named parts of a model: the model's own, its base's where it is a training run
     that does not have them, or the hub's, downloaded once. Raises UserError where there is none."""
     folder = TINY if str(path) == "tiny" else Path(path)
-    if folder.is_dir() and base_of(path) != str(path) and not all((folder / part).is_dir() for part in parts):
+    if folder.is_dir() and base_of(path) != str(path) and not all((folder / part).exists() for part in parts):
         return resolve(base_of(path), *parts)
     if not folder.is_dir():
         if str(path) == "tiny" or str(path).count("/") != 1 or str(path).startswith((".", "/")):
             raise UserError(f"{folder}: no such model folder, and not a hub id (owner/name)")
         import huggingface_hub
         try:
-            return Path(huggingface_hub.snapshot_download(str(path), allow_patterns=[f"{part}/*" for part in parts]))
+            patterns = [part if "." in part else f"{part}/*" for part in parts]
+            return Path(huggingface_hub.snapshot_download(str(path), allow_patterns=patterns))
         except (huggingface_hub.errors.HfHubHTTPError, huggingface_hub.errors.LocalEntryNotFoundError, OSError) as e:
             raise UserError(f"{path}: no such model folder, and the hub gave no such model ({str(e).splitlines()[0]})") from e
     for part in parts:
-        if not (folder / part).is_dir():
-            raise UserError(f"{folder}: has no {part}/; a model folder holds transformer/ vae/ text_encoder/ tokenizer/ scheduler/")
+        if not (folder / part).exists():
+            raise UserError(f"{folder}: has no {part}; a model folder holds transformer/ vae/ text_encoder/ tokenizer/ scheduler/")
     return folder
+
+
+class Config(dict):
+    """What a config.json says. To ask for what it does not say is an error that names the file."""
+
+    def __init__(self, file, entries):
+        super().__init__(entries)
+        self.file = file
+
+    def __missing__(self, key):
+        raise UserError(f"{self.file}: {key} is missing")
+
+
+def read_json(file):
+    """The object in a JSON file, as a Config. Raises UserError where there is none."""
+    try:
+        return Config(file, json.loads(file.read_text()))
+    except (OSError, ValueError, TypeError) as e:
+        raise UserError(f"{file}: cannot be read as a JSON object ({e})") from e
 
 
 def read_config(folder, part, *class_names):
     """config.json of a part, with the family's defaults filled in. Raises UserError for another class of network."""
     file = folder / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
-    try:
-        config = json.loads(file.read_text())
-    except (OSError, ValueError) as e:
-        raise UserError(f"{file}: cannot be read as a model config ({e})") from e
+    config = read_json(file)
     name = config.get("_class_name") or (config.get("architectures") or ["no class"])[0]
     if name not in class_names:
         raise UserError(f"{file}: is of class {name}, expected {' or '.join(class_names)}")
-    return {**DEFAULTS.get(name, {}), **config, "_class_name": name}
+    return Config(file, {**DEFAULTS.get(name, {}), **config, "_class_name": name})
 
 
 def refuse(where, config, **supported):
@@ -652,10 +670,7 @@ def empty(network, config, dtype, device, shard=lambda net: None):
 
 def materialize(network, config, where, device, dtype, shard=lambda net: None):
     """A network filled from the files in `where`. Raises UserError where they are not its own."""
-    try:
-        net = empty(network, config, dtype, device, shard)
-    except KeyError as e:
-        raise UserError(f"{where / 'config.json'}: {e} is missing") from e
+    net = empty(network, config, dtype, device, shard)
     read_weights(net, where)
     return net
 
@@ -663,7 +678,7 @@ def materialize(network, config, where, device, dtype, shard=lambda net: None):
 def weight_files(where):
     """{tensor name: file} of a part's safetensors: those an index names, or the only one. Nothing else is ever opened."""
     index = sorted(where.glob("*.safetensors.index.json"))
-    files = {where / name for name in json.loads(index[0].read_text())["weight_map"].values()} if index else set(where.glob("*.safetensors"))
+    files = {where / name for name in Config(index[0], read_json(index[0])["weight_map"]).values()} if index else set(where.glob("*.safetensors"))
     if not files:
         raise UserError(f"{where}: holds no .safetensors weights (pickled weights are not read)")
     if len(files) > 1 and not index:

@@ -169,8 +169,8 @@ def sample(denoiser, noise, cond, *, steps, guidance, uncond=None, solver="euler
     """Generate latents (B,C,F,H,W) from noise of that shape, in `steps` evaluations of the denoiser.
 
     solver "euler": x ← x̂₀ + (t′/t)·(x − x̂₀), one step of the flow, which on CogVideoX's time grid is one DDIM step.
-    solver "multistep": the same with x̂₀ extrapolated from the last two (DPM-Solver++(2M), Lu et al. 2022), so that
-    half the steps reach the same video.
+    solver "multistep": the same with x̂₀ extrapolated from the last two (DPM-Solver++(2M), Lu et al. 2022): second order
+    in the step size, but for the last step.
     guidance g > 1: x̂₀ = x̂₀(∅) + g·(x̂₀(c) − x̂₀(∅)), both halves in one batch; `uncond` is the Condition of the
     empty caption (its text alone will do: both halves see the same image).
     """

@@ -75,7 +75,7 @@ def negatives(model, options):
 def video_from(model, options):
     """One picture and one sentence to an mp4."""
     _, _, device, dtype = placement()
-    frames, height, width = clip_shape(options, resolve(model, "transformer", "vae"))
+    frames, height, width = clip_shape(options, resolve(model, "transformer/config.json", "vae/config.json"))
     image = fit(read_image(options.image), height, width)                               # (3,1,H,W); fails before any network loads
     text, empty = load_text_encoder(model, device, dtype)([options.prompt, ""])
     image = load_vae(model, device, dtype).encode(image[None].to(device), generator("image", options.seed))[0]
