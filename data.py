@@ -115,16 +115,16 @@ def whole_file(path):
 
 
 def write_tensors(path, tensors, **metadata):
-    """A safetensors file; `metadata` values are stored as JSON in its header."""
+    """A safetensors file; `metadata` is stored as JSON in its header, as one entry: safetensors writes several in any order."""
     with whole_file(path) as part:
-        save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, part, {k: json.dumps(v) for k, v in metadata.items()})
+        save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, part, {"made_by": json.dumps(metadata)})
 
 
 def read_header(path):
     """({name: shape}, metadata) of a file that `write_tensors` wrote. Raises UserError for anything else."""
     try:
         with safe_open(path, "pt") as f:
-            return {k: tuple(f.get_slice(k).get_shape()) for k in f.keys()}, {k: json.loads(v) for k, v in (f.metadata() or {}).items()}
+            return {k: tuple(f.get_slice(k).get_shape()) for k in f.keys()}, json.loads((f.metadata() or {}).get("made_by", "{}"))
     except (OSError, SafetensorError, ValueError) as e:
         raise UserError(f"{path}: not a whole record ({e}); delete it and run the command that made it again") from e
 
@@ -595,6 +595,12 @@ def clip_shape(options, folder):
     for option, size in (("--height", shape[1]), ("--width", shape[2])):
         if size <= 0 or size % multiple:
             raise UserError(f"{option} {size}: expected a multiple of {multiple}")
+    trained = c["sample_height"] * space, c["sample_width"] * space
+    if c.get("use_learned_positional_embeddings") and (shape[0] > c["sample_frames"] or shape[1:] != trained):
+        raise UserError(f"--frames {shape[0]} --height {shape[1]} --width {shape[2]}: this model's learned positions are for "
+                        f"at most {c['sample_frames']} frames of {trained[0]}×{trained[1]}")
+    if options.fps < 1:
+        raise UserError(f"--fps {options.fps}: expected at least 1")
     return shape
 
 
@@ -674,7 +680,7 @@ def main(options):
         write_tensors(out / "win" / f"{clip.name}.safetensors", {**record, "text": embeddings[clip.caption]},
                       fingerprint=fingerprint, caption=clip.caption, source=str(clip.video))
     if rank == 0:
-        print(f"{len(clips)} clips in {out}/win; next: python sample.py --model {model} --data {out}")
+        print(f"{len(list((out / 'win').glob('*.safetensors')))} clips in {out}/win; next: python sample.py --model {model} --data {out}")
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ class Options:
     negatives: int = 3                 # generated videos a record
     steps: int = 50                    # evaluations of the transformer
     guidance: float = 6.0              # 1 = none
-    solver: str = "euler"              # euler (on CogVideoX: DDIM) or multistep
+    solver: Literal["euler", "multistep"] = "euler"              # euler (on CogVideoX: DDIM) or multistep
     frames: int = 0                    # of the video, 8k + 1; default: the model's
     height: int = 0                    # of the video; default: the model's
     width: int = 0                     # of the video; default: the model's

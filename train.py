@@ -241,16 +241,22 @@ def load_checkpoint(state, optimizer, folder, options):
 
     Raises UserError where it is not whole, or was made with options that would make this another run.
     """
-    saved = json.loads((folder / "options.json").read_text())
+    try:
+        saved = {"step": None, **json.loads((folder / "options.json").read_text())}
+    except (OSError, ValueError, TypeError) as e:
+        raise UserError(f"{folder / 'options.json'}: cannot be read ({e}); delete {folder} to continue from an earlier one") from e
     free = {"out", "steps", "epochs", "save_every", "keep", "resume", "max_minutes", "data", "checkpointing", "stream", "micro_batch", "compile",
             "eval_data", "eval_every", "eval_videos", "dry_run", "gpus"}
-    different = [f"--{k.replace('_', '-')} {saved[k]} (now {v})" for k, v in dataclasses.asdict(options).items() if k not in free and saved.get(k) != v]
+    different = [f"--{k.replace('_', '-')} {saved.get(k)} (now {v})" for k, v in dataclasses.asdict(options).items() if k not in free and saved.get(k) != v]
     if different:
         raise UserError(f"{folder}: was made with {', '.join(different)}; use the same options or another --out")
     names = set().union(*(data.read_header(file)[0] for file in folder.glob("*.safetensors")))
     if names != state.keys():
         raise UserError(f"{folder}: not a whole checkpoint of this model (tensor {min(names ^ state.keys())}); delete it to continue from an earlier one")
-    dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(str(folder)))
+    try:
+        dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(str(folder)))
+    except dcp.api.CheckpointException as e:
+        raise UserError(f"{folder}: not a whole checkpoint ({list(e.failures.values())[0][0]!r}); delete it to continue from an earlier one") from None
     for s in optimizer.state.values():
         s["step"].fill_(saved["step"])
     return saved["step"]
@@ -344,10 +350,12 @@ def check_options(options, records, config, world):
         raise UserError(f"--micro-batch {options.micro_batch}: expected a divisor of a process's share, {local} of --batch {options.batch}")
     if not 0 <= options.t_min < options.t_max <= 1:
         raise UserError(f"--t-min {options.t_min} --t-max {options.t_max}: expected 0 ≤ t-min < t-max ≤ 1")
-    win, text = (tuple(records[0][k].shape) for k in ("win", "text"))
+    win, text, lose = (tuple(records[0][k].shape) if k in records[0] else None for k in ("win", "text", "lose"))
     if win[0] != config["out_channels"] or text != (config["max_text_seq_length"], config["text_embed_dim"]):
         raise UserError(f"--data {options.data}: latents {win} and text {text} are not this model's ({config['out_channels']} channels, text "
                         f"{config['max_text_seq_length']}×{config['text_embed_dim']}); encode the videos with the model to be trained")
+    if lose and lose[1:] != win:
+        raise UserError(f"--data {options.data}: win latents are {win} and lose latents {lose}; delete {options.data}/lose and make the negatives again")
 
 
 class Log:
@@ -365,8 +373,11 @@ class Log:
 
     def __call__(self, step, metrics):
         if self.active:
-            self.file.write(json.dumps({"step": step, **metrics}) + "\n")
-            self.file.flush()
+            try:
+                self.file.write(json.dumps({"step": step, **metrics}) + "\n")
+                self.file.flush()
+            except OSError as e:
+                raise UserError(f"{self.file.name}: cannot be written ({e}); make room, then start again") from e
             for held_out in (False, True):                 # a line of their own for the held-out numbers
                 shown = "  ".join(f"{k} {v:.4g}" for k, v in metrics.items() if k.startswith("eval") == held_out)
                 tqdm.write(f"step {step:4d}  {shown}") if shown else None
@@ -474,7 +485,7 @@ def dry_run(name, options):
     held = sum(t.to_local().nbytes if hasattr(t, "to_local") else t.nbytes for t in reference.state_dict().values())
     memory = {"parameters": found["Sharded Param"] + found["Unsharded Param"] + found["All Gather"] + found["Buffer"],
               "gradients": found["Sharded Grad"] + found["Unsharded Grad"] + found["Reduce Scatter"], "Adam": found["OptState"], "reference": held,
-              "activations": found["Activation"] - held, "temporaries": found["Temp"], "context, NCCL …": 5 * 2 ** 30}      # the last: a guess, 4 to 6
+              "activations": found["Activation"] - (held if options.method != "sft" else 0), "temporaries": found["Temp"], "context, NCCL …": 5 * 2 ** 30}      # the last: a guess, 4 to 6
     report_dry_run(options, memory, *step_flops(config, shape, options, n_lose), sum(p.numel() for p in policy.parameters()))
     dist.destroy_process_group()
 
