@@ -65,7 +65,7 @@ class Options:
     from_scratch: bool = False         # make the tiny model itself again (an hour or two), into --out
 
 
-TINY = dict(epochs=0, steps=100, micro_batch=8, lr=1e-5, beta=25.0, checkpointing="none", save_every=50)
+TINY = dict(epochs=0, steps=100, micro_batch=8, lr=3e-5, beta=2500.0, checkpointing="none", save_every=50)
 CHECKPOINTING = {"none": False, "full": True, "selective": "selective"}
 
 
@@ -193,10 +193,11 @@ stop = threading.Event()                                   # set when this proce
 
 
 def finish_on_signals():
-    """SIGTERM (clusters pre-empt) and the first Ctrl-C end the run after its step; a second Ctrl-C ends it at once."""
+    """SIGTERM (clusters pre-empt, and launchers repeat it) and Ctrl-C end the run after its step; a second Ctrl-C at once."""
     def handle(number, _):
         stop.set()
-        signal.signal(number, signal.SIG_DFL)
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
     stop.clear()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, handle)

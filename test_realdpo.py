@@ -1,0 +1,1412 @@
+"""What holds: the method against formulas written out, the networks against the libraries they reimplement, the commands
+from end to end on four toy clips and the tiny model.
+
+    pytest                             everything, in about two minutes on two cores; needs diffusers and transformers for the oracles
+    CHAOS=20 pytest -m chaos -s        kills every stage at random instants
+"""
+import ast, copy, dataclasses, io, json, math, os, random, re, shutil, signal, subprocess, sys, time
+from contextlib import contextmanager
+from fnmatch import fnmatch
+from functools import partial
+from pathlib import Path
+
+import huggingface_hub
+import imageio.v2 as imageio
+import numpy as np
+import pytest
+import sentencepiece
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn as nn
+import torch.nn.functional as nnf
+from safetensors.torch import load, load_file, save_file
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
+
+import data
+import model
+import realdpo
+import sample
+import train
+from model import UserError
+from realdpo import Condition
+
+
+def randn(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def relative(ours, theirs):
+    """Largest difference, relative to the largest value."""
+    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
+
+
+@torch.no_grad()
+def scramble(net, seed=0):
+    """Seeded numbers in every weight and buffer, so that no ones, zeros or sine table can hide a mistake."""
+    for i, (name, x) in enumerate(net.state_dict().items()):
+        noise = randn(*x.shape, seed=1000 * seed + i)
+        x.copy_(noise * x[0].numel() ** -0.5 if x.ndim > 1 else 0.1 * noise + name.endswith("weight"))
+        if any(part in name for part in ("to_q", "to_k", "conv_in", "shared")):
+            x *= 0.01                                      # faint, so that the epsilon of the norm behind it shows
+    return net.eval()
+
+
+def rewrite(file, **changes):
+    """Change entries of a JSON or safetensors file; ... drops one."""
+    is_json = file.suffix == ".json"
+    entries = {**(json.loads(file.read_text()) if is_json else load_file(file)), **changes}
+    entries = {k: v for k, v in entries.items() if v is not ...}
+    file.write_text(json.dumps(entries)) if is_json else save_file(entries, file)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Small models: CogVideoX's configs with narrow widths, and odd text for the tokenizer
+# ---------------------------------------------------------------------------------------------------------------------
+
+DIT = dict(_class_name="CogVideoXTransformer3DModel", num_attention_heads=2, attention_head_dim=16, num_layers=2, in_channels=8, out_channels=4,
+           patch_size=2, time_embed_dim=24, text_embed_dim=12, max_text_seq_length=7, sample_frames=17, sample_height=4, sample_width=6,
+           temporal_compression_ratio=4, norm_eps=1e-5, use_rotary_positional_embeddings=True, use_learned_positional_embeddings=True)
+VAE = dict(_class_name="AutoencoderKLCogVideoX", block_out_channels=[8, 16, 16, 24], layers_per_block=1, latent_channels=6, norm_num_groups=4,
+           in_channels=3, out_channels=3, norm_eps=1e-6, temporal_compression_ratio=4, scaling_factor=0.7)
+T5 = dict(architectures=["T5EncoderModel"], vocab_size=160, d_model=12, d_kv=8, d_ff=32, num_layers=3, num_heads=2, feed_forward_proj="gated-gelu",
+          relative_attention_num_buckets=32, relative_attention_max_distance=128, layer_norm_epsilon=1e-6)
+SCHEDULER = dict(_class_name="CogVideoXDDIMScheduler", beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", num_train_timesteps=1000,
+                 prediction_type="v_prediction", rescale_betas_zero_snr=True, set_alpha_to_one=True, snr_shift_scale=1.0,
+                 timestep_spacing="trailing", clip_sample=False)
+CONFIG, SCHEDULE, WEIGHTS = "transformer/config.json", "scheduler/scheduler_config.json", "transformer/diffusion_pytorch_model.safetensors"
+INDEX = WEIGHTS + ".index.json"
+PROMPTS = ["a figure waves its left arm", "", "🤸🏽‍♀️ jumps 🎉", "cafe\u0301 nai\u0308ve Z\u0351\u036ba\u0310lgo\u0321", "شخص يلوح بيده اليسرى", "一个人挥动左手，然后坐下",
+           "zero\u200bwidth\u200d\ufeff\u2060 marks", "ﬁne ligatures, ½, Ⅷ and ™", " \t\n ", "</s> <pad> \x00", "over-long " * 300]
+
+
+def trained_tokenizer():
+    """A SentencePiece model with T5's special ids, which knows the letters of the first prompts only."""
+    writer = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(PROMPTS[:5]), model_writer=writer, vocab_size=T5["vocab_size"],
+                                             hard_vocab_limit=False, pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=3)
+    return writer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A whole model folder, written by our own code."""
+    folder = tmp_path_factory.mktemp("models") / "small"
+    model.save_dit(model.Denoiser(scramble(model.DiT(DIT)), model.VPrediction(SCHEDULER), SCHEDULER), folder)
+    model.save_part(scramble(model.VAE(VAE)), VAE, folder / "vae")
+    model.save_part(scramble(model.T5Encoder(T5)), T5, folder / "text_encoder", stem="model")
+    (folder / "tokenizer").mkdir()
+    (folder / "tokenizer" / "spiece.model").write_bytes(trained_tokenizer())
+    return folder
+
+
+@pytest.fixture
+def denoiser(folder):
+    return model.load_dit(folder)
+
+
+@pytest.fixture
+def copied(folder, tmp_path):
+    """A copy of the model folder, to change."""
+    return Path(shutil.copytree(folder, tmp_path / "copied"))
+
+
+def public(config):
+    """A config without the remarks that diffusers adds to it."""
+    return {k: v for k, v in config.items() if k[0] != "_"}
+
+
+def inputs(batch=1, frames=5, height=4, width=6, seed=0, c=DIT):
+    """x_t, and a condition with its own text and image a sample."""
+    latents, text = (batch, c["out_channels"]), (batch, c["max_text_seq_length"], c["text_embed_dim"])
+    return randn(*latents, frames, height, width, seed=seed), Condition(randn(*text, seed=seed + 1), randn(*latents, 1, height, width, seed=seed + 2))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Against diffusers and transformers
+# ---------------------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def diffusers():
+    return pytest.importorskip("diffusers")
+
+
+@pytest.fixture
+def make_oracle(diffusers, tmp_path):
+    """make_oracle(scheduler changes, **transformer changes) -> diffusers' transformer and scheduler, our denoiser of the same files."""
+    def make(scheduler={}, **changes):
+        net = scramble(diffusers.CogVideoXTransformer3DModel(**public(DIT) | changes))
+        scheduler = diffusers.CogVideoXDDIMScheduler.from_config(SCHEDULER | scheduler)
+        net.save_pretrained(tmp_path / "transformer")
+        scheduler.save_pretrained(tmp_path / "scheduler")
+        return net, scheduler, model.load_dit(tmp_path)
+    return make
+
+
+@torch.no_grad()
+def oracle_output(net, z, cond, k):
+    """diffusers' transformer on latents z (B,C,F,H,W) at training steps k (B,), with the rotary table its pipeline makes."""
+    from diffusers.models.embeddings import get_3d_rotary_pos_embed
+    frames, *grid = z.shape[2], *(n // net.config.patch_size for n in z.shape[3:])
+    rope = get_3d_rotary_pos_embed(net.config.attention_head_dim, ((0, 0), grid), grid, frames)
+    if net.config.use_learned_positional_embeddings:       # for fewer frames diffusers would forget the learned table
+        net.patch_embed.sample_frames = (frames - 1) * net.config.temporal_compression_ratio + 1
+        net.patch_embed.pos_embedding = net.patch_embed.pos_embedding[:, :cond.text.shape[1] + frames * math.prod(grid)]
+    x = torch.cat([z, nnf.pad(cond.image, (0, 0, 0, 0, 0, frames - 1))], dim=1)
+    return net(x.transpose(1, 2), cond.text, k, image_rotary_emb=rope, return_dict=False)[0].transpose(1, 2)
+
+
+@pytest.mark.parametrize("changes, batch, frames, size, steps", [
+    ({}, 1, 5, (4, 6), [0]),
+    ({}, 2, 5, (4, 6), [999, 0]),
+    ({}, 3, 3, (4, 6), [1, 500, 998]),
+    ({}, 1, 1, (4, 6), [999]),
+    (dict(num_attention_heads=3, attention_head_dim=64, num_layers=1), 2, 2, (4, 6), [250, 750]),
+    (dict(num_layers=5, sample_height=8, sample_width=2, sample_frames=9), 1, 3, (8, 2), [20]),
+    (dict(use_learned_positional_embeddings=False), 1, 4, (8, 10), [600]),
+    (dict(in_channels=32, out_channels=16, text_embed_dim=20, max_text_seq_length=1, time_embed_dim=8), 2, 5, (4, 6), [3, 3]),
+])
+def test_denoiser_equals_diffusers(make_oracle, changes, batch, frames, size, steps):
+    net, scheduler, denoiser = make_oracle(**changes)
+    x_t, cond = inputs(batch, frames, *size, c=DIT | changes)
+    k = torch.tensor(steps)
+    alpha, sigma = scheduler.alphas_cumprod[k].sqrt(), (1 - scheduler.alphas_cumprod[k]).sqrt()
+    t = sigma / (alpha + sigma)                            # (1 − t) : t = α : σ, the same mixture up to a factor s
+    alpha, sigma, s = (realdpo.per_sample(c, x_t) for c in (alpha, sigma, ((1 - t) ** 2 + t ** 2).sqrt()))
+    z = (x_t / s).float()
+    with torch.no_grad():
+        assert relative(denoiser(x_t, cond, t), alpha * z - sigma * oracle_output(net, z, cond, k)) <= 2e-5
+
+
+def test_flow_denoiser_subtracts_the_velocity_diffusers_predicts(make_oracle, tmp_path):
+    net, _, _ = make_oracle()
+    rewrite(tmp_path / "scheduler" / "scheduler_config.json", _class_name="FlowMatchEulerDiscreteScheduler")
+    (x_t, cond), t = inputs(2), torch.tensor([0.25, 1.0])
+    expected = x_t - realdpo.per_sample(t, x_t) * oracle_output(net, x_t, cond, 1000 * t)
+    with torch.no_grad():
+        assert relative(model.load_dit(tmp_path)(x_t, cond, t), expected) <= 2e-5
+
+
+@pytest.mark.parametrize("grid, head_dim", [((13, 30, 45), 64), ((5, 4, 4), 32), ((1, 2, 3), 16)])
+def test_rope_equals_diffusers_and_leaves_text_alone(diffusers, grid, head_dim):
+    from diffusers.models.embeddings import apply_rotary_emb, get_3d_rotary_pos_embed
+    theirs = get_3d_rotary_pos_embed(head_dim, ((0, 0), grid[1:]), grid[1:], grid[0])
+    q = randn(1, 2, 3 + math.prod(grid), head_dim)
+    turned = model.rotate(q, *model.rope_table(grid, 3, head_dim, torch.device("cpu")))
+    assert torch.equal(turned[:, :, :3], q[:, :, :3])
+    assert relative(turned[:, :, 3:], apply_rotary_emb(q[:, :, 3:], theirs)) <= 2e-5
+
+
+@pytest.mark.parametrize("steps, scheduler", [(5, {}), (20, {}), (50, {}), (20, dict(snr_shift_scale=3.0))])
+def test_sampler_equals_diffusers_ddim_with_guidance(make_oracle, steps, scheduler):
+    net, scheduler, denoiser = make_oracle(scheduler, num_layers=1)
+    noise, cond = inputs(2, frames=3)
+    empty = randn(1, *cond.text.shape[1:], seed=9)
+    both = Condition(torch.cat([empty.expand_as(cond.text), cond.text]), torch.cat([cond.image, cond.image]))
+    scheduler.set_timesteps(steps)
+    z = noise
+    for k in scheduler.timesteps:
+        without, with_caption = oracle_output(net, torch.cat([z, z]), both, k.expand(4)).chunk(2)
+        z = scheduler.step(without + 6 * (with_caption - without), k, z, return_dict=False)[0]
+    ours = realdpo.sample(denoiser, noise, cond, steps=steps, guidance=6.0, uncond=empty, progress=False)
+    assert relative(ours, z) <= 1e-3
+
+
+@pytest.fixture(scope="module")
+def vaes(diffusers, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("vae")
+    net = scramble(diffusers.AutoencoderKLCogVideoX(**public(VAE)))
+    net.save_pretrained(folder / "vae")
+    return net, model.load_vae(folder)
+
+
+@pytest.mark.parametrize("batch, frames", [(1, 1), (1, 9), (2, 17), (1, 49)])
+@torch.no_grad()
+def test_vae_equals_diffusers(vaes, batch, frames):
+    theirs, ours = vaes
+    video = randn(batch, 3, frames, 16, 24).clamp(-1, 1)
+    posterior = theirs.encode(video).latent_dist
+    assert relative(ours.encode(video), 0.7 * posterior.mean) <= 2e-4
+    sampled = ours.encode(video, torch.Generator().manual_seed(5))
+    assert relative(sampled, 0.7 * posterior.sample(torch.Generator().manual_seed(5))) <= 2e-4
+    assert relative(ours.decode(sampled), theirs.decode(sampled / 0.7).sample) <= 2e-4
+
+
+@pytest.mark.parametrize("length", [7, 226])
+def test_text_encoder_equals_transformers(copied, length):
+    transformers = pytest.importorskip("transformers")
+    shutil.rmtree(copied / "text_encoder")
+    net = scramble(transformers.T5EncoderModel(transformers.T5Config(**T5)))
+    net.save_pretrained(copied / "text_encoder")
+    rewrite(copied / CONFIG, max_text_seq_length=length)
+    tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(copied / "tokenizer" / "spiece.model"))
+    ids = [tokenizer.encode(prompt)[:length - 1] + [1] for prompt in PROMPTS]
+    assert ids[1] == [1] and len(ids[-1]) == length        # the empty and the over-long
+    with torch.no_grad():
+        expected = net(torch.tensor([row + [0] * (length - len(row)) for row in ids])).last_hidden_state
+    assert relative(model.load_text_encoder(copied)(PROMPTS), expected) <= 2e-5
+
+
+@pytest.mark.parametrize("shard_bytes", [None, 20_000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_saved_transformer_opens_in_diffusers_and_here(diffusers, make_oracle, tmp_path, dtype, shard_bytes):
+    net, scheduler, denoiser = make_oracle()
+    saved = tmp_path / "saved"
+    model.save_dit(denoiser, saved, dtype)
+    if shard_bytes:
+        model.save_part(denoiser.net, denoiser.net.config, saved / "transformer", dtype, shard_bytes=shard_bytes)
+    assert (len(list(saved.rglob("*.safetensors"))) > 2) == bool(shard_bytes)
+    opened, info = diffusers.CogVideoXTransformer3DModel.from_pretrained(saved / "transformer", output_loading_info=True, torch_dtype=dtype)
+    opened_scheduler = diffusers.CogVideoXDDIMScheduler.from_pretrained(saved / "scheduler")
+    assert not any(info.values()), info                    # missing, unexpected and mismatched keys
+    assert public(opened.config) == public(net.config) and public(opened_scheduler.config) == public(scheduler.config)
+    expected = {name: x.to(dtype) for name, x in net.state_dict().items()}
+    for state in opened.state_dict(), model.load_dit(saved, dtype=dtype).net.state_dict():
+        torch.testing.assert_close(dict(state), expected, rtol=0, atol=0, check_dtype=False)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The published sizes, without memory
+# ---------------------------------------------------------------------------------------------------------------------
+
+FULL_DIT = DIT | dict(num_attention_heads=48, attention_head_dim=64, num_layers=42, in_channels=32, out_channels=16, time_embed_dim=512,
+                      text_embed_dim=4096, max_text_seq_length=226, sample_frames=49, sample_height=60, sample_width=90)
+FULL_VAE = VAE | dict(block_out_channels=[128, 256, 256, 512], layers_per_block=3, latent_channels=16, norm_num_groups=32)
+FULL_T5 = T5 | dict(vocab_size=32128, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64)
+PUBLISHED_SHAPES = {
+    model.DiT: {
+        "patch_embed.pos_embedding": (1, 17776, 3072), "patch_embed.proj.weight": (3072, 32, 2, 2), "patch_embed.text_proj.weight": (3072, 4096),
+        "time_embedding.linear_1.weight": (512, 3072), "time_embedding.linear_2.weight": (512, 512), "norm_final.bias": (3072,),
+        "norm_out.linear.weight": (6144, 512), "norm_out.norm.weight": (3072,), "proj_out.weight": (64, 3072), "proj_out.bias": (64,),
+        "transformer_blocks.0.norm1.linear.weight": (18432, 512), "transformer_blocks.41.norm2.norm.bias": (3072,),
+        "transformer_blocks.0.attn1.norm_q.weight": (64,), "transformer_blocks.0.attn1.norm_k.bias": (64,),
+        "transformer_blocks.0.attn1.to_q.weight": (3072, 3072), "transformer_blocks.0.attn1.to_out.0.bias": (3072,),
+        "transformer_blocks.0.ff.net.0.proj.weight": (12288, 3072), "transformer_blocks.0.ff.net.2.weight": (3072, 12288)},
+    model.VAE: {
+        "encoder.conv_out.conv.weight": (32, 512, 3, 3, 3), "encoder.down_blocks.0.downsamplers.0.conv.weight": (128, 128, 3, 3),
+        "encoder.down_blocks.1.resnets.0.conv_shortcut.weight": (256, 128, 1, 1, 1), "encoder.mid_block.resnets.1.norm2.weight": (512,),
+        "decoder.up_blocks.2.upsamplers.0.conv.weight": (256, 256, 3, 3), "decoder.norm_out.norm_layer.weight": (128,),
+        "decoder.up_blocks.3.resnets.3.norm1.conv_y.conv.weight": (128, 16, 1, 1, 1)},
+    model.T5Encoder: {
+        "shared.weight": (32128, 4096), "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight": (32, 64),
+        "encoder.block.23.layer.1.DenseReluDense.wi_1.weight": (10240, 4096), "encoder.final_layer_norm.weight": (4096,)}}
+
+
+@pytest.mark.parametrize("network, config, names, parameters, buffers", [(model.DiT, FULL_DIT, 1025, 5_570_479_680, 54_607_872),
+                                                                         (model.VAE, FULL_VAE, 436, 215_583_907, 0),
+                                                                         (model.T5Encoder, FULL_T5, 219, 4_762_310_656, 0)])
+def test_published_names_shapes_and_counts(network, config, names, parameters, buffers):
+    with torch.device("meta"):
+        net = network(config)
+    shapes, count = {name: tuple(x.shape) for name, x in net.state_dict().items()}, lambda tensors: sum(x.numel() for x in tensors)
+    assert (len(shapes), count(net.parameters()), count(net.buffers())) == (names, parameters, buffers)
+    assert {name: shapes.get(name) for name in PUBLISHED_SHAPES[network]} == PUBLISHED_SHAPES[network]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The method
+# ---------------------------------------------------------------------------------------------------------------------
+
+class Toy(nn.Module):
+    """A denoiser of a few weights that looks at everything it is given."""
+
+    def __init__(self, seed):
+        super().__init__()
+        self.mix, self.read = nn.Linear(4, 4), nn.Linear(12, 4)
+        vector_to_parameters(0.5 * randn(72, seed=seed), self.parameters())
+
+    def forward(self, x_t, cond, t):
+        h = self.mix(x_t.movedim(1, -1)) + realdpo.per_sample(t.float(), x_t) * self.read(cond.text.mean(1))[:, None, None, None]
+        return torch.tanh(h).movedim(-1, 1) + 0.3 * cond.image
+
+    time_grid = model.FlowPrediction.time_grid
+
+
+def preference(batch, n):
+    """Everything realdpo_loss is given, β apart."""
+    win, cond = inputs(batch, frames=3)
+    return dict(win=win, lose=randn(batch, n, *win.shape[1:], seed=4), cond=cond, t=torch.linspace(0.9, 0.1, batch), noise=randn(*win.shape, seed=5))
+
+
+def appendix_c(model, ref_model, x_w, x_l, c, timestep_k, noise, beta, weight):
+    """The paper's listing for one pair, line by line, where `weight` is 1. Returns the alignment term and the four errors."""
+    noisy_x_w = (1 - timestep_k) * x_w + timestep_k * noise
+    noisy_x_l = (1 - timestep_k) * x_l + timestep_k * noise
+    model_w_loss = weight * (x_w - model(noisy_x_w, c, timestep_k)).norm().pow(2)
+    ref_w_loss = weight * (x_w - ref_model(noisy_x_w, c, timestep_k)).norm().pow(2)
+    model_l_loss = weight * (x_l - model(noisy_x_l, c, timestep_k)).norm().pow(2)
+    ref_l_loss = weight * (x_l - ref_model(noisy_x_l, c, timestep_k)).norm().pow(2)
+    alignment_term = -0.5 * beta * ((model_w_loss - ref_w_loss) - (model_l_loss - ref_l_loss))
+    return torch.stack([alignment_term, model_w_loss, model_l_loss, ref_w_loss, ref_l_loss])
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("anchor", [0.0, 0.7])
+@pytest.mark.parametrize("weighting", ["x0", "velocity"])
+@pytest.mark.parametrize("batch, n", [(1, 1), (2, 3), (3, 1)])
+def test_loss_and_gradient_equal_appendix_c(batch, n, weighting, anchor, stream):
+    policy, reference, given, beta = Toy(1), Toy(2), preference(batch, n), 3.0
+    numel, (win, lose, cond, t, noise) = given["win"][0].numel(), given.values()
+    pairs = []
+    for b in range(batch):
+        one, weight = slice(b, b + 1), 1 if weighting == "x0" else t[b] ** -2
+        for k in range(n):                                 # the paper's errors are sums, ours means: β_sum = β / numel
+            pairs.append(appendix_c(policy, reference, win[one], lose[one, k], Condition(*(x[one] for x in cond)), t[one], noise[one], beta / numel, weight))
+    z, *errors = torch.stack(pairs, dim=1)
+    errors = [e.mean() / numel for e in errors]
+    expected = -torch.log(torch.sigmoid(z)).mean() + anchor * errors[0]
+    gradient = parameters_to_vector(torch.autograd.grad(expected, list(policy.parameters())))
+
+    loss, metrics = realdpo.realdpo_loss(policy, reference, **given, beta=beta, weighting=weighting, anchor=anchor, stream=stream)
+    if not stream:
+        loss.backward()
+    torch.testing.assert_close(loss, expected)
+    assert relative(parameters_to_vector(p.grad for p in policy.parameters()), gradient) <= 2e-5
+    assert all(p.grad is None for p in reference.parameters())
+    for name, value in zip(("margin", "accuracy", "win", "lose", "ref_win", "ref_lose"), (z.mean(), (z > 0).float().mean(), *errors)):
+        torch.testing.assert_close(metrics[name], value.detach(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_first_loss_is_exactly_log_2(denoiser, stream):
+    loss, metrics = realdpo.realdpo_loss(denoiser, copy.deepcopy(denoiser), **preference(2, 3), beta=5000.0, stream=stream)
+    assert loss.item() == torch.tensor(2.0).log().item()
+    assert metrics["margin"] == 0 and metrics["win"] == metrics["ref_win"] > 0
+
+
+def test_velocity_weighting_is_the_squared_error_of_the_velocity():
+    policy, (win, cond), t, noise = Toy(1), inputs(3), torch.tensor([0.02, 0.5, 1.0]), randn(3, 4, 5, 4, 6, seed=3)
+    x_t = realdpo.add_noise(win, noise, t)
+    velocity = (x_t - policy(x_t, cond, t)) / realdpo.per_sample(t, x_t)
+    loss, metrics = realdpo.sft_loss(policy, win=win, cond=cond, t=t, noise=noise, weighting="velocity")
+    torch.testing.assert_close(loss, (velocity - (noise - win)).square().mean(), rtol=1e-5, atol=0)
+    assert metrics["win"] == loss
+
+
+def test_noising_goes_from_data_to_noise_in_fp32():
+    x0, noise = randn(3, 4, 3, 2, 2).bfloat16(), randn(3, 4, 3, 2, 2, seed=1)
+    x_t = realdpo.add_noise(x0, noise, torch.tensor([0.0, 0.25, 1.0]))
+    assert x_t.dtype == torch.float32
+    assert torch.equal(x_t[0], x0[0].float()) and torch.equal(x_t[2], noise[2])
+    torch.testing.assert_close(x_t[1], 0.75 * x0[1].float() + 0.25 * noise[1])
+
+
+def test_drawn_t_is_uniform_and_never_zero(monkeypatch):
+    seen, win = [], torch.zeros(20_000, 1, 1, 1, 1)
+    draw = lambda: realdpo.sft_loss(lambda x_t, cond, t: seen.append((x_t, t)) or x_t, win=win, cond=Condition(win, win))
+    torch.manual_seed(0)
+    draw()
+    (x_t, t), = seen
+    assert t.min() < 0.001 and t.max() > 0.999 and abs(t.mean() - 0.5) < 0.01
+    assert abs((x_t.flatten() / t).std() - 1) < 0.03       # x₀ = 0, so x_t = t·ε
+    for extreme in (0.0, 1 - 2 ** -24):                    # all that rand may return
+        monkeypatch.setattr(torch, "rand", lambda *shape, **_: torch.full(shape, extreme))
+        draw()
+        assert 0 < seen[-1][1].min() <= seen[-1][1].max() <= 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_ema_equals_its_closed_form_and_the_next_reference_forward_uses_it(dtype):
+    policy, reference, closed, vector = Toy(1).to(dtype), Toy(2), Toy(2), lambda net: parameters_to_vector(net.parameters()).detach().float().clone()
+    expected, trail = 0.9 ** 4 * vector(reference), []
+    for i in range(4):
+        trail.append(vector(scramble(policy, seed=i)))
+        expected += 0.1 * 0.9 ** (3 - i) * trail[i]
+        realdpo.ema_update(reference, policy, 0.9)
+    torch.testing.assert_close(vector(reference), expected)
+    assert torch.equal(vector(policy), trail[-1])
+    vector_to_parameters(expected, closed.parameters())
+    ref_win = lambda net: realdpo.realdpo_loss(Toy(1), net, **preference(2, 1), beta=1.0)[1]["ref_win"]
+    torch.testing.assert_close(ref_win(reference), ref_win(closed))
+    assert abs(ref_win(reference) - ref_win(Toy(2))) > 1e-3
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The sampler
+# ---------------------------------------------------------------------------------------------------------------------
+
+class Known:
+    """A denoiser given by a formula, x̂₀ = predict(x_t, t), on the time grid of a network's prediction."""
+
+    def __init__(self, predict, prediction=model.FlowPrediction()):
+        self.predict, self.time_grid = predict, prediction.time_grid
+
+    def __call__(self, x_t, cond, t):
+        return self.predict(x_t, realdpo.per_sample(t, x_t))
+
+
+def posterior_mean(mean, std):
+    """E[x₀ | x_t] for x₀ ~ ½·N(−mean, std²) + ½·N(mean, std²), the exact denoiser of such data."""
+    def predict(x_t, t):
+        variance = (1 - t) ** 2 * std ** 2 + t ** 2
+        gain = (1 - t) * std ** 2 / variance
+        return gain * x_t + mean * (1 - gain * (1 - t)) * torch.tanh((1 - t) * mean * x_t / variance)
+    return predict
+
+
+def solve(denoiser, steps, solver="euler"):
+    noise, cond = inputs(4)
+    return realdpo.sample(denoiser, noise, cond, steps=steps, guidance=1, solver=solver, progress=False)
+
+
+PREDICTIONS = pytest.mark.parametrize("prediction", [model.FlowPrediction(), model.VPrediction(SCHEDULER)], ids=["flow", "cogvideox"])
+
+
+@PREDICTIONS
+def test_euler_converges_to_the_flow_of_a_gaussian(prediction):
+    exact = 0.5 * inputs(4)[0]                             # the flow of N(0, std²) only rescales: x₀ = std·x₁
+    errors = [relative(solve(Known(posterior_mean(0, 0.5), prediction), steps), exact) for steps in (100, 200, 1000)]
+    assert errors[2] < 0.01 and 1.6 < errors[0] / errors[1] < 2.4           # first order: half the step, half the error
+
+
+@PREDICTIONS
+@pytest.mark.parametrize("mean", [0, 1, 2])
+def test_multistep_with_25_steps_beats_euler_with_50(prediction, mean):
+    denoiser = Known(posterior_mean(mean, 1.0), prediction)                 # about unit variance, as scaled latents have
+    fine, half, full = solve(denoiser, 1000), solve(denoiser, 25, "multistep"), solve(denoiser, 50)
+    assert (half - fine).square().mean() < (full - fine).square().mean()
+
+
+@pytest.mark.parametrize("solver", ["euler", "multistep"])
+@pytest.mark.parametrize("steps", [1, 2, 7])
+def test_sampler_lands_on_a_constant_prediction(solver, steps):
+    x = solve(Known(lambda x_t, t: torch.full_like(x_t, 3.0)), steps, solver)
+    torch.testing.assert_close(x, torch.full_like(x, 3.0))
+
+
+@torch.no_grad()
+def test_guidance_mixes_caption_and_empty_caption_under_the_same_image():
+    denoiser, (noise, cond), (_, other), t = Toy(1), inputs(2), inputs(2, seed=7), torch.ones(2)
+    with_caption, without = denoiser(noise, cond, t), denoiser(noise, Condition(other.text, cond.image), t)
+    for uncond in (other, other.text):
+        x = realdpo.sample(denoiser, noise, cond, steps=1, guidance=4.0, uncond=uncond, progress=False)
+        torch.testing.assert_close(x, without + 4 * (with_caption - without))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a user can get wrong: one line that names the file, or the values
+# ---------------------------------------------------------------------------------------------------------------------
+
+def entries(name, **changes):
+    return lambda folder: rewrite(folder / name, **changes)
+
+
+def content(name, change):
+    return lambda folder: (folder / name).write_bytes(change((folder / name).read_bytes()))
+
+
+BREAKAGES = {                                              # {loader: {what happened to the folder: (how, what the message says besides its name)}}
+    model.load_dit: {
+        "no such folder": (shutil.rmtree, "no such model folder"),
+        "no transformer": (lambda f: shutil.rmtree(f / "transformer"), "has no transformer"),
+        "no config": (lambda f: (f / CONFIG).unlink(), CONFIG),
+        "config is not JSON": (content(CONFIG, lambda b: b[:-9]), CONFIG),
+        "config is not text": (content(CONFIG, lambda b: b"\xff\xfe\x00" + b), CONFIG),
+        "config is a list": (content(CONFIG, lambda b: b"[]"), CONFIG),
+        "config without a class": (entries(CONFIG, _class_name=...), CONFIG),
+        "unknown class": (entries(CONFIG, _class_name="UNet3DConditionModel"), "UNet3DConditionModel"),
+        "config without heads": (entries(CONFIG, num_attention_heads=...), "num_attention_heads"),
+        "config without channels": (entries(CONFIG, out_channels=...), "out_channels"),
+        "2b": (entries(CONFIG, use_rotary_positional_embeddings=False, use_learned_positional_embeddings=False), "use_rotary.*2b"),
+        "1.5": (entries(CONFIG, patch_size_t=2, patch_bias=False, ofs_embed_dim=512), r"patch_size_t is 2.*1\.5"),
+        "text to video": (entries(CONFIG, in_channels=4), "in_channels is 4.*text-to-video"),
+        "unknown scheduler": (entries(SCHEDULE, _class_name="PNDMScheduler"), "PNDMScheduler"),
+        "epsilon prediction": (entries(SCHEDULE, prediction_type="epsilon"), "epsilon"),
+        "schedule without a prediction": (entries(SCHEDULE, prediction_type=...), "prediction_type"),
+        "schedule without betas": (entries(SCHEDULE, beta_start=...), "beta_start"),
+        "no weights": (lambda f: (f / WEIGHTS).unlink(), "no .safetensors"),
+        "empty weights": (content(WEIGHTS, lambda b: b""), WEIGHTS),
+        "weights cut in the header": (content(WEIGHTS, lambda b: b[:100]), WEIGHTS),
+        "weights cut in the last tensor": (content(WEIGHTS, lambda b: b[:-1]), WEIGHTS),
+        "another shape": (entries(WEIGHTS, **{"proj_out.bias": torch.zeros(15)}), r"proj_out.bias is \(15,\), expected \(16,\)"),
+        "a tensor missing": (entries(WEIGHTS, **{"transformer_blocks.1.attn1.norm_k.bias": ...}), "transformer_blocks.1.attn1.norm_k.bias is missing"),
+        "a tensor too many": (entries(WEIGHTS, **{"ofs_embedding.bias": torch.zeros(2)}), "ofs_embedding.bias is not expected"),
+        "two files and no index": (lambda f: shutil.copy(f / WEIGHTS, f / "transformer/other.safetensors"), "2 .safetensors files and no index"),
+        "index is not JSON": (lambda f: (f / INDEX).write_text("{"), INDEX),
+        "index without a map": (lambda f: (f / INDEX).write_text("{}"), INDEX),
+        "index of an absent file": (lambda f: (f / INDEX).write_text('{"weight_map": {"proj_out.bias": "gone.safetensors"}}'), "gone.safetensors")},
+    model.load_vae: {
+        "unknown convolution": (entries("vae/config.json", use_quant_conv=True), "use_quant_conv"),
+        "config without a scale": (entries("vae/config.json", scaling_factor=...), "scaling_factor"),
+        "fewer levels": (entries("vae/config.json", block_out_channels=[8, 16, 16]), "is missing")},
+    model.load_text_encoder: {
+        "unknown class": (entries("text_encoder/config.json", architectures=["BertModel"]), "BertModel"),
+        "no tokenizer": (lambda f: (f / "tokenizer/spiece.model").unlink(), "spiece.model"),
+        "tokenizer cut short": (content("tokenizer/spiece.model", lambda b: b[:50]), "spiece.model")}}
+
+
+@pytest.mark.parametrize("load, breakage", [(load, name) for load, table in BREAKAGES.items() for name in table])
+def test_broken_folder_is_refused_in_one_line_with_its_name(copied, load, breakage):
+    harm, message = BREAKAGES[load][breakage]
+    harm(copied)
+    with pytest.raises(model.UserError, match=message) as caught:
+        load(copied)
+    assert str(copied) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("flip", [0x01, 0xff])
+def test_flipped_header_byte_never_loads_other_weights(copied, denoiser, flip):
+    whole, refused = (copied / WEIGHTS).read_bytes(), 0
+    positions = [*range(8), *range(8, 8 + int.from_bytes(whole[:8], "little"), 53)]
+    for i in positions:
+        (copied / WEIGHTS).write_bytes(whole[:i] + bytes([whole[i] ^ flip]) + whole[i + 1:])
+        try:
+            loaded = model.load_dit(copied).net.state_dict()
+            assert all(torch.equal(loaded[name], x) for name, x in denoiser.net.state_dict().items())
+        except model.UserError as e:
+            assert str(copied) in str(e)
+            refused += 1
+    assert refused > 0.8 * len(positions)                  # the rest hit the file's remarks or its blanks
+
+
+@pytest.mark.parametrize("frames, height, width, channels, message", [
+    (5, 8, 6, 4, r"\(5, 4, 3\).*\(2, 3\)"), (5, 4, 10, 4, r"\(5, 2, 5\).*\(2, 3\)"), (6, 4, 6, 4, "at most 5 frames"),         # not in the learned table
+    (5, 5, 6, 4, r"\(1, 4, 5, 5, 6\).*divisible by 2"), (5, 4, 6, 5, r"\(1, 5, 5, 4, 6\).*\(B,4,F,H,W\)")])
+def test_denoiser_refuses_latents_it_was_not_made_for(denoiser, frames, height, width, channels, message):
+    with pytest.raises(model.UserError, match=message):
+        denoiser(*inputs(1, frames, height, width, c=DIT | dict(out_channels=channels)), torch.ones(1))
+
+
+@pytest.mark.parametrize("call, message", [
+    (lambda folder: realdpo.realdpo_loss(Toy(1), Toy(2), **preference(2, 3) | dict(lose=torch.zeros(2, 4, 3, 4, 6)), beta=1), r"lose \(2, 4, 3, 4, 6\)"),
+    (lambda folder: realdpo.realdpo_loss(Toy(1), Toy(2), **preference(2, 3) | dict(lose=torch.zeros(2, 1, 4, 2, 4, 6)), beta=1), r"lose \(2, 1, 4, 2, 4, 6\)"),
+    (lambda folder: realdpo.realdpo_loss(Toy(1), Toy(2), **preference(2, 3), beta=1, weighting="snr"), "snr"),
+    (lambda folder: realdpo.sample(Toy(1), *inputs(), steps=2, guidance=1, solver="heun"), "heun"),
+    (lambda folder: realdpo.sample(Toy(1), *inputs(), steps=2, guidance=6), "guidance 6 needs uncond"),
+    (lambda folder: model.load_vae(folder).encode(torch.zeros(1, 3, 8, 16, 16)), r"\(1, 3, 8, 16, 16\)")])
+def test_wrong_arguments_are_refused_with_their_values(folder, call, message):
+    with pytest.raises(ValueError, match=message):
+        call(folder)
+
+
+@pytest.fixture
+def hub(folder, tmp_path, monkeypatch):
+    """A hub that holds `folder` as owner/name; the fixture is the list of files it was asked for."""
+    files = []
+
+    def snapshot_download(repo_id, *, allow_patterns=("*",), **_):
+        if repo_id != "owner/name":
+            raise huggingface_hub.errors.LocalEntryNotFoundError("offline\nand more")
+        for name in (str(f.relative_to(folder)) for f in folder.rglob("*.*")):
+            if any(fnmatch(name, pattern) for pattern in allow_patterns):
+                files.append(name)
+                (tmp_path / name).parent.mkdir(exist_ok=True)
+                shutil.copy(folder / name, tmp_path / name)
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    monkeypatch.chdir(tmp_path)                            # where no folder is called owner/name
+    return files
+
+
+@pytest.mark.parametrize("load, needed", [
+    (model.load_dit, {CONFIG, WEIGHTS, SCHEDULE}),
+    (model.load_vae, {"vae/config.json", "vae/diffusion_pytorch_model.safetensors"}),
+    (model.load_text_encoder, {"text_encoder/config.json", "text_encoder/model.safetensors", "tokenizer/spiece.model", CONFIG})])
+def test_hub_is_asked_only_for_the_needed_parts(hub, load, needed):
+    load("owner/name")
+    assert set(hub) == needed
+
+
+@pytest.mark.parametrize("name", ["owner/absent", "a/b/c", "../owner", "/owner", "word"])
+def test_unknown_hub_id_or_folder_is_refused_by_name(hub, name):
+    with pytest.raises(model.UserError, match=f"^{name}: no such model folder.*") as caught:
+        model.load_vae(name)
+    assert "\n" not in str(caught.value)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Memory and safety
+# ---------------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("how", [True, "selective"])
+def test_checkpointing_recomputes_blocks_and_keeps_the_gradient(denoiser, how):
+    calls, gradients = [], []
+    denoiser.net.transformer_blocks[0].register_forward_pre_hook(lambda *_: calls.append(denoiser.checkpointing))
+    for denoiser.checkpointing in (False, how):
+        denoiser.zero_grad()
+        denoiser(*inputs(2), torch.tensor([0.3, 0.9])).square().mean().backward()
+        gradients.append(parameters_to_vector(p.grad for p in denoiser.parameters()))
+    assert calls == [False, how, how]
+    assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize("file", sorted(Path(model.__file__).parent.glob("*.py")), ids=lambda file: file.name)
+def test_source_never_unpickles(file):
+    imported, used = set(), set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name for alias in node.names}
+        if isinstance(node, ast.ImportFrom):
+            imported |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        if isinstance(node, ast.Attribute | ast.keyword):
+            used.add(ast.unparse(node) if isinstance(node, ast.Attribute) else node.arg)
+    assert not {name.split(".")[0] for name in imported} & {"pickle", "_pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
+    assert not (imported | used) & {"torch.load", "allow_pickle"}
+
+
+@pytest.mark.parametrize("load, part", [(model.load_dit, "transformer"), (model.load_vae, "vae"), (model.load_text_encoder, "text_encoder")])
+def test_no_loader_opens_a_pickle(copied, tmp_path, load, part):
+    marker, (weights,) = tmp_path / "executed", (copied / part).glob("*.safetensors")
+    payload = f"cbuiltins\nopen\n(S{str(marker)!r}\nS'w'\ntR.".encode()     # unpickled, it creates the marker
+    for name in ("diffusion_pytorch_model.bin", "pytorch_model.bin", "model.pt", "weights.pkl"):
+        (copied / part / name).write_bytes(payload)
+    load(copied)                                           # beside good weights, pickles are not touched
+    index = '{"weight_map": {"w": "pytorch_model.bin"}}'
+    for harm in (lambda: weights.write_bytes(payload), weights.unlink, lambda: Path(f"{weights}.index.json").write_text(index)):
+        harm()
+        with pytest.raises(model.UserError, match=part):
+            load(copied)
+    assert not marker.exists()
+    subprocess.run([sys.executable, "-c", f"import pickle; pickle.loads({payload!r})"], check=True)
+    assert marker.exists()                                 # the trap works
+
+
+# =====================================================================================================================
+# The commands: data.py, sample.py, train.py
+# =====================================================================================================================
+
+REPO = Path(data.__file__).parent
+NAMES = ["00000", "00001", "00002", "00003"]
+SHORT = dict(model="tiny", steps=4, batch=4, micro_batch=4, lr=1e-4, warmup=1, beta=25.0, checkpointing="none", save_every=9)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The commands, and what they leave behind
+# ---------------------------------------------------------------------------------------------------------------------
+
+def encode(videos, out, **options):
+    data.main(data.Options(videos=str(videos), model="tiny", out=str(out), **options))
+    return out
+
+
+def add_negatives(cache, **options):
+    sample.main(sample.Options(**{**dict(model="tiny", data=str(cache), negatives=2, steps=2, guidance=1.0), **options}))
+    return cache
+
+
+@contextmanager
+def as_a_process():
+    """What the end of a process would do for train.py: usual signals, no process group left behind."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def run_training(out, cache, **options):
+    """train.py; returns what metrics.jsonl then holds."""
+    with as_a_process():
+        train.main(train.Options(**{**SHORT, "data": str(cache), "out": str(out), **options}))
+    return metrics(out)
+
+
+def spy_on_losses(monkeypatch, change=lambda count, loss: loss):
+    """A list that fills with the tensors of every loss that training takes; `change` may turn the count-th into another."""
+    loss, calls = train.realdpo_loss, []
+
+    def spy(*models, **tensors):
+        calls.append(tensors)
+        value, numbers = loss(*models, **tensors)
+        return change(len(calls), value), numbers
+
+    monkeypatch.setattr(train, "realdpo_loss", spy)
+    return calls
+
+
+def metrics(out):
+    """The lines of metrics.jsonl, without the times."""
+    lines = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second")} for line in lines]
+
+
+def checkpoint(out, step):
+    """All tensors of a checkpoint that one rank wrote."""
+    return {k: v for file in (Path(out) / "checkpoints" / f"step-{step:06d}").glob("*.safetensors") for k, v in load_file(file).items()}
+
+
+def exported(folder):
+    return load_file(Path(folder) / "transformer" / "diffusion_pytorch_model.safetensors")
+
+
+def same_tensors(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def contents(folder, what=Path.read_bytes):
+    """{file: its bytes} of a folder, without what killed processes left half-written."""
+    return {str(p.relative_to(folder)): what(p) for p in sorted(Path(folder).rglob("*")) if p.is_file() and ".part" not in str(p)}
+
+
+def refusal(monkeypatch, name, *arguments):
+    """The one line with which `python NAME.py ARGUMENTS` ends."""
+    module = sys.modules[name]
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
+    with pytest.raises(SystemExit) as stopped, as_a_process():
+        data.command(module.main, module.Options, getattr(module, "TINY", {}))
+    message = stopped.value.code                           # a string: Python prints it to stderr and exits with status 1
+    assert isinstance(message, str) and message.startswith("error: ") and "\n" not in message, message
+    return message
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Shared inputs
+# ---------------------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="session")
+def videos(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("toy") / "videos"
+    data.write_toy_videos(folder, len(NAMES), seed=0)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def cache(videos):
+    return add_negatives(encode(videos, videos.parent / "cache"))
+
+
+@pytest.fixture
+def own_cache(cache, tmp_path):
+    """A copy of the cache that a test may change."""
+    return shutil.copytree(cache, tmp_path / "cache")
+
+
+@pytest.fixture(scope="session")
+def looks(cache):
+    """Options for two looks at three held-out records, which two ranks cannot share evenly."""
+    held_out = shutil.copytree(cache, cache.parent / "held-out", ignore=shutil.ignore_patterns("00003*"))
+    return dict(eval_data=str(held_out), eval_every=2)
+
+
+@pytest.fixture(scope="session")
+def straight(cache, looks):
+    """Four steps on one rank, undisturbed, with every checkpoint kept."""
+    run_training(cache.parent / "straight", cache, save_every=1, keep=9, eval_videos=1, **looks)
+    return cache.parent / "straight"
+
+
+@pytest.fixture(scope="session")
+def half(cache, looks):
+    """The first two of these steps."""
+    run_training(cache.parent / "half", cache, steps=2, **looks)
+    return cache.parent / "half"
+
+
+@pytest.fixture(scope="session")
+def picture(videos):
+    """A first frame of another size than the model's."""
+    imageio.imwrite(videos.parent / "first.png", data.enlarge(data.toy_video(9, 0)[0][:1], 3)[0, :, 8:-8])
+    return videos.parent / "first.png"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Videos into records
+# ---------------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("size", [(32, 96), (96, 32), (64, 64), (128, 384), (384, 128), (16, 48), (20, 16), (32, 32)])
+def test_fit_covers_the_target_and_cuts_at_the_centre(size):
+    (h, w), side = size, min(size)                         # the largest centred square is green, the rest red
+    picture = np.zeros((1, h, w, 3), np.uint8)
+    picture[..., 0] = 255
+    picture[:, (h - side) // 2:(h + side) // 2, (w - side) // 2:(w + side) // 2] = (0, 255, 0)
+    out = data.fit(picture, 32, 32)
+    assert out.shape == (3, 1, 32, 32) and out.min() >= -1 and out.max() <= 1
+    green = torch.tensor([-1.0, 1.0, -1.0])[:, None, None, None]
+    assert torch.equal(out[..., 2:-2, 2:-2], green.expand(3, 1, 28, 28))                # 2: as far as bicubic mixes at the edge
+
+
+def test_fit_keeps_a_picture_of_the_right_size_and_averages_a_larger_one():
+    picture = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), np.uint8)
+    assert np.array_equal(data.to_uint8(data.fit(picture, 64, 64)), picture)
+    mean = torch.from_numpy(picture).float().view(2, 32, 2, 32, 2, 3).mean((2, 4)).permute(3, 0, 1, 2) / 127.5 - 1
+    torch.testing.assert_close(data.fit(picture, 32, 32), mean, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("fps", [24, 8, 30, 12.5, 4])
+def test_frames_are_taken_evenly_at_the_target_rate(tmp_path, fps):
+    numbered = np.repeat(np.arange(50, dtype=np.uint8) * 5, 32 * 32 * 3).reshape(50, 32, 32, 3)          # a frame's brightness is its number
+    data.write_video(tmp_path / "a.mp4", numbered, fps)
+    count = min(17, int(49 * 8 / fps) + 1)
+    found = (data.read_frames(tmp_path / "a.mp4", count, 8).mean((1, 2, 3)) / 5).round()
+    assert (np.abs(found - np.arange(count) * fps / 8) <= 0.5).all()                    # 24: every third; 8: each once
+
+
+def lay_out(folder, form, clips):
+    """A folder of the (video, caption)s in one of its three forms; every name comes out as videos_NAME."""
+    join, files = "_" if form == "sidecar" else "/", {}
+    (folder / "videos").mkdir(parents=True), (folder / "first_frames").mkdir()
+    rows = [(f"videos{join}{video.name}", caption) for video, caption in clips]
+    for (video, caption), (name, _) in zip(clips, rows):
+        shutil.copy(video, folder / name)
+        if form == "sidecar":
+            files[f"videos_{video.stem}.txt"] = caption + "\n"
+        if form == "authors":
+            imageio.imwrite(folder / "first_frames" / f"videos_{video.stem}.png", data.read_frames(video, 1, 8)[0])
+    files |= {"sidecar": {}, "authors": {"video.txt": "".join(f"{name}\n" for name, _ in rows), "prompt.txt": "".join(f"{caption}\n" for _, caption in rows)},
+              "jsonl": {"metadata.jsonl": "".join(json.dumps(dict(file_name=name, text=caption)) + "\n" for name, caption in rows)},
+              "csv": {"metadata.csv": "text,file_name\n" + "".join(f'"{caption}",{name}\n' for name, caption in rows)}}[form]
+    for name, text in files.items():
+        (folder / name).write_text(text)
+    return folder
+
+
+def test_every_form_of_folder_gives_the_same_records(videos, tmp_path):
+    captions, expected = ["a figure waves, slowly", ""], None
+    for form in ("authors", "jsonl", "csv", "sidecar"):
+        folder = lay_out(tmp_path / form, form, [(videos / f"{name}.mp4", caption) for name, caption in zip(NAMES, captions)])
+        records = data.Records(encode(folder, tmp_path / f"{form}-cache"), negatives=False)
+        assert records.names == ["videos_00000", "videos_00001"]
+        assert [data.read_header(records.folder / "win" / f"{name}.safetensors")[1]["caption"] for name in records.names] == captions
+        expected = expected or list(records)
+        assert all(same_tensors(ours, theirs) for ours, theirs in zip(records, expected))
+
+
+def test_a_record_holds_bf16_latents_text_and_what_made_it(videos, cache):
+    shapes, metadata = data.read_header(cache / "win" / "00000.safetensors")
+    assert shapes == {"win": (8, 5, 8, 8), "image": (8, 1, 8, 8), "text": (16, 32)}
+    assert metadata["caption"] == (videos / "00000.txt").read_text().strip() and metadata["source"] == str(videos / "00000.mp4")
+    assert {"frames": 17, "height": 32, "width": 32, "fps": 8, "vae": data.digest(model.TINY / "vae")}.items() <= metadata["fingerprint"].items()
+    record, encode_text = data.Records(cache)[0], model.load_text_encoder("tiny")
+    assert record["lose"].shape == (2, 8, 5, 8, 8) and {v.dtype for v in record.values()} == {torch.bfloat16}
+    assert torch.equal(record["text"], encode_text([metadata["caption"]])[0].bfloat16())
+    assert torch.equal(data.Records(cache).empty_text(), encode_text([""])[0].bfloat16())
+
+
+def test_restarts_do_only_what_is_missing_and_make_it_byte_for_byte(videos, own_cache):
+    modified = partial(contents, own_cache, lambda p: p.stat().st_mtime_ns)
+    files, before = contents(own_cache), modified()
+    gone = ["win/00000.safetensors", "win/00002.safetensors", "lose/00001.safetensors", "empty.safetensors"]
+    for name in gone:
+        (own_cache / name).unlink()
+    (own_cache / "win" / ".00002.safetensors.99.part").write_bytes(b"left by a killed process")
+    add_negatives(encode(videos, own_cache))
+    assert contents(own_cache) == files and {k for k, v in modified().items() if before[k] != v} == {*gone}
+
+
+def test_image_latents_come_from_the_first_frame_alone(videos, monkeypatch):
+    vae, clip, records = model.load_vae("tiny"), data.Clip("a", videos / "00000.mp4", ""), []
+    frames = data.read_frames(clip.video, 17, 8)
+    for rest in (frames[1:], 255 - frames[1:]):
+        monkeypatch.setattr(data, "read_frames", lambda *_: np.concatenate([frames[:1], rest]))
+        records.append(data.encode_clip(clip, vae, (17, 32, 32), data.Options(), "cpu")[0])
+    assert torch.equal(records[0]["image"], records[1]["image"]) and not torch.equal(records[0]["win"], records[1]["win"])
+    assert not torch.equal(records[0]["image"][:, 0], records[0]["win"][:, 0])          # GroupNorm spans time: no slice of the clip's
+
+
+def test_image_noise_keeps_several_encodings_and_training_draws_one(videos, tmp_path, monkeypatch):
+    out = add_negatives(encode(videos, tmp_path / "cache", image_noise=2))
+    records = [{k: v.float() for k, v in record.items()} for record in data.Records(out)]
+    assert records[0]["noised"].shape == (2, 8, 1, 8, 8)
+    losses, which = spy_on_losses(monkeypatch), lambda x, candidates: [torch.equal(x, y) for y in candidates].index(True)
+    for micro_batch in (1, 4):                             # whatever else is in the batch
+        run_training(tmp_path / f"run-{micro_batch}", out, micro_batch=micro_batch, steps=2)
+    drawn = []
+    for win, image in ((win, image) for batch in losses for win, image in zip(batch["win"], batch["cond"].image)):
+        r = which(win, [record["win"] for record in records])
+        drawn.append((r, which(image, records[r]["noised"])))
+    assert len(drawn) == 16 and drawn[:8] == drawn[8:] and {k for _, k in drawn} == {0, 1}
+
+
+def test_given_negatives_are_encoded_like_the_win(videos, tmp_path):
+    folder = lay_out(tmp_path / "authors", "authors", [(videos / "00000.mp4", "a figure")])
+    (folder / "negative_samples" / "00000").mkdir(parents=True)
+    for k in range(3):
+        shutil.copy(videos / f"0000{k}.mp4", folder / "negative_samples" / "00000" / f"{k}.mp4")
+    record = data.Records(encode(folder, tmp_path / "cache", given_negatives=True))[0]
+    distance = (record["lose"].float() - record["win"].float()).square().flatten(1).mean(1)
+    assert record["lose"].shape == (3, 8, 5, 8, 8) and distance[0] < 0.1 * distance[1:].min()        # the first is the win itself
+
+
+def test_skip_bad_leaves_clips_out_and_lists_them(videos, tmp_path, capsys):
+    folder = shutil.copytree(videos, tmp_path / "videos")
+    (folder / "00001.txt").unlink()
+    (folder / "00002.mp4").write_bytes((folder / "00002.mp4").read_bytes()[:700])
+    out = encode(folder, tmp_path / "cache", skip_bad=True)
+    assert data.Records(out, negatives=False).names == ["00000", "00003"]
+    printed = capsys.readouterr().out
+    assert re.findall(r"left out: \S*/(\w+\.mp4)", printed) == ["00001.mp4", "00002.mp4"] and "\n2 clips in" in printed
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Negatives and videos
+# ---------------------------------------------------------------------------------------------------------------------
+
+def test_negatives_depend_only_on_seed_record_and_index(own_cache, monkeypatch):
+    files = contents(own_cache / "lose")
+    shutil.rmtree(own_cache / "lose")
+    for rank in "10":                                      # two ranks, one after the other: they never wait for each other
+        monkeypatch.setenv("RANK", rank), monkeypatch.setenv("WORLD_SIZE", "2")
+        add_negatives(own_cache)
+    assert contents(own_cache / "lose") == files
+    monkeypatch.undo()
+    shutil.rmtree(own_cache / "lose"), (own_cache / "win" / "00000.safetensors").unlink()
+    add_negatives(own_cache, negatives=1)                  # beside other records, and fewer of them
+    one, two = (load(file)["lose"] for file in (contents(own_cache / "lose")["00001.safetensors"], files["00001.safetensors"]))
+    torch.testing.assert_close(one[0], two[0], atol=0.02, rtol=0.02)                    # a batch of another size rounds differently
+    assert not torch.equal(two[0], two[1])
+
+
+def make_video(out, picture, **options):
+    sample.main(sample.Options(**{**dict(model="tiny", image=str(picture), prompt="a figure marches in place slowly", out=str(out), steps=2, guidance=2.0), **options}))
+    return np.stack(imageio.mimread(out, memtest=False))
+
+
+def test_one_picture_and_one_sentence_become_an_mp4_and_a_gif(picture, straight, tmp_path):
+    video = make_video(tmp_path / "a.mp4", picture, gif=True)
+    assert video.shape == (17, 32, 32, 3) and len(imageio.mimread(tmp_path / "a.gif")) == 17
+    assert np.array_equal(make_video(tmp_path / "b.mp4", picture), video)
+    assert not np.array_equal(make_video(tmp_path / "c.mp4", picture, seed=1), video)
+    assert make_video(tmp_path / "d.mp4", picture, prompt="", frames=9).shape == (9, 32, 32, 3)
+    assert make_video(tmp_path / "e.mp4", picture, model=str(straight)).shape == video.shape         # a training run is a model, too
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+# ---------------------------------------------------------------------------------------------------------------------
+
+ERRORS = ["win", "lose", "ref_win", "ref_lose"]
+
+
+def test_a_run_logs_every_step_and_starts_at_log_2(straight):
+    lines = [json.loads(line) for line in (straight / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 1, 2, 3]
+    for line in lines:
+        assert {"loss", *ERRORS, "margin", "accuracy", "grad_norm", "lr", "seconds", "tokens_per_second"} <= line.keys()
+        held_out = {"eval_margin", "eval_accuracy", *(f"eval_{e}_t{t}" for e in ERRORS for t in train.T_BINS)}
+        assert held_out & line.keys() == (held_out if line["step"] % 2 else set())
+    assert lines[0]["loss"] == pytest.approx(math.log(2), abs=1e-6) and lines[0]["margin"] == 0
+    assert sorted(p.name for p in (straight / "videos").iterdir()) == ["000002-00000.mp4", "000004-00000.mp4"]
+
+
+def test_the_reference_moves_by_ema_in_fp32(straight):
+    before = {f"ref.{k}": v.float() for k, v in exported(model.TINY).items()}
+    for step in range(1, 5):
+        now = checkpoint(straight, step)
+        for name in (k for k in now if k.startswith("ref.")):
+            assert torch.equal(now[name], torch.lerp(before[name], now["model" + name[3:]], 1 - 0.996)), (step, name)
+        before = now
+    assert not torch.equal(now["ref.proj_out.weight"], exported(model.TINY)["proj_out.weight"].float())
+
+
+def test_forwards_of_the_sharded_reference_see_its_updates(cache, tmp_path):
+    lines = run_training(tmp_path / "run", cache, ema_decay=0.0, steps=3)               # after every step, the reference is the policy
+    assert [line["margin"] for line in lines] == [0, 0, 0] and lines[0]["win"] != lines[1]["win"]
+
+
+def test_a_run_exports_what_it_trained(straight):
+    ours, last = model.load_dit(straight).net.state_dict(), checkpoint(straight, 4)
+    assert {v.dtype for v in exported(straight).values()} == {torch.bfloat16}
+    assert all(torch.equal(ours[k[6:]], v.bfloat16().float()) for k, v in last.items() if k.startswith("model."))
+    assert not torch.equal(ours["proj_out.weight"], model.load_dit("tiny").net.proj_out.weight)
+
+
+def test_a_reference_that_is_not_the_policy_stops_the_run(cache, tmp_path, monkeypatch):
+    load_dit, loaded = model.load_dit, []
+
+    def load_another(*arguments):
+        loaded.append(load_dit(*arguments))
+        with torch.no_grad():
+            next(p for name, p in loaded[-1].net.named_parameters() if name == "proj_out.weight").mul_(len(loaded))
+        return loaded[-1]
+
+    monkeypatch.setattr(model, "load_dit", load_another)
+    with pytest.raises(UserError, match="the reference is not the policy"):
+        run_training(tmp_path / "run", cache)
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update(straight, cache, tmp_path, monkeypatch):
+    updates, update = [], torch.optim.AdamW.step
+    spy_on_losses(monkeypatch, lambda count, loss: loss * (math.nan if count == 3 else 1))
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda *a, **k: (updates.append(1), update(*a, **k)))
+    with pytest.raises(UserError) as stopped:
+        run_training(tmp_path / "run", cache, save_every=2)
+    assert all(part in str(stopped.value) for part in ("step 2", *NAMES, "step-000002")) and "\n" not in str(stopped.value)
+    assert len(updates) == 2 and len(metrics(tmp_path / "run")) == 2
+    assert same_tensors(checkpoint(tmp_path / "run", 2), checkpoint(straight, 2))
+
+
+def test_every_sample_has_its_own_noise_and_t_and_an_epoch_every_record_once(cache, tmp_path, monkeypatch):
+    losses = spy_on_losses(monkeypatch)
+    run_training(tmp_path / "run", cache, batch=2, t_min=0.2, t_max=0.6)                # four steps: two epochs
+    t, noise, wins = (torch.cat([batch[k] for batch in losses]) for k in ("t", "noise", "win"))
+    assert len(set(t.tolist())) == 8 and 0.2 <= t.min() and t.max() <= 0.6
+    similar = torch.corrcoef(noise.flatten(1))
+    assert (similar - torch.eye(8)).abs().max() < 0.1 and noise.std() == pytest.approx(1, abs=0.05)
+    assert len({win.sum().item() for win in wins[:4]}) == len({win.sum().item() for win in wins[4:]}) == 4
+
+
+@pytest.mark.parametrize("options", [dict(micro_batch=1), dict(micro_batch=2, stream=True), dict(checkpointing="full"), dict(checkpointing="selective")], ids=str)
+def test_how_a_batch_is_computed_changes_no_gradient(options, straight, cache, tmp_path):
+    for ours, theirs in zip(run_training(tmp_path / "run", cache, **options, steps=2), metrics(straight)):
+        for name in ("loss", "grad_norm", *ERRORS):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-5), name
+
+
+def test_supervised_training_needs_no_negatives(videos, tmp_path):
+    lines = run_training(tmp_path / "run", encode(videos, tmp_path / "cache"), method="sft", steps=2)
+    assert lines[0]["loss"] == lines[0]["win"] and not lines[0].keys() & {"lose", "ref_win", "margin"}
+    assert not torch.equal(exported(tmp_path / "run")["proj_out.weight"], exported(model.TINY)["proj_out.weight"])
+
+
+@pytest.mark.parametrize("method", ["realdpo", "sft"])
+def test_the_dry_run_counts_parameters_and_memory(method, monkeypatch, capsys):
+    report, found = train.report_dry_run, {}
+    monkeypatch.setattr(train, "report_dry_run", lambda options, memory, *rest: (found.update(memory), report(options, memory, *rest)))
+    with as_a_process():
+        train.main(train.Options(model="tiny", dry_run=True, gpus=1, batch=1, method=method))
+    count = sum(v.numel() for k, v in exported(model.TINY).items() if k != "patch_embed.pos_embedding")   # a buffer
+    assert f"{count:,} parameters" in capsys.readouterr().out
+    assert found["Adam"] == pytest.approx(8 * count, rel=0.01) and found["parameters"] >= 4 * count
+    assert all(size > 0 for size in found.values()), found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stopping and going on, on one rank and on two
+# ---------------------------------------------------------------------------------------------------------------------
+
+def test_two_and_two_steps_are_four_bit_for_bit(half, straight, cache, looks, tmp_path):
+    assert run_training(shutil.copytree(half, tmp_path / "run"), cache, **looks) == metrics(straight)
+    run_training(tmp_path / "other", cache, resume=str(half / "checkpoints" / "step-000002"))
+    assert {name.split(".")[0] for name in checkpoint(straight, 4)} == {"model", "ref", "exp_avg", "exp_avg_sq"}
+    for run in ("run", "other"):
+        assert same_tensors(checkpoint(tmp_path / run, 4), checkpoint(straight, 4)) and same_tensors(exported(tmp_path / run), exported(straight))
+
+
+def one_of_two(rank, runs, folder):
+    """Some runs, one after the other, as one of two processes."""
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank))
+    join = dist.init_process_group
+    for i, options in enumerate(runs):
+        dist.init_process_group = partial(join, init_method=f"file://{folder}/store-{i}", rank=rank, world_size=2)
+        try:
+            run_training(**options)
+        except UserError as e:
+            (folder / f"error-{i}-{rank}").write_text(str(e))
+
+
+def test_two_ranks_compute_what_one_does_and_may_alternate_with_it(half, straight, cache, looks, tmp_path):
+    shutil.copytree(half, tmp_path / "hop")
+    runs = [dict(out=tmp_path / "two", cache=cache, **looks), dict(out=tmp_path / "hop", cache=cache, steps=3), dict(out=tmp_path / "odd", cache=cache, batch=3)]
+    mp.spawn(one_of_two, nprocs=2, args=(runs, tmp_path))
+    for out, lines in (("two", metrics(tmp_path / "two")), ("hop", run_training(tmp_path / "hop", cache, **looks))):
+        for ours, theirs in zip(lines, metrics(straight), strict=True):
+            assert {k: v for k, v in ours.items() if k in theirs} == pytest.approx(theirs, abs=1e-6, rel=1e-5), out
+        for name, ours in exported(tmp_path / out).items():
+            torch.testing.assert_close(ours, exported(straight)[name], rtol=2 ** -7, atol=1e-5)          # 2⁻⁷: bf16's last bit
+    assert all("--batch 3" in (tmp_path / f"error-2-{rank}").read_text() for rank in range(2))
+
+
+def test_a_crash_between_log_and_checkpoint_leaves_no_line_twice(half, straight, cache, looks, tmp_path, monkeypatch):
+    run = shutil.copytree(half, tmp_path / "run")
+    monkeypatch.setattr(train.dcp, "save", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        run_training(run, cache, **looks)
+    monkeypatch.undo()
+    assert [line["step"] for line in metrics(run)] == [0, 1, 2, 3]                      # two of them without a checkpoint
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"step": 4, "lo')
+    assert run_training(run, cache, **looks) == metrics(straight)
+    assert {p.name for p in (run / "checkpoints").iterdir()} == {"step-000002", "step-000004"}       # nor half a checkpoint
+
+
+def test_the_last_two_checkpoints_stay_and_none_goes_before_the_next_is_whole(cache, tmp_path, monkeypatch):
+    remove, folder, there = shutil.rmtree, tmp_path / "run" / "checkpoints", []
+
+    def spy(path, *arguments, **options):
+        if re.fullmatch(r"step-\d{6}", Path(path).name):
+            there.append(sum((p / "options.json").is_file() for p in folder.glob("step-??????")))
+        remove(path, *arguments, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", spy)
+    run_training(tmp_path / "run", cache, save_every=1, keep=2)
+    assert {p.name for p in folder.iterdir()} == {"step-000003", "step-000004"} and there == [3, 3]
+
+
+@pytest.mark.parametrize("steps, options", [(2, {}), (1, dict(max_minutes=1e-9))], ids=["SIGTERM", "--max-minutes"])
+def test_a_stopped_run_finishes_its_step_and_saves(steps, options, straight, cache, tmp_path, monkeypatch, capsys):
+    def twice_in_the_second(count, loss):                  # Slurm signals every process, and torchrun passes its own on
+        for _ in range(2) if count == 2 else ():
+            assert signal.getsignal(signal.SIGTERM) != signal.SIG_DFL, "one more SIGTERM would kill the run"
+            os.kill(os.getpid(), signal.SIGTERM)
+        return loss
+
+    spy_on_losses(monkeypatch, twice_in_the_second)
+    assert len(run_training(tmp_path / "run", cache, **options)) == steps               # it returns: exit status 0
+    assert "the same command continues" in capsys.readouterr().out and not (tmp_path / "run" / "transformer").exists()
+    assert same_tensors(checkpoint(tmp_path / "run", steps), checkpoint(straight, steps))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Mistakes: each ends in one line that names the file or the option
+# ---------------------------------------------------------------------------------------------------------------------
+
+def rewrite_records(files, change=lambda tensor: tensor, **metadata):
+    for file in files:
+        tensors = {k: v if k == "text" else change(v) for k, v in load_file(file).items()}
+        data.write_tensors(file, tensors, **{**data.read_header(file)[1], **metadata})
+
+
+@pytest.fixture(scope="session")
+def bad(videos, cache, tmp_path_factory):
+    """A folder of everything that is wrong."""
+    bad, clip = tmp_path_factory.mktemp("bad"), (videos / "00000.mp4").read_bytes()
+    for name, files in {"empty": {"a.txt": b"a"}, "no-caption": {"a.mp4": clip}, "cut": {"a.mp4": clip[:len(clip) // 2], "a.txt": b"a"},
+                        "text": {"a.mp4": b"not a video", "a.txt": b"a"}, "pictures": {"a.png": b"not a picture"}}.items():
+        (bad / name).mkdir()
+        for file, content in files.items():
+            (bad / name / file).write_bytes(content)
+    data.write_toy_videos(bad / "short", 1, seed=0, frames=5)
+    shutil.copytree(model.TINY, bad / "headless", ignore=shutil.ignore_patterns("transformer"))
+    for name in ("no-negatives", "mixed", "channels", "unequal"):
+        shutil.copytree(cache, bad / name, ignore=shutil.ignore_patterns("lose" if name == "no-negatives" else ""))
+    rewrite_records([bad / "mixed" / "win" / "00002.safetensors"], fingerprint={"seed": 1})
+    rewrite_records((bad / "channels").glob("*/*"), lambda latents: torch.cat([latents, latents], dim=-4))
+    rewrite_records((bad / "unequal" / "lose").iterdir(), lambda latents: latents[..., :4])
+    return bad
+
+
+REFUSED = {                                                # command line: what its one line says
+    "data --videos {bad}/nowhere": ["--videos {bad}/nowhere"],
+    "data": ["--videos"],
+    "data --videos {bad}/empty": ["{bad}/empty", "no videos"],
+    "data --videos {bad}/no-caption": ["a.mp4", "a.txt"],
+    "data --videos {bad}/cut": ["cut/a.mp4"],
+    "data --videos {bad}/text": ["text/a.mp4"],
+    "data --videos {bad}/short": ["00000.mp4", "5 of the 17 frames"],
+    "data --videos {videos} --frames 16": ["--frames 16", "8k + 1"],
+    "data --videos {videos} --height 30": ["--height 30", "8"],
+    "data --videos {videos} --width 48": ["--width 48", "32"],                          # this model's learned positions: 32 × 32 only
+    "data --videos {videos} --fps 0": ["--fps 0"],
+    "data --videos {videos} --model {bad}/headless": ["headless", "transformer/"],
+    "data --videos {videos} --model {bad}/nowhere": ["nowhere", "no such model folder"],
+    "data --videos {videos} --out {cache} --frames 9": ["00000.safetensors", "frames 17 (now 9)"],
+    "data --videos {videos} --frame 17": ["--frame", "--frames", "--image-noise", "--skip-bad"],
+    "data --videos {videos} --frames many": ["--frames", "many"],
+    "sample --data {cache} --steps 3 --negatives 2 --guidance 1": ["00000.safetensors", "steps 2 (now 3)"],
+    "sample --data {bad}/empty": ["--data {bad}/empty", "no records"],
+    "sample --data {bad}/no-negatives --solver heun": ["--solver", "heun", "multistep"],
+    "sample": ["--data", "--image"],
+    "sample --image {bad}/pictures/a.png --out {tmp}/a.mp4": ["a.png"],
+    "sample --image {bad}/nowhere.png --out {tmp}/a.mp4": ["nowhere.png"],
+    "sample --image {picture} --out {tmp}/a.avi": ["a.avi", ".mp4"],
+    "sample --image {picture} --out {tmp}/a.mp4 --height 48": ["--height 48", "32"],
+    "train --data {bad}/nowhere --model {tiny}": ["--data {bad}/nowhere", "data.py", "sample.py"],
+    "train --data {bad}/no-negatives": ["lose/00000.safetensors", "sample.py"],
+    "train --data {bad}/mixed": ["win/00002.safetensors", "seed 1 (now 0)"],
+    "train --data {bad}/channels": ["{bad}/channels", "16"],
+    "train --data {bad}/unequal": ["{bad}/unequal", "(2, 8, 5, 8, 4)"],
+    "train --data {cache} --batch 4 --micro-batch 3": ["--micro-batch 3"],
+    "train --data {cache} --batch 0": ["--batch 0"],
+    "train --data {cache} --method grpo": ["--method", "grpo", "sft"],
+    "train --data {cache} --t-min 0.8 --t-max 0.2": ["--t-min 0.8"],
+    "train --data {cache} --eval-data {bad}/no-negatives": ["lose/00000.safetensors"],
+    "train --data {cache} --resume {bad}/nowhere": ["--resume {bad}/nowhere"],
+    "train --data {cache} --out {half} --resume none": ["--out {half}"],
+    "train --data {cache} --out {half} --batch 4 --warmup 1 --lr 3e-4": ["step-000002", "--lr 0.0001 (now 0.0003)"],
+    "train --dry-run --batch 3 --gpus 2": ["--batch 3"],
+}
+
+
+@pytest.mark.parametrize("line, words", REFUSED.items(), ids=REFUSED)
+def test_a_mistake_ends_in_one_line(line, words, bad, videos, cache, half, picture, tmp_path, monkeypatch):
+    places, before = dict(bad=bad, videos=videos, cache=cache, half=half, picture=picture, tmp=tmp_path, tiny=model.TINY), contents(bad)
+    name, *arguments = line.format(**places).split()
+    defaults = ["--model", "tiny"] + ([] if name == "sample" else ["--out", str(tmp_path / "out")])      # what is given again wins
+    message = refusal(monkeypatch, name, *defaults, *arguments)
+    assert all(word.format(**places) in message for word in words), message
+    assert contents(bad) == before
+
+
+def test_a_mistake_is_one_line_on_stderr_and_status_1(bad):
+    commands = [["data.py", "--videos", bad / "nowhere"], ["train.py", "--data", bad / "channels"]]
+    for process in [subprocess.Popen([sys.executable, REPO / name, *rest, "--model", "tiny"], cwd=bad, stderr=subprocess.PIPE, text=True) for name, *rest in commands]:
+        assert re.fullmatch(r"error: .*\n", process.communicate()[1]) and process.returncode == 1
+
+
+def test_more_processes_than_gpus_are_refused(videos, cache, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    for name, *rest in (["data", "--videos", str(videos)], ["sample", "--data", str(cache)], ["train", "--data", str(cache)]):
+        assert "this machine has 2" in refusal(monkeypatch, name, "--model", "tiny", *rest)
+
+
+def flip(file, place):
+    content = bytearray(file.read_bytes())
+    content[place] ^= 16
+    file.write_bytes(content)
+
+
+DAMAGES = {
+    "cut short": lambda file: file.write_bytes(file.read_bytes()[:-7]),
+    "empty": lambda file: file.write_bytes(b""),
+    "pickle": lambda file: torch.save({"win": torch.zeros(8)}, file),
+    "length of the header": lambda file: flip(file, 2),
+    "a name in the header": lambda file: flip(file, file.read_bytes().index(b'":{"dtype"') - 1),
+    "names of shards": lambda file: flip(file, file.read_bytes().index(b"saved_offsets")),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("kind", ["win", "lose", "checkpoint", "options.json"])
+def test_a_damaged_file_is_refused_by_name(kind, damage, own_cache, half, tmp_path, monkeypatch):
+    if kind == "options.json" and "head" in damage or kind != "checkpoint" and "shards" in damage:
+        pytest.skip("has none")
+    run, step = shutil.copytree(half, tmp_path / "run"), tmp_path / "run" / "checkpoints" / "step-000002"
+    file = {"checkpoint": next(step.glob("*.safetensors")), "options.json": step / "options.json"}.get(kind, own_cache / kind / "00001.safetensors")
+    DAMAGES[damage](file)
+    message = refusal(monkeypatch, "train", *f"--model tiny --data {own_cache} --out {run} --batch 4 --warmup 1 --lr 1e-4".split())
+    assert str(file) in message or str(step) in message
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A full disk: one line, what was there stays whole, and where there is room again the same command goes on
+# ---------------------------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 64 MiB, and a function that leaves so many KiB of it free."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("may not mount a small file system here")
+
+    def leave(kib):
+        (disk / "ballast").unlink(missing_ok=True)
+        (disk / "ballast").write_bytes(bytes(shutil.disk_usage(disk).free - 1024 * kib))
+
+    yield disk, leave
+    subprocess.run(["umount", "-l", disk], check=True)
+
+
+def test_a_full_disk_keeps_records_and_videos_whole(videos, cache, small_disk):
+    disk, leave = small_disk
+    for command, kib in ((partial(encode, videos, disk / "cache"), 32), (partial(add_negatives, disk / "cache"), 40)):
+        leave(kib)
+        with pytest.raises(UserError, match=r"safetensors: cannot be written .*No space left") as stopped:
+            command()
+        made = contents(disk / "cache")
+        assert "\n" not in str(stopped.value) and made and made.items() < contents(cache).items()        # whole or not at all
+        leave(512)
+        command()
+    assert contents(disk / "cache") == contents(cache)
+    leave(0)
+    with pytest.raises(UserError, match="a.mp4: cannot be written"):
+        data.write_video(disk / "a.mp4", np.zeros((9, 32, 32, 3), np.uint8), 8)
+    assert {p.name for p in disk.iterdir()} == {"ballast", "cache"}
+
+
+@pytest.mark.parametrize("kib, steps", [(0, 0), (9_000, 0), (30_000, 1), (41_000, 2)], ids=["metrics", "first checkpoint", "second checkpoint", "export"])
+def test_a_full_disk_keeps_a_run_whole(kib, steps, straight, cache, small_disk):
+    (disk, leave), run = small_disk, partial(run_training, cache=cache, steps=2, save_every=1)
+    leave(kib)
+    with pytest.raises(UserError, match="cannot be written") as stopped:
+        run(disk / "run")
+    assert "\n" not in str(stopped.value)
+    assert sorted(p.name for p in (disk / "run").rglob("step-*")) == [f"step-{i + 1:06d}" for i in range(steps)]
+    (disk / "ballast").unlink()
+    assert [line["loss"] for line in run(disk / "run")] == [line["loss"] for line in metrics(straight)[:2]]
+    assert same_tensors(checkpoint(disk / "run", 2), checkpoint(straight, 2)) and model.load_dit(disk / "run")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Chaos, on request: killed at any moments, the end is the same. CHAOS=20 pytest -m chaos: twenty kills a stage
+# ---------------------------------------------------------------------------------------------------------------------
+
+STAGES = {                                                 # command: what a kill waits for, beside a random while
+    "data.py --videos {videos} --model tiny --out cache": ["cache/win/.*"],
+    "sample.py --data cache --model tiny --negatives 2 --steps 2 --guidance 1": ["cache/lose/.*"],
+    "train.py --data cache --model tiny --out run --steps 6 --batch 4 --micro-batch 4 --save-every 1": ["run/checkpoints/*.part", "run/*.part", "run/metrics.jsonl"],
+}
+
+
+def kill(process, folder, moment, delay):
+    """SIGKILL `delay` seconds after something like `moment` appears in the folder, unless the process is done by then."""
+    while moment and process.poll() is None and not any(folder.glob(moment)):
+        time.sleep(0.001)
+    try:
+        process.wait(delay)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def what_counts(file):
+    """A file's bytes, without what differs between any two runs: the times of steps, and the order of a header."""
+    if file.suffix == ".safetensors":
+        return {k: v.view(torch.uint8).numpy().tobytes() for k, v in load_file(file).items()}
+    return metrics(file.parent) if file.name == "metrics.jsonl" else file.read_bytes()
+
+
+@pytest.mark.chaos
+def test_killed_commands_end_with_the_files_of_undisturbed_ones(videos, tmp_path):
+    rng, calm, storm = random.Random(0), tmp_path / "calm", tmp_path / "storm"
+    calm.mkdir(), storm.mkdir()
+    for command, moments in STAGES.items():
+        name, *arguments = command.format(videos=videos).split()
+        start = partial(subprocess.Popen, [sys.executable, REPO / name, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        begin = time.time()
+        assert start(cwd=calm).wait() == 0
+        seconds = time.time() - begin
+        for _ in range(int(os.environ.get("CHAOS", 2))):
+            moment = rng.choice([None, *moments])
+            kill(start(cwd=storm), storm, moment, rng.uniform(0, 0.1) if moment else rng.uniform(0.3, 1) * seconds)
+        assert start(cwd=storm).wait() == 0
+    ours, theirs = (contents(folder, what_counts) for folder in (storm, calm))
+    assert ours == theirs
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The toy world and its measures; options
+# ---------------------------------------------------------------------------------------------------------------------
+
+def test_a_toy_clip_depends_on_seed_and_index_and_survives_mp4(videos):
+    first, caption = data.toy_video(0, 1)
+    data.toy_video(0, 2)
+    assert np.array_equal(first, data.toy_video(0, 1)[0]) and caption == data.draw_figure(0, 1).caption
+    assert not np.array_equal(first, data.toy_video(0, 2)[0]) and not np.array_equal(first, data.toy_video(1, 1)[0])
+    faulty = data.toy_video(0, 1, strength=1.0)[0]
+    assert np.array_equal(first[0], faulty[0]) and not np.array_equal(first, faulty)    # its first frame is right
+    stored = [data.to_uint8(data.fit(data.read_frames(videos / f"{name}.mp4", 17, 8), 32, 32)) for name in NAMES]
+    assert np.mean([data.judge(clip, data.draw_figure(0, i))["rvd"] for i, clip in enumerate(stored)]) < 0.2       # a quarter of the faults: 2
+
+
+def test_the_measures_tell_real_from_corrupt_and_still():
+    def scores(change=lambda video: video, **options):     # means over twelve figures
+        judged = [data.judge(change(data.toy_video(5, i, **options)[0]), data.draw_figure(5, i)) for i in range(12)]
+        return {k: np.mean([score[k] for score in judged]) for k in judged[0]}
+
+    real, *corrupt = [scores(strength=strength) for strength in (0, 0.25, 0.5, 1)]
+    frozen, grey = scores(lambda video: video[:1].repeat(17, axis=0)), scores(lambda video: np.full_like(video, 128))
+    for measure in ("rvd", "limb_change", "jerkiness"):
+        values = [score[measure] for score in (real, *corrupt)]
+        assert values == sorted(set(values)), (measure, values)
+    assert real["rvd"] < 0.05 < corrupt[0]["rvd"] and real["action_match"] == 1
+    assert real["motion"] == pytest.approx(1, abs=0.05) and real["jerkiness"] == pytest.approx(1, abs=0.05)
+    assert frozen["rvd"] > corrupt[1]["rvd"] and frozen["motion"] < 0.01
+    assert np.isfinite([*frozen.values(), *grey.values()]).all()
+
+
+def test_the_tiny_presets_apply_to_what_was_not_given(straight):
+    parse, other = partial(data.parse, train.Options, train.TINY), ["--model", "owner/name"]
+    assert parse(other) == train.Options(model="owner/name")
+    assert parse(["--model", "tiny"]) == train.Options(model="tiny", **train.TINY)
+    assert parse(["--model", str(straight)]).beta == train.TINY["beta"]                 # a run that started from tiny
+    given = parse(["--model", "tiny", "--beta", "7", "--stream", "--method", "sft"])
+    assert given == train.Options(**{**train.TINY, "model": "tiny", "beta": 7.0, "stream": True, "method": "sft"})
+    assert parse([*other, "--stream", "--no-stream"]).stream is False
+
+
+@pytest.mark.parametrize("module", [data, sample, train])
+def test_every_option_has_a_help_line(module, capsys):
+    with pytest.raises(SystemExit):
+        data.parse(module.Options, {}, ["--help"])
+    text = capsys.readouterr().out
+    for field in dataclasses.fields(module.Options):       # the name, its values, and on the same line or the next a text
+        assert re.search(rf"^  --{field.name.replace('_', '-')}\b[^\n]*?(\n {{20,}}|  +)[^-\s]", text, re.M), field.name
