@@ -9,7 +9,8 @@ and prompt.txt, a line a clip. A record is a safetensors file that holds all tra
     CACHE/lose/NAME.safetensors    lose (N,C,F,H,W)                            written by sample.py
     CACHE/empty.safetensors        text (L,D), the embedding of "", for guidance
 
-Files are written whole or not at all, so every stage can be killed at any moment, and started again does what is missing.
+Files are written whole or not at all, so every stage can be killed at any moment,
+and started again does what is missing.
 """
 import argparse, csv, hashlib, inspect, json, os, re, sys
 from contextlib import contextmanager
@@ -48,7 +49,8 @@ def parse(options, tiny, argv=None):
         kind = dict(type=field.type) if field.type is not bool else dict(action=argparse.BooleanOptionalAction)
         if get_origin(field.type) is Literal:
             kind = dict(choices=get_args(field.type))
-        parser.add_argument("--" + field.name.replace("_", "-"), default=field.default, help=help_of[field.name].replace("%", "%%"), **kind)
+        parser.add_argument("--" + field.name.replace("_", "-"), default=field.default,
+                            help=help_of[field.name].replace("%", "%%"), **kind)
     valid = " ".join("--" + f.name.replace("_", "-") for f in fields(options))
     parser.error = lambda message: sys.exit(f"error: {message}; the options are {valid}")
     if base_of(default_model(parser.parse_args(argv).model)[0]) == "tiny":
@@ -82,8 +84,9 @@ class Place(NamedTuple):
 
 
 def placement():
-    """The Place of this process, alone or under torchrun. Raises UserError where more GPUs are asked for than there are."""
-    rank, world, local = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    """The Place of this process, alone or under torchrun. Raises UserError where more GPUs are asked for than exist."""
+    rank, world, local = (int(os.environ.get(name, default))
+                          for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     if not torch.cuda.is_available():
         return Place(rank, world, torch.device("cpu"), torch.float32)
     if local >= torch.cuda.device_count():
@@ -101,7 +104,7 @@ def generator(*key):
 def whole_file(path):
     """Yield a temporary name beside `path` that takes its place once written and flushed, and vanishes otherwise."""
     path = Path(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = path.with_name(f".{path.name}.{os.environ.get('RANK', 0)}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield part
@@ -115,7 +118,7 @@ def whole_file(path):
 
 
 def write_tensors(path, tensors, **metadata):
-    """A safetensors file; `metadata` is stored as JSON in its header, as one entry: safetensors writes several in any order."""
+    """A safetensors file; `metadata` is JSON in its header, as one entry: safetensors writes several in any order."""
     with whole_file(path) as part:
         save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, part, {"made_by": json.dumps(metadata)})
 
@@ -124,7 +127,8 @@ def read_header(path):
     """({name: shape}, metadata) of a file that `write_tensors` wrote. Raises UserError for anything else."""
     try:
         with safe_open(path, "pt") as f:
-            return {k: tuple(f.get_slice(k).get_shape()) for k in f.keys()}, json.loads((f.metadata() or {}).get("made_by", "{}"))
+            return ({k: tuple(f.get_slice(k).get_shape()) for k in f.keys()},
+                    json.loads((f.metadata() or {}).get("made_by", "{}")))
     except (OSError, SafetensorError, ValueError) as e:
         raise UserError(f"{path}: not a whole record ({e}); delete it and run the command that made it again") from e
 
@@ -151,14 +155,15 @@ def read_frames(path, frames, fps):
         with imageio.get_reader(path, "ffmpeg") as reader:
             rate, taken = reader.get_meta_data()["fps"], []
             for i, frame in enumerate(reader):
-                while len(taken) < frames and i >= round(len(taken) * rate / fps):      # a slow video repeats frames
+                while len(taken) < frames and i >= int(len(taken) * rate / fps + 0.5):      # a slow video repeats frames
                     taken.append(frame)
                 if len(taken) == frames:
                     return np.stack(taken)
     except (OSError, RuntimeError, KeyError, ValueError) as e:
         reason = [line for line in str(e).splitlines() if line.strip()][-1]
         raise UserError(f"{path}: cannot be read as a video ({reason.strip()})") from e
-    raise UserError(f"{path}: is too short, {len(taken)} of the {frames} frames at {fps} fps; give a clip of {(frames - 1) / fps:.1f} s or fewer --frames")
+    raise UserError(f"{path}: is too short, {len(taken)} of the {frames} frames at {fps} fps; "
+                    f"give a clip of {(frames - 1) / fps:.1f} s or fewer --frames")
 
 
 def read_image(path):
@@ -197,8 +202,8 @@ def write_video(path, frames, fps):
     if Path(path).suffix == ".gif":
         coded = imageio.mimwrite(imageio.RETURN_BYTES, frames, format="gif", duration=1000 / fps, loop=0)
     else:
-        coded = imageio.mimwrite(imageio.RETURN_BYTES, frames, format="mp4", fps=fps, codec="libx264", pixelformat="yuv420p",
-                                 quality=None, macro_block_size=2, output_params=["-crf", "12"])
+        coded = imageio.mimwrite(imageio.RETURN_BYTES, frames, format="mp4", fps=fps, codec="libx264",
+                                 pixelformat="yuv420p", quality=None, macro_block_size=2, output_params=["-crf", "12"])
     with whole_file(path) as part:
         part.write_bytes(coded)
 
@@ -232,7 +237,8 @@ def list_clips(folder):
         pairs = sidecar_pairs(folder)
     clips = [find_extras(folder, file, caption) for file, caption in pairs]
     if not clips:
-        raise UserError(f"--videos {folder}: holds no videos; expected NAME.mp4 beside NAME.txt, metadata.jsonl, metadata.csv, or video.txt and prompt.txt")
+        raise UserError(f"--videos {folder}: holds no videos; expected NAME.mp4 beside NAME.txt, metadata.jsonl, "
+                        "metadata.csv, or video.txt and prompt.txt")
     names = [clip.name for clip in clips]
     for name in names:
         if names.count(name) > 1:
@@ -251,7 +257,8 @@ def authors_pairs(folder):
     while videos and not videos[-1]:
         videos.pop()
     if len(videos) > len(prompts) or any(prompts[len(videos):]):
-        raise UserError(f"{folder}: video.txt has {len(videos)} lines and prompt.txt {len(prompts)}; every clip needs its caption")
+        raise UserError(f"{folder}: video.txt has {len(videos)} lines and prompt.txt {len(prompts)}; "
+                        "every clip needs its caption")
     return list(zip(videos, prompts))
 
 
@@ -272,9 +279,11 @@ def metadata_pairs(folder):
 
 def sidecar_pairs(folder):
     """NAME.mp4 beside NAME.txt."""
-    videos = sorted(p for p in folder.iterdir() if p.suffix.lower() in (".mp4", ".mov", ".mkv", ".webm") and not p.name.startswith("."))
+    videos = sorted(p for p in folder.iterdir()
+                    if p.suffix.lower() in (".mp4", ".mov", ".mkv", ".webm") and not p.name.startswith("."))
     captions = [video.with_suffix(".txt") for video in videos]
-    return [(video.name, c.read_text(encoding="utf-8").strip() if c.is_file() else None) for video, c in zip(videos, captions)]
+    return [(video.name, c.read_text(encoding="utf-8").strip() if c.is_file() else None)
+            for video, c in zip(videos, captions)]
 
 
 def find_extras(folder, file, caption):
@@ -291,7 +300,7 @@ def find_extras(folder, file, caption):
 # ---------------------------------------------------------------------------------------------------------------------
 
 def digest(folder):
-    """A short name for the weights in a folder: a hash of its small files and of the size and first MiB of the others."""
+    """A short name for the weights in a folder: a hash of its small files and of the size and first MiB of others."""
     sha = hashlib.sha256()
     for file in sorted(p for p in folder.iterdir() if p.suffix in (".json", ".safetensors", ".model")):
         sha.update(f"{file.name} {file.stat().st_size}".encode())
@@ -300,11 +309,13 @@ def digest(folder):
     return sha.hexdigest()[:16]
 
 
-def check_fingerprint(path, made_by, expected):
-    """Raise UserError unless the record at `path` was made with the `expected` settings."""
-    different = [f"{k} {made_by.get(k)} (now {expected.get(k)})" for k in sorted({*made_by, *expected}) if made_by.get(k) != expected.get(k)]
+def check_metadata(path, found, expected):
+    """Raise UserError unless the record at `path` has the `expected` fingerprint (what made it) and caption."""
+    found, now = ({**m.get("fingerprint", {}), "caption": m.get("caption")} for m in (found, expected))
+    different = [f"{k} {found.get(k)} (now {now.get(k)})" for k in sorted({*found, *now}) if found.get(k) != now.get(k)]
     if different:
-        raise UserError(f"{path}: was made with other settings: {', '.join(different)}; use another folder or delete this one")
+        raise UserError(f"{path}: was made with other settings: {', '.join(different)}; "
+                        "use another folder or delete this one")
 
 
 class Records:
@@ -317,7 +328,8 @@ class Records:
         self.folder = Path(folder)
         self.names = sorted(p.stem for p in (self.folder / "win").glob("*.safetensors"))
         if not self.names:
-            raise UserError(f"--data {folder}: holds no records; make them with: python data.py --videos DIR --out {folder}")
+            raise UserError(f"--data {folder}: holds no records; "
+                            f"make them with: python data.py --videos DIR --out {folder}")
         self.kinds = ["win", "lose"] if negatives else ["win"]
         for kind in self.kinds:
             first = None
@@ -326,8 +338,9 @@ class Records:
                 if not file.is_file():
                     raise UserError(f"{file}: missing; make the negatives with: python sample.py --data {folder}")
                 shapes, metadata = read_header(file)
-                first = first or (shapes, metadata.get("fingerprint", {}))
-                check_fingerprint(file, metadata.get("fingerprint", {}), first[1])
+                made_by = {"fingerprint": metadata.get("fingerprint", {})}
+                first = first or (shapes, made_by)
+                check_metadata(file, made_by, first[1])
                 if shapes != first[0]:
                     raise UserError(f"{file}: holds {shapes}, the other records {first[0]}")
 
@@ -476,7 +489,7 @@ def write_toy_videos(folder, count, seed, strength=0.0, frames=17, size=32):
         video, caption = toy_video(seed, index, frames, size, own)
         with whole_file(path.with_suffix(".txt")) as part:
             part.write_text(caption + "\n")
-        write_video(path, enlarge(video, 2), FPS)          # mp4 stores hue at half the resolution: at twice the size none is lost
+        write_video(path, enlarge(video, 2), FPS)          # mp4 stores hue at half size: at twice the size none is lost
 
 
 def enlarge(video, times):
@@ -572,23 +585,24 @@ def judge(video, figure, codec=None):
 class Options:
     """Encode a folder of videos with captions into records."""
     videos: str = ""                   # folder of clips with captions
-    model: str = ""                    # folder in the published layout, hub id or "tiny"; default: by whether a GPU is here
+    model: str = ""                    # model folder, hub id or "tiny"; default: by whether a GPU is here
     out: str = "cache"                 # folder for the records
     frames: int = 0                    # frames a clip, 8k + 1; default: the model's
     height: int = 0                    # pixels, divisible by 16; default: the model's
     width: int = 0                     # pixels, divisible by 16; default: the model's
     fps: int = 8                       # frames a second the model works at
-    image_noise: int = 0               # K noised encodings of the first frame, of which training draws one (the authors' augmentation)
-    given_negatives: bool = False      # encode negative_samples/ID/*.mp4 instead of sampling negatives (Sec. 4.2 keeps latents: a last resort)
+    image_noise: int = 0               # K noised first-frame encodings; training draws one (the authors' augmentation)
+    given_negatives: bool = False      # negatives are negative_samples/ID/*.mp4 (a last resort: Sec. 4.2 keeps latents)
     skip_bad: bool = False             # leave out unusable clips, with a list, instead of stopping
     seed: int = 0                      # of the posterior samples
 
 
 def clip_shape(options, folder):
-    """(frames, height, width) of the clips: as asked, else what the model was trained on. Raises UserError for a bad one."""
+    """(frames, height, width) of the clips: as asked, else as the model was trained. Raises UserError for a bad one."""
     c = read_config(folder, "transformer", "CogVideoXTransformer3DModel")
     space = 2 ** (len(read_config(folder, "vae", "AutoencoderKLCogVideoX")["block_out_channels"]) - 1)
-    shape = (options.frames or c["sample_frames"], options.height or c["sample_height"] * space, options.width or c["sample_width"] * space)
+    shape = (options.frames or c["sample_frames"],
+             options.height or c["sample_height"] * space, options.width or c["sample_width"] * space)
     if shape[0] < 1 or shape[0] % 8 != 1:
         raise UserError(f"--frames {shape[0]}: expected 8k + 1 (9, 17, … 49)")
     multiple = space * c["patch_size"]
@@ -597,8 +611,8 @@ def clip_shape(options, folder):
             raise UserError(f"{option} {size}: expected a multiple of {multiple}")
     trained = c["sample_height"] * space, c["sample_width"] * space
     if c.get("use_learned_positional_embeddings") and (shape[0] > c["sample_frames"] or shape[1:] != trained):
-        raise UserError(f"--frames {shape[0]} --height {shape[1]} --width {shape[2]}: this model's learned positions are for "
-                        f"at most {c['sample_frames']} frames of {trained[0]}×{trained[1]}")
+        raise UserError(f"--frames {shape[0]} --height {shape[1]} --width {shape[2]}: this model's learned positions "
+                        f"are for at most {c['sample_frames']} frames of {trained[0]}×{trained[1]}")
     if options.fps < 1:
         raise UserError(f"--fps {options.fps}: expected at least 1")
     return shape
@@ -624,16 +638,18 @@ def usable(clips, options, frames):
 def encode_clip(clip, vae, shape, options, device):
     """Tensors of one record, without the text; and the negatives', where the folder brings them."""
     frames, size = shape[0], shape[1:]
-    encode = lambda video, *key: vae.encode(video[None].to(device), generator("posterior", options.seed, clip.name, *key))[0].bfloat16()
+    encode = lambda video, *key: vae.encode(video[None].to(device),
+                                            generator("posterior", options.seed, clip.name, *key))[0].bfloat16()
     video = fit(read_frames(clip.video, frames, options.fps), *size)                    # (3,F,H,W)
     image = fit(read_image(clip.image), *size) if clip.image else video[:, :1]          # (3,1,H,W)
     record = {"win": encode(video, "win"), "image": encode(image, "image")}
     if options.image_noise:
         rng = generator("image noise", options.seed, clip.name)
-        sigma = (torch.randn(options.image_noise, generator=rng) * 0.5 - 3).exp()       # the authors' σ, in pixels of [-1,1]
+        sigma = (torch.randn(options.image_noise, generator=rng) * 0.5 - 3).exp()  # the authors' σ, in pixels of [-1,1]
         noised = [image + s * torch.randn(image.shape, generator=rng) for s in sigma]
         record["noised"] = torch.stack([encode(x, "noised", k) for k, x in enumerate(noised)])
-    lose = [encode(fit(read_frames(v, frames, options.fps), *size), "lose", k) for k, v in enumerate(clip.negatives)] if options.given_negatives else []
+    lose = [encode(fit(read_frames(v, frames, options.fps), *size), "lose", k)
+            for k, v in enumerate(clip.negatives)] if options.given_negatives else []
     return record, lose
 
 
@@ -642,22 +658,24 @@ def encode_captions(clips, folder, out, device, dtype):
     encode_text = load_text_encoder(folder, device, dtype)
     texts = [*dict.fromkeys(clip.caption for clip in clips), ""]
     embeddings = {text: encode_text([text])[0].bfloat16().cpu() for text in tqdm(texts, desc="encoding captions")}
-    if not (out / "empty.safetensors").exists():
-        write_tensors(out / "empty.safetensors", {"text": embeddings[""]})
+    write_tensors(out / "empty.safetensors", {"text": embeddings[""]})
     return embeddings
 
 
-def missing(names, folder, fingerprint):
-    """Those of the names that have no record in `folder` yet. Raises UserError where one was made with other settings."""
-    files = {name: Path(folder) / f"{name}.safetensors" for name in names}
-    for file in files.values():
+def missing(expected, folder):
+    """Those of the names in `expected` {name: its metadata} without a record in `folder` yet.
+
+    Raises UserError where there is a record, but one made with other settings or of another caption.
+    """
+    files = {name: Path(folder) / f"{name}.safetensors" for name in expected}
+    for name, file in files.items():
         if file.exists():
-            check_fingerprint(file, read_header(file)[1].get("fingerprint", {}), fingerprint)
+            check_metadata(file, read_header(file)[1], expected[name])
     return [name for name, file in files.items() if not file.exists()]
 
 
 def main(options):
-    """Encode this rank's share of the clips. Ranks never wait for each other: any number of them makes the same files."""
+    """Encode this rank's share of the clips. Ranks never wait for each other: any number makes the same files."""
     rank, world, device, dtype = placement()
     model, why = default_model(options.model)
     if rank == 0:
@@ -667,20 +685,25 @@ def main(options):
     clips = {clip.name: clip for clip in list_clips(options.videos)}
     folder, out = resolve(model, "transformer/config.json", "vae", "text_encoder", "tokenizer"), Path(options.out)
     shape = clip_shape(options, folder)
-    fingerprint = dict(vae=digest(folder / "vae"), text_encoder=digest(folder / "text_encoder"), frames=shape[0], height=shape[1],
-                       width=shape[2], fps=options.fps, image_noise=options.image_noise, seed=options.seed)
-    todo = usable([clips[name] for name in missing(list(clips)[rank::world], out / "win", fingerprint)], options, shape[0])
+    made_by = dict(vae=digest(folder / "vae"), text_encoder=digest(folder / "text_encoder"),
+                   frames=shape[0], height=shape[1], width=shape[2],
+                   fps=options.fps, image_noise=options.image_noise, seed=options.seed)
+    expected = {name: dict(fingerprint=made_by, caption=clip.caption, source=str(clip.video))
+                for name, clip in list(clips.items())[rank::world]}
+    todo = usable([clips[name] for name in missing(expected, out / "win")], options, shape[0])
     if todo:
-        embeddings = encode_captions(todo, folder, out, device, dtype)                  # then that network is gone: one at a time
+        embeddings = encode_captions(todo, folder, out, device, dtype)      # then that network is gone: one at a time
         vae = load_vae(folder, device, dtype)
     for clip in tqdm(todo, desc="encoding clips", disable=rank > 0):
         record, lose = encode_clip(clip, vae, shape, options, device)
         if lose:
-            write_tensors(out / "lose" / f"{clip.name}.safetensors", {"lose": torch.stack(lose)}, fingerprint={"given": len(lose)})
+            write_tensors(out / "lose" / f"{clip.name}.safetensors", {"lose": torch.stack(lose)},
+                          fingerprint={"given": len(lose)})
         write_tensors(out / "win" / f"{clip.name}.safetensors", {**record, "text": embeddings[clip.caption]},
-                      fingerprint=fingerprint, caption=clip.caption, source=str(clip.video))
+                      **expected[clip.name])
     if rank == 0:
-        print(f"{len(list((out / 'win').glob('*.safetensors')))} clips in {out}/win; next: python sample.py --model {model} --data {out}")
+        print(f"{len(list((out / 'win').glob('*.safetensors')))} clips in {out}/win; "
+              f"next: python sample.py --model {model} --data {out}")
 
 
 if __name__ == "__main__":

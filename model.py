@@ -43,7 +43,8 @@ class T5Block(nn.Module):
         width, inner, hidden = c["d_model"], c["num_heads"] * c["d_kv"], c["d_ff"]
         linear = partial(nn.Linear, bias=False)
         norm = partial(nn.RMSNorm, width, eps=c["layer_norm_epsilon"])
-        attention = {"q": linear(width, inner), "k": linear(width, inner), "v": linear(width, inner), "o": linear(inner, width)}
+        attention = {"q": linear(width, inner), "k": linear(width, inner), "v": linear(width, inner),
+                     "o": linear(inner, width)}
         gated = {"wi_0": linear(width, hidden), "wi_1": linear(width, hidden), "wo": linear(hidden, width)}
         self.layer = nn.ModuleList([                       # the nesting only reproduces the published names
             nn.ModuleDict({"SelfAttention": nn.ModuleDict(attention), "layer_norm": norm()}),
@@ -77,8 +78,9 @@ class T5Encoder(nn.Module):
         """(1,heads,L,L): one learned number a head and a bucket of key − query distance, shared by all blocks."""
         distance = torch.arange(length, device=device) - torch.arange(length, device=device)[:, None]
         half = self.buckets // 2                           # half the buckets look back, half ahead
-        exact = half // 2                                  # near distances have a bucket each, far ones share, in log steps
-        far = exact + (torch.log(distance.abs().clamp(min=1).float() / exact) / math.log(self.max_distance / exact) * (half - exact)).long()
+        exact = half // 2                                  # near ones have a bucket each, far ones share, in log steps
+        far = exact + (torch.log(distance.abs().clamp(min=1).float() / exact)
+                       / math.log(self.max_distance / exact) * (half - exact)).long()
         bucket = torch.where(distance.abs() < exact, distance.abs(), far.clamp(max=half - 1)) + half * (distance > 0)
         table = self.encoder["block"][0].layer[0]["SelfAttention"]["relative_attention_bias"]
         return rearrange(table(bucket), "q k h -> 1 h q k")
@@ -98,7 +100,8 @@ def load_text_encoder(path, device="cpu", dtype=torch.float32):
     """
     import sentencepiece
     folder = resolve(path, "tokenizer", "text_encoder", "transformer/config.json")
-    net = materialize(T5Encoder, read_config(folder, "text_encoder", "T5EncoderModel"), folder / "text_encoder", device, dtype)
+    net = materialize(T5Encoder, read_config(folder, "text_encoder", "T5EncoderModel"),
+                      folder / "text_encoder", device, dtype)
     spiece = folder / "tokenizer" / "spiece.model"
     try:
         tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(spiece))
@@ -167,7 +170,8 @@ class SpatialNorm(nn.Module):
 def stretch(z, size):
     """Nearest upsampling of latents (B,C,f,h,w) to `size` (F,H,W); in an odd clip, frame 0 stands for itself alone."""
     if size[0] > 1 and size[0] % 2:
-        first, rest = nnf.interpolate(z[:, :, :1], (1, *size[1:])), nnf.interpolate(z[:, :, 1:], (size[0] - 1, *size[1:]))
+        first, rest = (nnf.interpolate(z[:, :, :1], (1, *size[1:])),
+                       nnf.interpolate(z[:, :, 1:], (size[0] - 1, *size[1:])))
         return torch.cat([first, rest], dim=2)
     return nnf.interpolate(z, tuple(size))
 
@@ -177,7 +181,8 @@ class Resnet(nn.Module):
 
     def __init__(self, c_in, c_out, groups, eps, latent_channels=None):
         super().__init__()
-        norm = (lambda c: SpatialNorm(groups, c, latent_channels)) if latent_channels else (lambda c: nn.GroupNorm(groups, c, eps))
+        norm = ((lambda c: SpatialNorm(groups, c, latent_channels)) if latent_channels
+                else (lambda c: nn.GroupNorm(groups, c, eps)))
         self.norm1, self.conv1 = norm(c_in), CausalConv3d(c_in, c_out)
         self.norm2, self.conv2 = norm(c_out), CausalConv3d(c_out, c_out)
         self.conv_shortcut = nn.Conv3d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
@@ -236,7 +241,8 @@ class Coder(nn.Module):
         self.conv_in = CausalConv3d(c_in, widths[0])
         self.mid_block = nn.ModuleDict({"resnets": nn.ModuleList([resnet(middle, middle) for _ in range(2)])})
         setattr(self, names[0], levels)
-        self.norm_out = SpatialNorm(c["norm_num_groups"], widths[-1], latent_channels) if latent_channels else nn.GroupNorm(c["norm_num_groups"], widths[-1], eps=1e-6)
+        self.norm_out = (SpatialNorm(c["norm_num_groups"], widths[-1], latent_channels) if latent_channels
+                         else nn.GroupNorm(c["norm_num_groups"], widths[-1], eps=1e-6))
         self.conv_out = CausalConv3d(widths[-1], c_out)
 
 
@@ -244,8 +250,8 @@ class Encoder(Coder):
     """(B,3,F,H,W) -> mean and log-variance of the posterior, stacked: (B,2C,f,h,w)."""
 
     def __init__(self, c):
-        super().__init__(c, list(c["block_out_channels"]), c["in_channels"], 2 * c["latent_channels"], c["layers_per_block"],
-                         None, Downsample, ("down_blocks", "downsamplers"))
+        super().__init__(c, list(c["block_out_channels"]), c["in_channels"], 2 * c["latent_channels"],
+                         c["layers_per_block"], None, Downsample, ("down_blocks", "downsamplers"))
 
     def forward(self, x, past):
         x = self.conv_in(x, past)
@@ -310,14 +316,16 @@ class VAE(nn.Module):
     def decode(self, latents):
         """Video (B,3,F,H,W), fp32, about [-1,1], of scaled latents (B,C,f,h,w), f odd."""
         past, parameter, z = {}, self.decoder.conv_in.conv.weight, latents / self.scale
-        return torch.cat([self.decoder(z[:, :, chunk].to(parameter), past).float() for chunk in chunks(z.shape[2], 2)], dim=2)
+        return torch.cat([self.decoder(z[:, :, chunk].to(parameter), past).float()
+                          for chunk in chunks(z.shape[2], 2)], dim=2)
 
 
 def load_vae(path, device="cpu", dtype=torch.float32):
     """Load the video autoencoder of a model folder or hub id. Raises UserError where it is missing or broken."""
     folder = resolve(path, "vae")
     config = read_config(folder, "vae", "AutoencoderKLCogVideoX")
-    refuse(folder / "vae", config, use_quant_conv=False, use_post_quant_conv=False, invert_scale_latents=False, shift_factor=None)
+    refuse(folder / "vae", config, use_quant_conv=False, use_post_quant_conv=False,
+           invert_scale_latents=False, shift_factor=None)
     return materialize(VAE, config, folder / "vae", device, dtype).eval()
 
 
@@ -361,7 +369,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and feed-forward, each shifted, scaled and gated by the time embedding; text has its own coefficients."""
+    """Attention and feed-forward, shifted, scaled and gated by the time embedding; text has its own coefficients."""
 
     def __init__(self, width, heads, time_width, eps):
         super().__init__()
@@ -393,7 +401,8 @@ class DiT(nn.Module):
             frames = (c["sample_frames"] - 1) // c["temporal_compression_ratio"] + 1
             tokens = c["max_text_seq_length"] + frames * (c["sample_height"] // p) * (c["sample_width"] // p)
             self.patch_embed.register_buffer("pos_embedding", torch.zeros(1, tokens, width))
-        self.time_embedding = nn.ModuleDict({"linear_1": nn.Linear(width, time_width), "linear_2": nn.Linear(time_width, time_width)})
+        self.time_embedding = nn.ModuleDict({"linear_1": nn.Linear(width, time_width),
+                                             "linear_2": nn.Linear(time_width, time_width)})
         block = partial(Block, width, heads, time_width, c["norm_eps"])
         self.transformer_blocks = nn.ModuleList([block() for _ in range(c["num_layers"])])
         self.norm_final = nn.LayerNorm(width, c["norm_eps"])
@@ -408,7 +417,8 @@ class DiT(nn.Module):
         x = x + self.positions(grid, n_text, x)
         rope = rope_table(grid, n_text, self.config["attention_head_dim"], x.device)
         for block in self.transformer_blocks:
-            x = (recomputed(block, checkpointing) if checkpointing and torch.is_grad_enabled() else block)(x, time, rope, n_text)
+            x = (recomputed(block, checkpointing) if checkpointing and torch.is_grad_enabled()
+                 else block)(x, time, rope, n_text)
         x, (shift, scale) = self.norm_out(self.norm_final(x[:, n_text:]), time)                             # (B,FHW,D)
         x = self.proj_out(modulate(x, shift, scale))
         f, h, w = grid
@@ -426,9 +436,11 @@ class DiT(nn.Module):
             return 0
         c, p = self.config, self.config["patch_size"]
         expected, tokens = (c["sample_height"] // p, c["sample_width"] // p), n_text + math.prod(grid)
-        if grid[1:] != expected or n_text != c["max_text_seq_length"] or tokens > self.patch_embed.pos_embedding.shape[1]:
-            raise UserError(f"{n_text} text tokens and a token grid (frames, height, width) of {grid}; this checkpoint's learned positions "
-                             f"are for {c['max_text_seq_length']} and at most {(c['sample_frames'] - 1) // c['temporal_compression_ratio'] + 1} frames of {expected}")
+        if (grid[1:] != expected or n_text != c["max_text_seq_length"]
+                or tokens > self.patch_embed.pos_embedding.shape[1]):
+            raise UserError(f"{n_text} text tokens and a token grid (frames, height, width) of {grid}; "
+                            f"this checkpoint's learned positions are for {c['max_text_seq_length']} and at most "
+                            f"{(c['sample_frames'] - 1) // c['temporal_compression_ratio'] + 1} frames of {expected}")
         return self.patch_embed.pos_embedding[:, :tokens].to(like)
 
 
@@ -437,8 +449,8 @@ ATTENTION = [getattr(torch.ops.aten, f"_scaled_dot_product_{kind}").default
 
 
 def recomputed(block, how):
-    """`block` with its activations recomputed in the backward pass: all of them, or ("selective") all but what attention
-    put out, half of a 5B block's work for one activation more."""
+    """`block` with its activations recomputed in the backward pass: all of them, or ("selective") all but what
+    attention put out, half of a 5B block's work for one activation more."""
     keep = dict(context_fn=partial(create_selective_checkpoint_contexts, ATTENTION)) if how == "selective" else {}
     return partial(checkpoint, block, use_reentrant=False, **keep)
 
@@ -485,11 +497,12 @@ class VPrediction:
     """
 
     def __init__(self, c):
-        betas = torch.linspace(c["beta_start"] ** 0.5, c["beta_end"] ** 0.5, c["num_train_timesteps"], dtype=torch.float64) ** 2
+        betas = torch.linspace(c["beta_start"] ** 0.5, c["beta_end"] ** 0.5, c["num_train_timesteps"],
+                               dtype=torch.float64) ** 2
         alpha_bar = (1 - betas).cumprod(0)
         alpha_bar = alpha_bar / (c["snr_shift_scale"] + (1 - c["snr_shift_scale"]) * alpha_bar)
         root = alpha_bar.sqrt()
-        alpha = (root - root[-1]) * root[0] / (root[0] - root[-1])                      # zero terminal SNR (Lin et al. 2024)
+        alpha = (root - root[-1]) * root[0] / (root[0] - root[-1])              # zero terminal SNR (Lin et al. 2024)
         sigma = (1 - alpha ** 2).sqrt()
         self.t = sigma / (alpha + sigma)                   # t of each training step: 0.0283 … 1
 
@@ -511,17 +524,19 @@ class VPrediction:
 
 def prediction_of(folder):
     """What the scheduler's config says the network predicts."""
-    c = read_config(folder, "scheduler", "CogVideoXDDIMScheduler", "CogVideoXDPMScheduler", "FlowMatchEulerDiscreteScheduler")
+    c = read_config(folder, "scheduler",
+                    "CogVideoXDDIMScheduler", "CogVideoXDPMScheduler", "FlowMatchEulerDiscreteScheduler")
     if c["_class_name"] == "FlowMatchEulerDiscreteScheduler":
         return FlowPrediction()
-    refuse(folder / "scheduler", c, prediction_type="v_prediction", beta_schedule="scaled_linear", rescale_betas_zero_snr=True)
+    refuse(folder / "scheduler", c, prediction_type="v_prediction", beta_schedule="scaled_linear",
+           rescale_betas_zero_snr=True)
     return VPrediction(c)
 
 
 class Denoiser(nn.Module):
     """denoiser(x_t (B,C,F,H,W), cond, t (B,)) -> x̂₀ (B,C,F,H,W), fp32.
 
-    x̂₀ = c_skip·x_t + c_out·F(c_in·x_t, c, c_noise)   (the form of Karras et al. 2022, Eq. 7; ψ∘θ of the paper's Eq. 4–5)
+    x̂₀ = c_skip·x_t + c_out·F(c_in·x_t, c, c_noise)   (form of Karras et al. 2022, Eq. 7; ψ∘θ of the paper's Eq. 4–5)
 
     `net` is F and the only part that runs in bf16. `checkpointing = True` recomputes each block in the backward pass,
     "selective" all of it but its attention.
@@ -534,10 +549,12 @@ class Denoiser(nn.Module):
 
     def forward(self, x_t, cond, t):
         channels, p = self.net.config["out_channels"], self.net.config["patch_size"]
-        if x_t.ndim != 5 or x_t.shape[1] != channels or x_t.shape[3] % p or x_t.shape[4] % p or cond.image.shape[2] != 1:
-            raise UserError(f"latents {tuple(x_t.shape)} and image latents {tuple(cond.image.shape)}; expected (B,{channels},F,H,W) "
-                             f"and (B,{channels},1,H,W) with H and W divisible by {p}")
-        c_in, c_skip, c_out, c_noise = (c.float()[:, None, None, None, None] for c in self.prediction.coefficients(t.double()))
+        if (x_t.ndim != 5 or x_t.shape[1] != channels or x_t.shape[3] % p or x_t.shape[4] % p
+                or cond.image.shape[2] != 1):
+            raise UserError(f"latents {tuple(x_t.shape)} and image latents {tuple(cond.image.shape)}; "
+                            f"expected (B,{channels},F,H,W) and (B,{channels},1,H,W) with H and W divisible by {p}")
+        c_in, c_skip, c_out, c_noise = (c.float()[:, None, None, None, None]
+                                        for c in self.prediction.coefficients(t.double()))
         like = self.net.proj_out.weight.dtype
         image = nnf.pad(cond.image, (0, 0, 0, 0, 0, x_t.shape[2] - 1))                  # zeros after the first frame
         x = torch.cat([(c_in * x_t).to(like), image.to(like)], dim=1)                   # (B,2C,F,H,W)
@@ -565,8 +582,9 @@ def load_dit(path, device="cpu", dtype=torch.float32, shard=lambda net: None):
     """
     folder = resolve(path, "transformer", "scheduler")
     config, where = read_config(folder, "transformer", "CogVideoXTransformer3DModel"), folder / "transformer"
-    refuse(where, config, use_rotary_positional_embeddings=True, patch_size_t=None, ofs_embed_dim=None, attention_bias=True, patch_bias=True,
-           in_channels=2 * config["out_channels"], activation_fn="gelu-approximate", timestep_activation_fn="silu",
+    refuse(where, config, use_rotary_positional_embeddings=True, patch_size_t=None, ofs_embed_dim=None,
+           attention_bias=True, patch_bias=True, in_channels=2 * config["out_channels"],
+           activation_fn="gelu-approximate", timestep_activation_fn="silu",
            norm_elementwise_affine=True, flip_sin_to_cos=True, freq_shift=0)
     prediction = prediction_of(folder)
     scheduler = dict(read_json(folder / "scheduler" / "scheduler_config.json"))
@@ -579,18 +597,22 @@ def load_dit(path, device="cpu", dtype=torch.float32, shard=lambda net: None):
 
 TINY = Path(__file__).parent / "assets" / "tiny"
 DEFAULTS = {                                               # what a config.json may leave out
-    "T5EncoderModel": dict(relative_attention_num_buckets=32, relative_attention_max_distance=128, layer_norm_epsilon=1e-6),
-    "AutoencoderKLCogVideoX": dict(in_channels=3, out_channels=3, norm_eps=1e-6, norm_num_groups=32, temporal_compression_ratio=4,
-                                   use_quant_conv=False, use_post_quant_conv=False, invert_scale_latents=False, shift_factor=None),
-    "CogVideoXTransformer3DModel": dict(patch_size=2, patch_size_t=None, patch_bias=True, ofs_embed_dim=None, attention_bias=True, norm_eps=1e-5,
-                                        norm_elementwise_affine=True, flip_sin_to_cos=True, freq_shift=0, max_text_seq_length=226,
-                                        temporal_compression_ratio=4, activation_fn="gelu-approximate", timestep_activation_fn="silu",
-                                        use_rotary_positional_embeddings=False, use_learned_positional_embeddings=False),
+    "T5EncoderModel": dict(
+        relative_attention_num_buckets=32, relative_attention_max_distance=128, layer_norm_epsilon=1e-6),
+    "AutoencoderKLCogVideoX": dict(
+        in_channels=3, out_channels=3, norm_eps=1e-6, norm_num_groups=32, temporal_compression_ratio=4,
+        use_quant_conv=False, use_post_quant_conv=False, invert_scale_latents=False, shift_factor=None),
+    "CogVideoXTransformer3DModel": dict(
+        patch_size=2, patch_size_t=None, patch_bias=True, ofs_embed_dim=None, attention_bias=True, norm_eps=1e-5,
+        norm_elementwise_affine=True, flip_sin_to_cos=True, freq_shift=0, max_text_seq_length=226,
+        temporal_compression_ratio=4, activation_fn="gelu-approximate", timestep_activation_fn="silu",
+        use_rotary_positional_embeddings=False, use_learned_positional_embeddings=False),
     "CogVideoXDDIMScheduler": dict(snr_shift_scale=3.0, rescale_betas_zero_snr=True, num_train_timesteps=1000)}
 DEFAULTS["CogVideoXDPMScheduler"] = DEFAULTS["CogVideoXDDIMScheduler"]
-PUBLISHED_DIT = DEFAULTS["CogVideoXTransformer3DModel"] | dict(                          # CogVideoX-5B-I2V's, for dry runs without a download
-    _class_name="CogVideoXTransformer3DModel", num_attention_heads=48, attention_head_dim=64, in_channels=32, out_channels=16, num_layers=42,
-    sample_frames=49, sample_height=60, sample_width=90, text_embed_dim=4096, time_embed_dim=512,
+PUBLISHED_DIT = DEFAULTS["CogVideoXTransformer3DModel"] | dict(  # CogVideoX-5B-I2V's, for dry runs without a download
+    _class_name="CogVideoXTransformer3DModel", num_attention_heads=48, attention_head_dim=64,
+    in_channels=32, out_channels=16, num_layers=42, sample_frames=49, sample_height=60, sample_width=90,
+    text_embed_dim=4096, time_embed_dim=512,
     use_learned_positional_embeddings=True, use_rotary_positional_embeddings=True)
 
 
@@ -614,10 +636,12 @@ def resolve(path, *parts):
             patterns = [part if "." in part else f"{part}/*" for part in parts]
             return Path(huggingface_hub.snapshot_download(str(path), allow_patterns=patterns))
         except (huggingface_hub.errors.HfHubHTTPError, huggingface_hub.errors.LocalEntryNotFoundError, OSError) as e:
-            raise UserError(f"{path}: no such model folder, and the hub gave no such model ({str(e).splitlines()[0]})") from e
+            raise UserError(f"{path}: no such model folder, and the hub gave no such model "
+                            f"({str(e).splitlines()[0]})") from e
     for part in parts:
         if not (folder / part).exists():
-            raise UserError(f"{folder}: has no {part}; a model folder holds transformer/ vae/ text_encoder/ tokenizer/ scheduler/")
+            raise UserError(f"{folder}: has no {part}; "
+                            "a model folder holds transformer/ vae/ text_encoder/ tokenizer/ scheduler/")
     return folder
 
 
@@ -659,7 +683,7 @@ def refuse(where, config, **supported):
 
 
 def empty(network, config, dtype, device, shard=lambda net: None):
-    """A network with its memory on `device`, sharded first so that a rank takes only its part, and nothing in it yet."""
+    """A network with memory on `device`, sharded first so that a rank takes only its part, and nothing in it yet."""
     with torch.device("meta"):
         net = network(config)
     if dtype != torch.float32:
@@ -676,9 +700,10 @@ def materialize(network, config, where, device, dtype, shard=lambda net: None):
 
 
 def weight_files(where):
-    """{tensor name: file} of a part's safetensors: those an index names, or the only one. Nothing else is ever opened."""
+    """{tensor name: file} of a part's safetensors: those an index names, or the only one. Nothing else is opened."""
     index = sorted(where.glob("*.safetensors.index.json"))
-    files = {where / name for name in Config(index[0], read_json(index[0])["weight_map"]).values()} if index else set(where.glob("*.safetensors"))
+    files = ({where / name for name in Config(index[0], read_json(index[0])["weight_map"]).values()} if index
+             else set(where.glob("*.safetensors")))
     if not files:
         raise UserError(f"{where}: holds no .safetensors weights (pickled weights are not read)")
     if len(files) > 1 and not index:
@@ -697,15 +722,18 @@ def weight_files(where):
 def read_weights(net, where):
     """Copy a part's tensors into `net`, each rank only its slice. Names and shapes must match exactly."""
     files, target = weight_files(where), net.state_dict()
-    for problem, names in (("is missing", target.keys() - files.keys()), ("is not expected", files.keys() - target.keys())):
+    for problem, names in (("is missing", target.keys() - files.keys()),
+                           ("is not expected", files.keys() - target.keys())):
         if names:
-            raise UserError(f"{where}: tensor {min(names)} {problem} ({len(names)} such; {len(target)} expected, {len(files)} found)")
+            raise UserError(f"{where}: tensor {min(names)} {problem} "
+                            f"({len(names)} such; {len(target)} expected, {len(files)} found)")
     for file in sorted(set(files.values())):
         with safe_open(file, "pt") as f:
             for name in f.keys():
                 stored, tensor = f.get_slice(name), target[name]
                 if tuple(stored.get_shape()) != tuple(tensor.shape):
-                    raise UserError(f"{file}: tensor {name} is {tuple(stored.get_shape())}, expected {tuple(tensor.shape)}")
+                    raise UserError(f"{file}: tensor {name} is {tuple(stored.get_shape())}, "
+                                    f"expected {tuple(tensor.shape)}")
                 copy_slice(stored, tensor)
 
 
@@ -715,9 +743,6 @@ def copy_slice(stored, tensor):
         return tensor.copy_(stored[...])
     shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
     tensor.to_local().copy_(stored[tuple(slice(o, o + n) for o, n in zip(offset, shape))])
-
-
-SHARD_BYTES = 5 * 10 ** 9                                  # the size at which published checkpoints are split
 
 
 def is_first():
@@ -734,14 +759,16 @@ def plan_shards(tensors, itemsize, stem, shard_bytes):
             plan, size = plan + [[]], 0
         plan[-1].append(name)
         size += nbytes
-    return [(f"{stem}.safetensors" if len(plan) == 1 else f"{stem}-{i + 1:05d}-of-{len(plan):05d}.safetensors", names) for i, names in enumerate(plan)]
+    return [(f"{stem}.safetensors" if len(plan) == 1 else f"{stem}-{i + 1:05d}-of-{len(plan):05d}.safetensors", names)
+            for i, names in enumerate(plan)]
 
 
-def save_part(net, config, where, dtype=None, stem="diffusion_pytorch_model", config_name="config.json", shard_bytes=5 * 10 ** 9):
+def save_part(net, config, where, dtype=None, stem="diffusion_pytorch_model", config_name="config.json",
+              shard_bytes=5 * 10 ** 9):
     """Write a network and its config as the folder `where`, whole or not at all. Every rank calls it.
 
-    Tensors are gathered and converted to `dtype` one at a time, so that rank 0 needs the memory of one file (the 5 GB at
-    which published checkpoints are split) beside its own shard. Raises UserError where there is no room.
+    Tensors are gathered and converted to `dtype` one at a time, so that rank 0 needs the memory of one file (the 5 GB
+    at which published checkpoints are split) beside its own shard. Raises UserError where there is no room.
     """
     tensors, part = net.state_dict() if net else {}, where.with_name(where.name + ".part")
     plan = plan_shards(tensors, lambda t: (dtype or t.dtype).itemsize, stem, shard_bytes)
@@ -754,20 +781,22 @@ def save_part(net, config, where, dtype=None, stem="diffusion_pytorch_model", co
             gathered = {}
             for name in names:
                 tensor = tensors[name].to(dtype or tensors[name].dtype)
-                tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor                   # a collective
+                tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor                # a collective
                 if is_first():
                     gathered[name] = tensor.cpu().contiguous()
             if gathered:
                 save_file(gathered, part / file, metadata={"format": "pt"})
         if is_first():
             if len(plan) > 1:
-                index = {"metadata": {"total_size": sum(t.numel() * (dtype or t.dtype).itemsize for t in tensors.values())},
+                index = {"metadata": {"total_size": sum(t.numel() * (dtype or t.dtype).itemsize
+                                                        for t in tensors.values())},
                          "weight_map": {name: file for file, names in plan for name in names}}
                 (part / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2))
             replace_folder(part, where)
     except (OSError, SafetensorError) as e:
         shutil.rmtree(part, ignore_errors=True)
-        raise UserError(f"{where}: cannot be written ({e}); what was there before is untouched: make room and start again") from e
+        raise UserError(f"{where}: cannot be written ({e}); what was there before is untouched: "
+                        "make room and start again") from e
 
 
 def replace_folder(new, old):

@@ -79,7 +79,8 @@ def draw(win, t, noise, generator=None):
 # The losses
 # ---------------------------------------------------------------------------------------------------------------------
 
-def realdpo_loss(policy, reference, *, win, lose, cond, beta, t=None, noise=None, weighting="x0", anchor=0.0, stream=False):
+def realdpo_loss(policy, reference, *, win, lose, cond, beta, t=None, noise=None,
+                 weighting="x0", anchor=0.0, stream=False):
     """The RealDPO loss (Eq. 6, App. C), averaged over samples and negatives.
 
         z = −β/2 · [ (ℓ_θ(win) − ℓ_ref(win)) − (ℓ_θ(lose) − ℓ_ref(lose)) ]        L = −log σ(z)
@@ -111,14 +112,16 @@ def realdpo_loss(policy, reference, *, win, lose, cond, beta, t=None, noise=None
         return z, (-nnf.logsigmoid(z)).mean()
 
     with torch.no_grad():                                  # in the policy's batches: equal weights then give equal bits
-        ref = torch.cat([errors(reference, part) for part in videos.split(1 if stream else n + 1, dim=1)], dim=1)      # (B,1+N)
+        ref = torch.cat([errors(reference, part)
+                         for part in videos.split(1 if stream else n + 1, dim=1)], dim=1)   # (B,1+N)
     if stream:
         win_error, lose_error = streamed_errors(policy, errors, videos, ref, objective, anchor)
     else:
         win_error, lose_error = errors(policy, videos).split([1, n], dim=1)             # the win once, for all N
     z, loss = objective(win_error, lose_error, ref[:, :1], ref[:, 1:])
     loss = loss + anchor * win_error.mean()
-    metrics = dict(win=win_error, lose=lose_error, ref_win=ref[:, :1], ref_lose=ref[:, 1:], margin=z, accuracy=(z > 0).float())
+    metrics = dict(win=win_error, lose=lose_error, ref_win=ref[:, :1], ref_lose=ref[:, 1:],
+                   margin=z, accuracy=(z > 0).float())
     return loss, {name: value.detach().mean() for name, value in metrics.items()}
 
 
@@ -169,8 +172,8 @@ def sample(denoiser, noise, cond, *, steps, guidance, uncond=None, solver="euler
     """Generate latents (B,C,F,H,W) from noise of that shape, in `steps` evaluations of the denoiser.
 
     solver "euler": x ← x̂₀ + (t′/t)·(x − x̂₀), one step of the flow, which on CogVideoX's time grid is one DDIM step.
-    solver "multistep": the same with x̂₀ extrapolated from the last two (DPM-Solver++(2M), Lu et al. 2022): second order
-    in the step size, but for the last step.
+    solver "multistep": the same with x̂₀ extrapolated from the last two (DPM-Solver++(2M), Lu et al. 2022): second
+    order in the step size, but for the last step.
     guidance g > 1: x̂₀ = x̂₀(∅) + g·(x̂₀(c) − x̂₀(∅)), both halves in one batch; `uncond` is the Condition of the
     empty caption (its text alone will do: both halves see the same image).
     """
@@ -193,7 +196,7 @@ def sample(denoiser, noise, cond, *, steps, guidance, uncond=None, solver="euler
     for t, t_next in tqdm(list(zip(times, times[1:])), desc="sampling", disable=not progress, leave=False):
         x0 = target = denoise(x, t)
         h = torch.log((1 - t_next) / t_next) - torch.log((1 - t) / t)                   # step in half log-SNR
-        if solver == "multistep" and last is not None and t_next > 0:                   # the last step lands on x̂₀ itself
+        if solver == "multistep" and last is not None and t_next > 0:                   # the last step lands on x̂₀
             target = x0 + (h / h_last / 2).float() * (x0 - last)
         x = target + (t_next / t).float() * (x - target)
         last, h_last = x0, h

@@ -13,8 +13,8 @@ from typing import Literal
 import torch
 from tqdm import tqdm
 
-from data import (Records, clip_shape, command, default_model, digest, fit, generator, missing, placement, read_image, to_uint8,
-                  write_tensors, write_video)
+from data import (Records, clip_shape, command, default_model, digest, fit, generator, missing, placement, read_image,
+                  to_uint8, write_tensors, write_video)
 from model import UserError, load_dit, load_text_encoder, load_vae, resolve
 from realdpo import Condition, sample
 
@@ -22,7 +22,7 @@ from realdpo import Condition, sample
 @dataclass
 class Options:
     """Generate one video (--image, --prompt) or the negatives of every record (--data)."""
-    model: str = ""                    # folder in the published layout, hub id, training run or "tiny"; default: by whether a GPU is here
+    model: str = ""                    # model folder, hub id, training run or "tiny"; default: by whether a GPU is here
     image: str = ""                    # the first frame, a picture of any size
     prompt: str = ""                   # what happens; may be empty
     out: str = "video.mp4"             # where the video goes, .mp4
@@ -43,7 +43,7 @@ TINY = dict(steps=16, guidance=1.0)    # a flow model on four actions needs no m
 
 
 def generate(denoiser, record, empty, options, device, *key, count=1, progress=True):
-    """`count` generated latents (count,C,F,H,W) of a record's caption and first frame; noise k depends on (*key, k) alone."""
+    """`count` latents (count,C,F,H,W) of a record's caption and first frame; noise k depends on (*key, k) alone."""
     shape = record["win"].shape
     noise = torch.stack([torch.randn(shape, generator=generator(*key, k)) for k in range(count)]).to(device)
     cond = Condition(record["text"][None].to(device), record["image"][None].to(device)).repeat(count)
@@ -59,29 +59,31 @@ def negatives(model, options):
     place = placement()
     records = Records(options.data, negatives=False)
     folder = resolve(model, "transformer", "scheduler")
-    fingerprint = dict(transformer=digest(folder / "transformer"), negatives=options.negatives, steps=options.steps,
-                       guidance=options.guidance, solver=options.solver, seed=options.seed)
-    todo = missing(records.names[place.rank::place.world], f"{options.data}/lose", fingerprint)
+    made_by = dict(fingerprint=dict(
+        transformer=digest(folder / "transformer"), negatives=options.negatives, steps=options.steps,
+        guidance=options.guidance, solver=options.solver, seed=options.seed))
+    todo = missing(dict.fromkeys(records.names[place.rank::place.world], made_by), Path(options.data) / "lose")
     if todo:
         denoiser, empty = load_dit(folder, place.device, place.dtype), records.empty_text()
     for name in tqdm(todo, desc="sampling negatives", disable=place.rank > 0):
-        lose = generate(denoiser, records[records.names.index(name)], empty, options, place.device, "negative", options.seed, name,
-                        count=options.negatives, progress=False)
-        write_tensors(f"{options.data}/lose/{name}.safetensors", {"lose": lose.bfloat16()}, fingerprint=fingerprint)
+        lose = generate(denoiser, records[records.names.index(name)], empty, options, place.device,
+                        "negative", options.seed, name, count=options.negatives, progress=False)
+        write_tensors(f"{options.data}/lose/{name}.safetensors", {"lose": lose.bfloat16()}, **made_by)
     if place.rank == 0:
-        print(f"{len(records)} × {options.negatives} negatives in {options.data}/lose; next: python train.py --model {model} --data {options.data}")
+        print(f"{len(records)} × {options.negatives} negatives in {options.data}/lose; "
+              f"next: python train.py --model {model} --data {options.data}")
 
 
 def video_from(model, options):
     """One picture and one sentence to an mp4."""
     _, _, device, dtype = placement()
     frames, height, width = clip_shape(options, resolve(model, "transformer/config.json", "vae/config.json"))
-    image = fit(read_image(options.image), height, width)                               # (3,1,H,W); fails before any network loads
+    image = fit(read_image(options.image), height, width)                   # (3,1,H,W); fails before any network loads
     text, empty = load_text_encoder(model, device, dtype)([options.prompt, ""])
     image = load_vae(model, device, dtype).encode(image[None].to(device), generator("image", options.seed))[0]
     free(device)
     denoiser = load_dit(model, device, dtype)
-    win = torch.empty(image.shape[0], (frames - 1) // 4 + 1, *image.shape[2:], device="meta")        # only its shape is read
+    win = torch.empty(image.shape[0], (frames - 1) // 4 + 1, *image.shape[2:], device="meta")   # only its shape is read
     latents = generate(denoiser, dict(text=text, image=image, win=win), empty, options, device, "video", options.seed)
     del denoiser
     free(device)

@@ -30,13 +30,13 @@ from realdpo import Condition, ema_update, realdpo_loss, sft_loss
 @dataclass
 class Options:
     """Align an image-to-video transformer with real videos."""
-    model: str = ""                    # folder in the published layout, hub id, training run or "tiny"; default: by whether a GPU is here
+    model: str = ""                    # model folder, hub id, training run or "tiny"; default: by whether a GPU is here
     data: str = "cache"                # cache of records, from data.py and sample.py
     out: str = "run"                   # folder for the trained transformer, checkpoints and logs
     method: Literal["realdpo", "sft"] = "realdpo"  # realdpo (Eq. 6) or supervised fine-tuning on the same real videos
     epochs: int = 10                   # passes over the records (paper: 10)
     steps: int = 0                     # training steps; default: what the epochs come to
-    batch: int = 8                     # samples a step over all GPUs (paper: 8); one sample is one win and N lose videos
+    batch: int = 8                     # samples a step over all GPUs (paper: 8); a sample is one win and N lose videos
     micro_batch: int = 1               # samples a GPU takes at a time; the rest of its share is accumulated
     lr: float = 1e-5                   # learning rate after warm-up (paper: 1e-5)
     warmup: int = 20                   # steps of linear warm-up
@@ -49,11 +49,11 @@ class Options:
     t_max: float = 1.0                 # (authors' code: the low-noise half, up to 0.6387)
     ema_decay: float = 0.996           # ω of the reference (Eq. 7, paper: 0.996)
     ema_every: int = 1                 # steps between two updates of the reference (paper: unnamed)
-    checkpointing: Literal["none", "full", "selective"] = "selective"  # recompute blocks in the backward pass, selective: but for attention
+    checkpointing: Literal["none", "full", "selective"] = "selective"  # recompute blocks, selective: all but attention
     stream: bool = False               # back-propagate a sample's videos one by one: less memory, same gradient
     save_every: int = 200              # steps between checkpoints
     keep: int = 2                      # checkpoints to keep
-    resume: str = "auto"               # auto (continue what --out holds), none (refuse if it holds a run) or a checkpoint folder
+    resume: str = "auto"               # auto (continue --out's run), none (refuse if it has one) or a checkpoint folder
     max_minutes: float = 0.0           # stop with a checkpoint after this long; 0: never
     eval_data: str = ""                # cache of held-out records with negatives
     eval_every: int = 50               # steps between two looks at them
@@ -88,28 +88,34 @@ def start():
 
 
 def shard(net, mesh, dtype, compile=False):
-    """Split every block's parameters over the ranks (FSDP2); they are gathered in `dtype`, gradients reduced in fp32."""
+    """Split every block's parameters over the ranks (FSDP2), gathered in `dtype`, gradients reduced in fp32."""
     policy = dict(param_dtype=dtype, reduce_dtype=torch.float32)
     for block in net.transformer_blocks:
         if compile:
             block.compile()                                # in place: names stay
-        fully_shard(block, mesh=mesh, mp_policy=MixedPrecisionPolicy(**policy, cast_forward_inputs=False))       # rope stays fp32
+        fully_shard(block, mesh=mesh,
+                    mp_policy=MixedPrecisionPolicy(**policy, cast_forward_inputs=False))    # rope stays fp32
     # Resharding the root too: else its parameters stay gathered after a forward and hide the EMA's updates.
-    fully_shard(net, mesh=mesh, mp_policy=MixedPrecisionPolicy(**policy, output_dtype=torch.float32), reshard_after_forward=True)
+    fully_shard(net, mesh=mesh, mp_policy=MixedPrecisionPolicy(**policy, output_dtype=torch.float32),
+                reshard_after_forward=True)
 
 
 def load_models(name, place, mesh, options):
     """Policy and reference, equal and sharded, fp32; they compute in the place's dtype."""
-    policy, reference = (model.load_dit(name, place.device, torch.float32, lambda net: shard(net, mesh, place.dtype, options.compile)) for _ in range(2))
+    policy, reference = (
+        model.load_dit(name, place.device, torch.float32, lambda net: shard(net, mesh, place.dtype, options.compile))
+        for _ in range(2))
     policy.checkpointing = CHECKPOINTING[options.checkpointing]
     return policy.train(), reference.requires_grad_(False)
 
 
 def make_optimizer(policy, options):
     """AdamW whose moments exist from the start, so that a checkpoint can be read into them."""
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=options.lr, betas=(0.9, 0.95), weight_decay=options.weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=options.lr, betas=(0.9, 0.95),
+                                  weight_decay=options.weight_decay, fused=True)
     for p in policy.parameters():
-        optimizer.state[p] = dict(step=torch.zeros((), device=p.device), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+        optimizer.state[p] = dict(step=torch.zeros((), device=p.device),
+                                  exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
     return optimizer
 
 
@@ -143,10 +149,12 @@ def collate(records, samples, options, step, device):
 
 def loss_of(policy, reference, batch, options):
     """Loss and metrics of a micro-batch by the chosen method."""
-    common = dict(win=batch["win"].float(), cond=batch["cond"], t=batch["t"], noise=batch["noise"], weighting=options.weighting)
+    common = dict(win=batch["win"].float(), cond=batch["cond"], t=batch["t"], noise=batch["noise"],
+                  weighting=options.weighting)
     if options.method == "sft":
         return sft_loss(policy, **common)
-    return realdpo_loss(policy, reference, lose=batch["lose"].float(), beta=options.beta, anchor=options.anchor, stream=options.stream, **common)
+    return realdpo_loss(policy, reference, lose=batch["lose"].float(), beta=options.beta, anchor=options.anchor,
+                        stream=options.stream, **common)
 
 
 def train_step(policy, reference, optimizer, records, options, step, place):
@@ -161,7 +169,8 @@ def train_step(policy, reference, optimizer, records, options, step, place):
             loss.backward()
         for key, value in {"loss": loss.detach(), **metrics}.items():
             total[key] = total.get(key, 0) + value.double() / len(parts)
-    numbers = torch.stack([*total.values(), torch.tensor(float(stop.is_set()), dtype=torch.float64, device=place.device)]) / place.world
+    numbers = torch.stack([*total.values(),
+                           torch.tensor(float(stop.is_set()), dtype=torch.float64, device=place.device)]) / place.world
     dist.all_reduce(numbers)
     *values, asked = numbers.tolist()
     metrics = dict(zip(total, values))
@@ -178,22 +187,24 @@ def train_step(policy, reference, optimizer, records, options, step, place):
 
 
 def check_health(metrics, options, step, names):
-    """Stop before the optimizer spoils the weights: at numbers that are not finite, or a first loss that is not log 2."""
+    """Stop before the optimizer spoils the weights: where a number is not finite, or the first loss is not log 2."""
     bad = [key for key, value in metrics.items() if not math.isfinite(value)]
     if bad:
-        raise UserError(f"step {step}: {', '.join(bad)} not finite, records {' '.join(names)}; nothing was updated; the last good "
-                        f"checkpoint is {find_checkpoint(options) or 'none'}: continue from it with a lower --lr or --beta and another --out")
+        raise UserError(f"step {step}: {', '.join(bad)} not finite, records {' '.join(names)}; nothing was updated; "
+                        f"the last good checkpoint is {find_checkpoint(options) or 'none'}: "
+                        "continue from it with a lower --lr or --beta and another --out")
     if options.method == "realdpo" and step == 0:
         preference = metrics["loss"] - options.anchor * metrics["win"]
         if abs(preference - math.log(2)) > 1e-6:
-            raise UserError(f"the first preference loss is {preference:.8f}, expected log 2 = {math.log(2):.8f}: the reference is not the policy")
+            raise UserError(f"the first preference loss is {preference:.8f}, expected log 2 = {math.log(2):.8f}: "
+                            "the reference is not the policy")
 
 
 stop = threading.Event()                                   # set when this process shall finish its step, save and leave
 
 
 def finish_on_signals():
-    """SIGTERM (clusters pre-empt, and launchers repeat it) and Ctrl-C end the run after its step; a second Ctrl-C at once."""
+    """SIGTERM (clusters pre-empt, launchers repeat it) and Ctrl-C end the run after its step; Ctrl-C twice, at once."""
     def handle(number, _):
         stop.set()
         if number == signal.SIGINT:
@@ -228,7 +239,8 @@ def save_checkpoint(state, options, step, rank):
         dcp.save(state, storage_writer=dcp.HuggingFaceStorageWriter(str(part), save_distributed=True))
     except dcp.api.CheckpointException as e:
         shutil.rmtree(part, ignore_errors=True)
-        raise UserError(f"{part}: cannot be written ({list(e.failures.values())[0][0]}); earlier checkpoints are whole: make room and start again") from None
+        raise UserError(f"{part}: cannot be written ({list(e.failures.values())[0][0]}); "
+                        "earlier checkpoints are whole: make room and start again") from None
     if rank == 0:
         (part / "options.json").write_text(json.dumps({"step": step, **dataclasses.asdict(options)}, indent=1))
         model.replace_folder(part, final)
@@ -245,19 +257,23 @@ def load_checkpoint(state, optimizer, folder, options):
     try:
         saved = {"step": None, **json.loads((folder / "options.json").read_text())}
     except (OSError, ValueError, TypeError) as e:
-        raise UserError(f"{folder / 'options.json'}: cannot be read ({e}); delete {folder} to continue from an earlier one") from e
-    free = {"out", "steps", "epochs", "save_every", "keep", "resume", "max_minutes", "data", "checkpointing", "stream", "micro_batch", "compile",
-            "eval_data", "eval_every", "eval_videos", "dry_run", "gpus"}
-    different = [f"--{k.replace('_', '-')} {saved.get(k)} (now {v})" for k, v in dataclasses.asdict(options).items() if k not in free and saved.get(k) != v]
+        raise UserError(f"{folder / 'options.json'}: cannot be read ({e}); "
+                        f"delete {folder} to continue from an earlier one") from e
+    free = {"out", "steps", "epochs", "save_every", "keep", "resume", "max_minutes", "data", "checkpointing",
+            "stream", "micro_batch", "compile", "eval_data", "eval_every", "eval_videos", "dry_run", "gpus"}
+    different = [f"--{k.replace('_', '-')} {saved.get(k)} (now {v})" for k, v in dataclasses.asdict(options).items()
+                 if k not in free and saved.get(k) != v]
     if different:
         raise UserError(f"{folder}: was made with {', '.join(different)}; use the same options or another --out")
     names = set().union(*(data.read_header(file)[0] for file in folder.glob("*.safetensors")))
     if names != state.keys():
-        raise UserError(f"{folder}: not a whole checkpoint of this model (tensor {min(names ^ state.keys())}); delete it to continue from an earlier one")
+        raise UserError(f"{folder}: not a whole checkpoint of this model (tensor {min(names ^ state.keys())}); "
+                        "delete it to continue from an earlier one")
     try:
         dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(str(folder)))
     except dcp.api.CheckpointException as e:
-        raise UserError(f"{folder}: not a whole checkpoint ({list(e.failures.values())[0][0]!r}); delete it to continue from an earlier one") from None
+        raise UserError(f"{folder}: not a whole checkpoint ({list(e.failures.values())[0][0]!r}); "
+                        "delete it to continue from an earlier one") from None
     for s in optimizer.state.values():
         s["step"].fill_(saved["step"])
     return saved["step"]
@@ -270,7 +286,8 @@ def find_checkpoint(options):
         return found[-1] if found else None
     if options.resume == "none":
         if found:
-            raise UserError(f"--out {options.out}: holds a run ({found[-1].name}); choose another folder or leave out --resume none")
+            raise UserError(f"--out {options.out}: holds a run ({found[-1].name}); "
+                            "choose another folder or leave out --resume none")
         return None
     if not (Path(options.resume) / "options.json").is_file():
         raise UserError(f"--resume {options.resume}: no such checkpoint")
@@ -287,16 +304,19 @@ PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}    # dense bf16 FLOP/s, 
 
 @torch.no_grad()
 def evaluate(policy, reference, records, options, place):
-    """Margin, accuracy and the four errors on held-out records at fixed t and fixed noise, {"eval_margin": …, "eval_win_t0.1": …}."""
+    """Margin, accuracy and the four errors on held-out records at fixed t and fixed noise,
+    {"eval_margin": …, "eval_win_t0.1": …}."""
     share, sums = math.ceil(len(records) / place.world), {}
-    for i in range(share):                                 # every rank makes equally many forwards: they are collectives
+    for i in range(share):                                 # every rank makes as many forwards: they are collectives
         index = place.rank + i * place.world
         row = records[index % len(records)]
         for t in T_BINS:
             noise = torch.randn(row["win"].shape, generator=generator("eval", records.names[index % len(records)], t))
             batch = {k: v[None].to(place.device).float() for k, v in {**row, "noise": noise}.items()}
-            _, metrics = realdpo_loss(policy, reference, win=batch["win"], lose=batch["lose"], cond=Condition(batch["text"], batch["image"]), beta=options.beta,
-                                      t=torch.tensor([t], device=place.device), noise=batch["noise"], weighting=options.weighting)
+            _, metrics = realdpo_loss(policy, reference, win=batch["win"], lose=batch["lose"],
+                                      cond=Condition(batch["text"], batch["image"]), beta=options.beta,
+                                      t=torch.tensor([t], device=place.device), noise=batch["noise"],
+                                      weighting=options.weighting)
             for key, value in metrics.items():
                 name = f"eval_{key}" if key in ("margin", "accuracy") else f"eval_{key}_t{t}"
                 count = len(T_BINS) if key in ("margin", "accuracy") else 1
@@ -312,14 +332,17 @@ def evaluate_videos(policy, name, records, options, step, place):
     vae = model.load_vae(name, place.device, place.dtype)
     for i in range(math.ceil(min(options.eval_videos, len(records)) / place.world)):
         index = (place.rank + i * place.world) % len(records)
-        latents = sample.generate(policy, records[index], records.empty_text(), settings, place.device, "eval", records.names[index], progress=False)
-        data.write_video(Path(options.out) / "videos" / f"{step:06d}-{records.names[index]}.mp4", data.to_uint8(vae.decode(latents)[0]), settings.fps)
+        latents = sample.generate(policy, records[index], records.empty_text(), settings, place.device,
+                                  "eval", records.names[index], progress=False)
+        data.write_video(Path(options.out) / "videos" / f"{step:06d}-{records.names[index]}.mp4",
+                         data.to_uint8(vae.decode(latents)[0]), settings.fps)
 
 
 def forward_flops(config, grid, n_text):
     """FLOP of one sequence's forward pass in matrix products (24·D² a token and block) and in attention (4·S²·D a
     block), and its tokens S."""
-    width, tokens = config["num_attention_heads"] * config["attention_head_dim"], n_text + math.prod(grid) // config["patch_size"] ** 2
+    width, tokens = (config["num_attention_heads"] * config["attention_head_dim"],
+                     n_text + math.prod(grid) // config["patch_size"] ** 2)
     return config["num_layers"] * 24 * width ** 2 * tokens, config["num_layers"] * 4 * tokens ** 2 * width, tokens
 
 
@@ -348,15 +371,19 @@ def check_options(options, records, config, world):
         raise UserError(f"--batch {options.batch}: expected a multiple of the {world} processes")
     local = options.batch // world
     if local % min(local, options.micro_batch):
-        raise UserError(f"--micro-batch {options.micro_batch}: expected a divisor of a process's share, {local} of --batch {options.batch}")
+        raise UserError(f"--micro-batch {options.micro_batch}: expected a divisor of a process's share, "
+                        f"{local} of --batch {options.batch}")
     if not 0 <= options.t_min < options.t_max <= 1:
         raise UserError(f"--t-min {options.t_min} --t-max {options.t_max}: expected 0 ≤ t-min < t-max ≤ 1")
     win, text, lose = (tuple(records[0][k].shape) if k in records[0] else None for k in ("win", "text", "lose"))
     if win[0] != config["out_channels"] or text != (config["max_text_seq_length"], config["text_embed_dim"]):
-        raise UserError(f"--data {options.data}: latents {win} and text {text} are not this model's ({config['out_channels']} channels, text "
-                        f"{config['max_text_seq_length']}×{config['text_embed_dim']}); encode the videos with the model to be trained")
+        raise UserError(f"--data {options.data}: latents {win} and text {text} are not this model's "
+                        f"({config['out_channels']} channels, "
+                        f"text {config['max_text_seq_length']}×{config['text_embed_dim']}); "
+                        "encode the videos with the model to be trained")
     if lose and lose[1:] != win:
-        raise UserError(f"--data {options.data}: win latents are {win} and lose latents {lose}; delete {options.data}/lose and make the negatives again")
+        raise UserError(f"--data {options.data}: win latents are {win} and lose latents {lose}; "
+                        f"delete {options.data}/lose and make the negatives again")
 
 
 class Log:
@@ -403,7 +430,8 @@ def train(name, options, place, mesh):
     if place.rank == 0 and first:
         print(f"continuing from {checkpoint}")
     flops, tokens = step_flops(policy.net.config, records[0]["win"].shape, options, len(records[0].get("lose", ())))
-    peak = next((p for gpu, p in PEAK.items() if place.device.type == "cuda" and gpu in torch.cuda.get_device_name()), None)
+    peak = next((p for gpu, p in PEAK.items()
+                 if place.device.type == "cuda" and gpu in torch.cuda.get_device_name()), None)
     log = Log(options, first, place.rank)
     finish_on_signals()
     bar = tqdm(range(first, steps), initial=first, total=steps, desc=options.method, disable=place.rank > 0)
@@ -426,7 +454,8 @@ def train(name, options, place, mesh):
             save_checkpoint(state, options, step + 1, place.rank)
         if asked and step + 1 < steps:
             if place.rank == 0:
-                print(f"stopped after step {step}; checkpoint saved in {options.out}/checkpoints, and the same command continues")
+                print(f"stopped after step {step}; checkpoint saved in {options.out}/checkpoints, "
+                      "and the same command continues")
             return False
     export(policy, name, options, place.rank)
     return True
@@ -455,12 +484,14 @@ def export(policy, name, options, rank):
 # ---------------------------------------------------------------------------------------------------------------------
 
 def dry_run(name, options):
-    """What a run would take on `gpus` ranks: the training step on fake tensors, its memory followed by torch's FSDP tracker."""
+    """What a run would take on `gpus` ranks: the step on fake tensors, its memory followed by torch's FSDP tracker."""
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
     from torch.testing._internal.distributed.fake_pg import FakeStore
-    config = model.PUBLISHED_DIT if name == data.HUB_MODEL else model.read_config(model.resolve(name, "transformer"), "transformer", "CogVideoXTransformer3DModel")
-    shape = (config["out_channels"], (config["sample_frames"] - 1) // config["temporal_compression_ratio"] + 1, config["sample_height"], config["sample_width"])
+    config = (model.PUBLISHED_DIT if name == data.HUB_MODEL
+              else model.read_config(model.resolve(name, "transformer"), "transformer", "CogVideoXTransformer3DModel"))
+    shape = (config["out_channels"], (config["sample_frames"] - 1) // config["temporal_compression_ratio"] + 1,
+             config["sample_height"], config["sample_width"])
     n_lose, local = 3, options.batch // options.gpus
     if options.batch % options.gpus:
         raise UserError(f"--batch {options.batch}: expected a multiple of --gpus {options.gpus}")
@@ -468,26 +499,33 @@ def dry_run(name, options):
     mesh = init_device_mesh("cpu", (options.gpus,), mesh_dim_names=("dp",))
     model.rope_table.cache_clear()
     with FakeTensorMode():
-        policy, reference = (model.Denoiser(model.empty(model.DiT, config, torch.float32, "cpu", lambda net: shard(net, mesh, torch.bfloat16)),
+        policy, reference = (model.Denoiser(model.empty(model.DiT, config, torch.float32, "cpu",
+                                                        lambda net: shard(net, mesh, torch.bfloat16)),
                                             model.FlowPrediction(), None) for _ in range(2))
         policy.checkpointing = CHECKPOINTING[options.checkpointing]
         tracker = FSDPMemTracker(policy.net, make_optimizer(policy, options))
         reference.requires_grad_(False)
         n = min(options.micro_batch, local)
-        batch = dict(win=torch.randn(n, *shape), lose=torch.randn(n, n_lose, *shape), t=torch.rand(n), noise=torch.randn(n, *shape),
-                     cond=Condition(torch.randn(n, config["max_text_seq_length"], config["text_embed_dim"]), torch.randn(n, shape[0], 1, *shape[2:])))
+        batch = dict(win=torch.randn(n, *shape), lose=torch.randn(n, n_lose, *shape),
+                     t=torch.rand(n), noise=torch.randn(n, *shape),
+                     cond=Condition(torch.randn(n, config["max_text_seq_length"], config["text_embed_dim"]),
+                                    torch.randn(n, shape[0], 1, *shape[2:])))
         with tracker:
-            for _ in range(2):                             # the second step meets the first one's gradients, as all later ones do
+            for _ in range(2):                             # the second meets the first's gradients, as later ones do
                 loss, _ = loss_of(policy, reference, batch, options)
                 if loss.requires_grad:
                     loss.backward()
     model.rope_table.cache_clear()                         # it holds fake tensors
-    found = {k.value if hasattr(k, "value") else k: v for k, v in tracker.get_tracker_snapshot("peak")[torch.device("cpu")].items()}
+    found = {k.value if hasattr(k, "value") else k: v
+             for k, v in tracker.get_tracker_snapshot("peak")[torch.device("cpu")].items()}
     held = sum(t.to_local().nbytes if hasattr(t, "to_local") else t.nbytes for t in reference.state_dict().values())
     memory = {"parameters": found["Sharded Param"] + found["Unsharded Param"] + found["All Gather"] + found["Buffer"],
-              "gradients": found["Sharded Grad"] + found["Unsharded Grad"] + found["Reduce Scatter"], "Adam": found["OptState"], "reference": held,
-              "activations": found["Activation"] - (held if options.method != "sft" else 0), "temporaries": found["Temp"], "context, NCCL …": 5 * 2 ** 30}      # the last: a guess, 4 to 6
-    report_dry_run(options, memory, *step_flops(config, shape, options, n_lose), sum(p.numel() for p in policy.parameters()))
+              "gradients": found["Sharded Grad"] + found["Unsharded Grad"] + found["Reduce Scatter"],
+              "Adam": found["OptState"], "reference": held,
+              "activations": found["Activation"] - (held if options.method != "sft" else 0),
+              "temporaries": found["Temp"], "context, NCCL …": 5 * 2 ** 30}             # the last: a guess, 4 to 6
+    report_dry_run(options, memory, *step_flops(config, shape, options, n_lose),
+                   sum(p.numel() for p in policy.parameters()))
     dist.destroy_process_group()
 
 
@@ -498,17 +536,19 @@ def report_dry_run(options, memory, flops, tokens, parameters, clips=5000, utili
     for kind, size in memory.items():
         print(f"{size / 2 ** 30:7.2f} GiB a rank  {kind}")
     total = sum(memory.values()) / 2 ** 30
-    print(f"{total:7.2f} GiB a rank  at the peak, which {'fits' if total < 78 else 'does not fit'} into the 78 GiB that an 80 GB GPU gives")
+    print(f"{total:7.2f} GiB a rank  at the peak, which {'fits' if total < 78 else 'does not fit'} "
+          "into the 78 GiB that an 80 GB GPU gives")
     seconds = flops / options.gpus / (utilisation * PEAK["H100"])
     steps = options.steps or math.ceil(options.epochs * clips / options.batch)
-    print(f"{seconds:.3g} s a step at {utilisation:.0%} of an H100's {PEAK['H100'] / 1e12:.0f} TFLOP/s; {steps} steps ({clips} clips) take {steps * seconds / 3600:.3g} h")
+    print(f"{seconds:.3g} s a step at {utilisation:.0%} of an H100's {PEAK['H100'] / 1e12:.0f} TFLOP/s; "
+          f"{steps} steps ({clips} clips) take {steps * seconds / 3600:.3g} h")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The laptop run: the tiny model on the toy world, by the same road as real videos
 # ---------------------------------------------------------------------------------------------------------------------
 
-CORPUS, REAL, HELD_OUT = range(3)                          # worlds of one seed: what the base saw, what it is aligned with, what judges it
+CORPUS, REAL, HELD_OUT = range(3)      # worlds of one seed: what the base saw, what it is aligned with, what judges it
 COUNTS = {REAL: 48, HELD_OUT: 16}
 
 
@@ -547,11 +587,14 @@ def show(options):
     denoisers = {"before": model.load_dit("tiny"), "after": model.load_dit(out)}
     for i, record in enumerate(tqdm(records, desc="held-out figures", total=len(records))):
         real, _ = data.toy_video(world_of(options.seed, HELD_OUT), i)
-        videos = {k: decode(sample.generate(d, record, records.empty_text(), settings, "cpu", "held-out", i, progress=False)) for k, d in denoisers.items()}
+        videos = {k: decode(sample.generate(d, record, records.empty_text(), settings, "cpu", "held-out", i,
+                                            progress=False)) for k, d in denoisers.items()}
         for k, video in videos.items():
             scores[k].append(data.judge(video, data.draw_figure(world_of(options.seed, HELD_OUT), i), codec))
-        rows.append(np.concatenate([real[:1].repeat(len(real), axis=0), videos["before"], videos["after"], real], axis=2))
-    grid = data.enlarge(np.concatenate([np.concatenate(rows[:4], axis=1), np.concatenate(rows[4:8], axis=1)], axis=2), 3)
+        rows.append(np.concatenate(
+            [real[:1].repeat(len(real), axis=0), videos["before"], videos["after"], real], axis=2))
+    grid = data.enlarge(np.concatenate([np.concatenate(rows[:4], axis=1),
+                                        np.concatenate(rows[4:8], axis=1)], axis=2), 3)
     for file in (out / "held-out.gif", out / "held-out.mp4"):
         data.write_video(file, grid, data.FPS)
     print(f"{len(rows)} held-out figures (mean):")
@@ -564,14 +607,19 @@ def show(options):
 # The tiny model, from nothing: text encoder, autoencoder, and a base whose world was imperfect
 # ---------------------------------------------------------------------------------------------------------------------
 
-TINY_T5 = dict(architectures=["T5EncoderModel"], model_type="t5", vocab_size=64, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4,
-               relative_attention_num_buckets=32, relative_attention_max_distance=128, layer_norm_epsilon=1e-6, feed_forward_proj="gated-gelu")
-TINY_VAE = dict(_class_name="AutoencoderKLCogVideoX", in_channels=3, out_channels=3, down_block_types=["CogVideoXDownBlock3D"] * 3,
-                up_block_types=["CogVideoXUpBlock3D"] * 3, block_out_channels=[16, 16, 32], latent_channels=8, layers_per_block=1,
-                norm_num_groups=4, norm_eps=1e-6, temporal_compression_ratio=4, sample_height=32, sample_width=32, act_fn="silu", scaling_factor=1.0)
-TINY_DIT = dict(_class_name="CogVideoXTransformer3DModel", num_attention_heads=4, attention_head_dim=32, in_channels=16, out_channels=8,
-                time_embed_dim=32, text_embed_dim=32, num_layers=5, sample_width=8, sample_height=8, sample_frames=17, patch_size=2,
-                temporal_compression_ratio=4, max_text_seq_length=16, norm_eps=1e-5, activation_fn="gelu-approximate", timestep_activation_fn="silu",
+TINY_T5 = dict(architectures=["T5EncoderModel"], model_type="t5", vocab_size=64,
+               d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4,
+               relative_attention_num_buckets=32, relative_attention_max_distance=128,
+               layer_norm_epsilon=1e-6, feed_forward_proj="gated-gelu")
+TINY_VAE = dict(_class_name="AutoencoderKLCogVideoX", in_channels=3, out_channels=3,
+                down_block_types=["CogVideoXDownBlock3D"] * 3, up_block_types=["CogVideoXUpBlock3D"] * 3,
+                block_out_channels=[16, 16, 32], latent_channels=8, layers_per_block=1,
+                norm_num_groups=4, norm_eps=1e-6, temporal_compression_ratio=4, sample_height=32, sample_width=32,
+                act_fn="silu", scaling_factor=1.0)
+TINY_DIT = dict(_class_name="CogVideoXTransformer3DModel", num_attention_heads=4, attention_head_dim=32,
+                in_channels=16, out_channels=8, time_embed_dim=32, text_embed_dim=32, num_layers=5,
+                sample_width=8, sample_height=8, sample_frames=17, patch_size=2, temporal_compression_ratio=4,
+                max_text_seq_length=16, norm_eps=1e-5, activation_fn="gelu-approximate", timestep_activation_fn="silu",
                 use_rotary_positional_embeddings=True, use_learned_positional_embeddings=True)
 FLOW = dict(_class_name="FlowMatchEulerDiscreteScheduler", num_train_timesteps=1000, shift=1.0)
 
@@ -582,10 +630,11 @@ def cosine(step, steps, lr):
 
 
 def optimize(parameters, loss, steps, lr, file):
-    """Adam on `loss(generator)`, with a progress bar; its state goes to `file` now and then, from which it continues."""
+    """Adam on `loss(generator)` with a progress bar; its state goes to `file` now and then, from which it continues."""
     parameters = list(parameters)
     optimizer = torch.optim.AdamW(parameters, lr, betas=(0.9, 0.99), weight_decay=0.0)
-    kinds = {"weight": parameters, "exp_avg": [torch.zeros_like(p) for p in parameters], "exp_avg_sq": [torch.zeros_like(p) for p in parameters]}
+    kinds = {"weight": parameters, "exp_avg": [torch.zeros_like(p) for p in parameters],
+             "exp_avg_sq": [torch.zeros_like(p) for p in parameters]}
     state, first = {f"{kind}.{i}": t.detach() for kind, ts in kinds.items() for i, t in enumerate(ts)}, 0
     if file.exists():
         first = data.read_header(file)[1]["step"]
@@ -610,11 +659,13 @@ def optimize(parameters, loss, steps, lr, file):
 def make_text_encoder(folder):
     """A SentencePiece vocabulary of the toy captions and a random T5, frozen: it only has to tell captions apart."""
     import sentencepiece
-    words, rng = sorted({w for action in data.ACTIONS for w in action.split()} | {"a", "figure", *data.SPEEDS}), np.random.default_rng(0)
-    sentences = (" ".join(rng.choice(words, 6)) for _ in range(1000))                   # shuffled, so that the pieces are the words
+    words, rng = (sorted({w for action in data.ACTIONS for w in action.split()} | {"a", "figure", *data.SPEEDS}),
+                  np.random.default_rng(0))
+    sentences = (" ".join(rng.choice(words, 6)) for _ in range(1000))       # shuffled, so that the pieces are the words
     with whole_file(folder / "tokenizer" / "spiece.model") as part, open(part, "wb") as f:
-        sentencepiece.SentencePieceTrainer.train(sentence_iterator=sentences, model_writer=f, model_type="unigram", vocab_size=TINY_T5["vocab_size"],
-                                                 pad_id=0, eos_id=1, unk_id=2, bos_id=-1, hard_vocab_limit=False, minloglevel=2)
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=sentences, model_writer=f, model_type="unigram", vocab_size=TINY_T5["vocab_size"],
+            pad_id=0, eos_id=1, unk_id=2, bos_id=-1, hard_vocab_limit=False, minloglevel=2)
     torch.manual_seed(0)
     model.save_part(model.T5Encoder(TINY_T5), TINY_T5, folder / "text_encoder", torch.bfloat16, stem="model")
 
@@ -663,16 +714,20 @@ def make_base(folder, steps, seed=0, imperfect=True, clips=4096):
     win, image, text = (torch.stack(x) for x in zip(*samples))
     torch.manual_seed(seed)
     net = model.DiT(TINY_DIT)
-    for linear in [n.linear for b in net.transformer_blocks for n in (b.norm1, b.norm2)] + [net.norm_out.linear, net.proj_out]:
-        nn.init.zeros_(linear.weight), nn.init.zeros_(linear.bias)                      # every block starts as the identity (DiT's adaLN-Zero)
-    table = nn.init.normal_(net.patch_embed.pos_embedding, std=0.02).requires_grad_()   # published as a buffer, but somebody trained it
+    # Every block starts as the identity (DiT's adaLN-Zero).
+    for linear in ([n.linear for b in net.transformer_blocks for n in (b.norm1, b.norm2)]
+                   + [net.norm_out.linear, net.proj_out]):
+        nn.init.zeros_(linear.weight), nn.init.zeros_(linear.bias)
+    # The table of positions is published as a buffer, but somebody trained it.
+    table = nn.init.normal_(net.patch_embed.pos_embedding, std=0.02).requires_grad_()
     denoiser = model.Denoiser(net, model.FlowPrediction(), FLOW)
 
     def loss(rng):
         i = torch.randint(len(win), (16,), generator=rng)
-        captioned = torch.rand(len(i), 1, 1, generator=rng) > 0.1                       # some without a caption, for guidance
+        captioned = torch.rand(len(i), 1, 1, generator=rng) > 0.1               # some without a caption, for guidance
         cond = Condition(torch.where(captioned, text[i], empty), image[i])
-        return sft_loss(denoiser, win=win[i], cond=cond, t=1 - torch.rand(len(i), generator=rng), noise=torch.randn(win[i].shape, generator=rng), weighting="velocity")[0]
+        return sft_loss(denoiser, win=win[i], cond=cond, t=1 - torch.rand(len(i), generator=rng),
+                        noise=torch.randn(win[i].shape, generator=rng), weighting="velocity")[0]
 
     optimize([*net.parameters(), table], loss, steps, 2e-3, folder / "base.safetensors")
     model.save_dit(denoiser, folder, torch.bfloat16)
@@ -703,14 +758,16 @@ def main(options):
     place, mesh = start()
     if place.rank == 0:
         print(f"model: {name} ({why})")
-    laptop = name == "tiny" and not Path(options.data).is_dir()
+    laptop = name == "tiny" and options.data == Options.data and not Path(options.data).is_dir()
     if laptop:
         options.data = prepare(options, place.rank)
     elif not Path(options.data).is_dir():
-        raise UserError(f"--data {options.data}: no such cache; make it with: python data.py --videos DIR --model {name} --out {options.data}"
+        raise UserError(f"--data {options.data}: no such cache; "
+                        f"make it with: python data.py --videos DIR --model {name} --out {options.data}"
                         f" and: python sample.py --model {name} --data {options.data}")
     if train(name, options, place, mesh) and place.rank == 0:
-        show(options) if laptop else print(f"done; try: python sample.py --model {options.out} --image first.png --prompt \"…\"")
+        show(options) if laptop else print(f"done; try: python sample.py --model {options.out} "
+                                           "--image first.png --prompt \"…\"")
     dist.destroy_process_group()
 
 
