@@ -668,7 +668,7 @@ def test_no_loader_opens_a_pickle(copied, tmp_path, load, part):
 
 REPO = Path(data.__file__).parent
 NAMES = ["00000", "00001", "00002", "00003"]
-SHORT = dict(model="tiny", steps=4, batch=4, micro_batch=4, lr=1e-4, warmup=1, beta=25.0, checkpointing="none", save_every=9)
+SHORT = dict(model="tiny", steps=4, batch=4, micro_batch=4, lr=1e-4, warmup=1, beta=25.0, checkpointing="none", stream=False, save_every=9)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -50,7 +50,7 @@ class Options:
     ema_decay: float = 0.996           # ω of the reference (Eq. 7, paper: 0.996)
     ema_every: int = 1                 # steps between two updates of the reference (paper: unnamed)
     checkpointing: Literal["none", "full", "selective"] = "selective"  # recompute blocks, selective: all but attention
-    stream: bool = False               # back-propagate a sample's videos one by one: less memory, same gradient
+    stream: bool = True                # back-propagate a sample's videos one by one: less memory, same gradient
     save_every: int = 200              # steps between checkpoints
     keep: int = 2                      # checkpoints to keep
     resume: str = "auto"               # auto (continue --out's run), none (refuse if it has one) or a checkpoint folder
@@ -65,7 +65,7 @@ class Options:
     from_scratch: bool = False         # make the tiny model itself again (an hour or two), into --out
 
 
-TINY = dict(epochs=0, steps=100, micro_batch=8, lr=3e-5, beta=2500.0, checkpointing="none", save_every=50)
+TINY = dict(epochs=0, steps=100, micro_batch=8, lr=3e-5, beta=2500.0, checkpointing="none", stream=False, save_every=50)
 CHECKPOINTING = {"none": False, "full": True, "selective": "selective"}
 
 
