@@ -444,13 +444,12 @@ def train(name, options, place, mesh):
         metrics["tokens_per_second"] = tokens / metrics["seconds"]
         if peak:
             metrics["mfu"] = flops / metrics["seconds"] / place.world / peak
-        last = step + 1 == steps or asked
-        if held_out and ((step + 1) % options.eval_every == 0 or last):
+        if held_out and ((step + 1) % options.eval_every == 0 or step + 1 == steps):
             metrics |= evaluate(policy, reference, held_out, options, place)
             if options.eval_videos:
                 evaluate_videos(policy, name, held_out, options, step + 1, place)
         log(step, metrics)
-        if last or (step + 1) % options.save_every == 0:
+        if asked or step + 1 == steps or (step + 1) % options.save_every == 0:
             save_checkpoint(state, options, step + 1, place.rank)
         if asked and step + 1 < steps:
             if place.rank == 0:
