@@ -1365,6 +1365,26 @@ def test_killed_commands_end_with_the_files_of_undisturbed_ones(videos, tmp_path
     assert ours == theirs
 
 
+def test_making_the_tiny_model_goes_on_where_it_stopped(tmp_path):
+    def fit(file, stop_at=None):
+        weight, calls = torch.zeros(3, requires_grad=True), []
+
+        def loss(rng):
+            calls.append(None)
+            if len(calls) == stop_at:
+                raise KeyboardInterrupt
+            return (weight - torch.randn(3, generator=rng)).square().sum()
+
+        train.optimize([weight], loss, 6, 0.1, tmp_path / file / "part.safetensors", save_every=2)
+        return weight.detach(), len(calls)
+
+    straight, _ = fit("straight")
+    with pytest.raises(KeyboardInterrupt):
+        fit("cut", stop_at=4)
+    continued, calls = fit("cut")
+    assert torch.equal(straight, continued) and calls == 4                              # the last save was after step 2
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The toy world and its measures; options
 # ---------------------------------------------------------------------------------------------------------------------

@@ -628,7 +628,7 @@ def cosine(step, steps, lr):
     return lr * min(1, (step + 1) / 50) * (0.01 + 0.99 * (1 + math.cos(math.pi * step / steps)) / 2)
 
 
-def optimize(parameters, loss, steps, lr, file):
+def optimize(parameters, loss, steps, lr, file, save_every=500):
     """Adam on `loss(generator)` with a progress bar; its state goes to `file` now and then, from which it continues."""
     parameters = list(parameters)
     optimizer = torch.optim.AdamW(parameters, lr, betas=(0.9, 0.99), weight_decay=0.0)
@@ -651,7 +651,7 @@ def optimize(parameters, loss, steps, lr, file):
         optimizer.step()
         average = value.item() if average is None else 0.99 * average + 0.01 * value.item()
         bar.set_postfix(loss=f"{average:.4f}")
-        if (step + 1) % 500 == 0:
+        if (step + 1) % save_every == 0:
             data.write_tensors(file, state, step=step + 1)
 
 
@@ -744,7 +744,7 @@ def from_scratch(options):
     if not (folder / "vae").is_dir():
         make_vae(folder, 3500)
     make_base(folder, 12_000, options.seed)
-    print(f"the tiny model is in {folder}; try: python train.py --model {folder}")
+    print(f"the tiny model is in {folder}; put it in the place of {model.TINY} to use it as --model tiny")
 
 
 def main(options):
