@@ -7,7 +7,7 @@
 RUN afterwards holds transformer/ (opens here, --model RUN, and in diffusers), metrics.jsonl and checkpoints/.
 The same command continues an interrupted run from its last checkpoint.
 """
-import dataclasses, json, math, os, shutil, signal, threading, time
+import dataclasses, json, math, os, shutil, signal, threading, time, warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -227,6 +227,13 @@ def training_state(policy, reference, optimizer):
     return state | {f"ref.{name}": p.detach() for name, p in reference.net.named_parameters()}
 
 
+def alone():
+    """Whether there is one process: its checkpoints then go around the process group, whose CPU backend would leave
+    threads behind that make every later step on a CPU half as slow again (OpenMP sees more threads than cores)."""
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+    return dist.get_world_size() == 1
+
+
 def save_checkpoint(state, options, step, rank):
     """Write checkpoints/step-N, then forget all but the last `keep`."""
     folder = Path(options.out) / "checkpoints"
@@ -236,7 +243,7 @@ def save_checkpoint(state, options, step, rank):
         part.mkdir(parents=True)
     dist.barrier()
     try:
-        dcp.save(state, storage_writer=dcp.HuggingFaceStorageWriter(str(part), save_distributed=True))
+        dcp.save(state, storage_writer=dcp.HuggingFaceStorageWriter(str(part), save_distributed=True), no_dist=alone())
     except dcp.api.CheckpointException as e:
         shutil.rmtree(part, ignore_errors=True)
         raise UserError(f"{part}: cannot be written ({list(e.failures.values())[0][0]}); "
@@ -270,7 +277,7 @@ def load_checkpoint(state, optimizer, folder, options):
         raise UserError(f"{folder}: not a whole checkpoint of this model (tensor {min(names ^ state.keys())}); "
                         "delete it to continue from an earlier one")
     try:
-        dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(str(folder)))
+        dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(str(folder)), no_dist=alone())
     except dcp.api.CheckpointException as e:
         raise UserError(f"{folder}: not a whole checkpoint ({list(e.failures.values())[0][0]!r}); "
                         "delete it to continue from an earlier one") from None
@@ -581,7 +588,8 @@ def show(options):
     records, out = Records(f"{options.out}/cache/held-out", negatives=False), Path(options.out)
     vae, settings = model.load_vae("tiny"), sample.Options(**sample.TINY)
     decode = lambda latents: data.to_uint8(vae.decode(latents)[0])
-    codec = lambda videos: np.stack([decode(vae.encode(data.fit(v, *v.shape[1:3])[None])) for v in videos])
+    codec = lambda videos: np.stack([data.to_uint8(v) for v in vae.decode(vae.encode(
+        torch.stack([data.fit(v, *v.shape[1:3]) for v in videos])))])
     rows, scores = [], {"before": [], "after": []}
     denoisers = {"before": model.load_dit("tiny"), "after": model.load_dit(out)}
     for i, record in enumerate(tqdm(records, desc="held-out figures", total=len(records))):
