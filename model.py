@@ -124,7 +124,8 @@ def load_text_encoder(path, device="cpu", dtype=torch.float32):
 # ---------------------------------------------------------------------------------------------------------------------
 # A clip passes in chunks of 8 frames (the odd first frame joins the first chunk), so memory does not grow with length.
 # `past` carries, from chunk to chunk, the frames each convolution still needs. Normalisation spans a chunk, so the
-# chunking is part of the model: another one gives other latents.
+# chunking is part of the model: another one gives other latents. Within a chunk, whatever makes large temporaries goes
+# through it a few frames at a time (`pieces`), which changes nothing but the memory.
 
 def chunks(length, size):
     """Slices of `size` that cover `length`; the remainder goes into the first: chunks(17, 8) -> [0:9], [9:17]."""
@@ -132,23 +133,24 @@ def chunks(length, size):
     return [slice(a, b) for a, b in zip(starts, starts[1:] + [length])]
 
 
-def silu(x):
-    """SiLU, in place where no gradient needs the input: the decoder is bound by its temporaries."""
-    return nnf.silu(x, inplace=not torch.is_grad_enabled())
+def pieces(x, channels):
+    """Slices of (B,C,F,H,W) of so few frames that they hold about 2 million numbers with `channels`, or one frame."""
+    frames = max(1, 2 ** 21 // (len(x) * channels * x[0, 0, 0].numel()))
+    return [slice(i, i + frames) for i in range(0, x.shape[2], frames)]
 
 
-class CausalConv3d(nn.Module):
-    """3×3×3 convolution of (B,C,F,H,W) that never sees the future: two past frames in front, zeros at the borders."""
+class Norm(nn.GroupNorm):
+    """GroupNorm in two parts: `norm(x)` looks at all of x (B,C,F,H,W), and gives what normalises pieces of it."""
 
-    def __init__(self, c_in, c_out):
-        super().__init__()
-        self.conv = nn.Conv3d(c_in, c_out, 3, padding=(0, 1, 1))
-
-    def forward(self, x, past):
-        before = past.get(self)
-        x = torch.cat([x[:, :, :1], x[:, :, :1], x] if before is None else [before, x], dim=2)
-        past[self] = x[:, :, -2:].clone()                  # a view would keep the whole chunk alive
-        return self.conv(x)
+    def forward(self, x):
+        count = x[0].numel() // self.num_groups            # of numbers behind a mean
+        groups = lambda per_channel: per_channel.double().unflatten(1, (self.num_groups, -1)).sum(2) / count   # (B,G)
+        mean = groups(x.sum((2, 3, 4), dtype=torch.float32))
+        square = groups(torch.linalg.vector_norm(x, dim=(2, 3, 4), dtype=torch.float32).double().square())
+        mean, std = (v.repeat_interleave(x.shape[1] // self.num_groups, dim=1)                                 # (B,C)
+                     for v in (mean, (square - mean ** 2 + self.eps).sqrt()))
+        scale, shift = (v.float()[:, :, None, None, None] for v in (self.weight / std, self.bias - self.weight * mean / std))
+        return lambda piece, frames: torch.addcmul(shift, piece, scale)
 
 
 class SpatialNorm(nn.Module):
@@ -156,24 +158,46 @@ class SpatialNorm(nn.Module):
 
     def __init__(self, groups, channels, latent_channels):
         super().__init__()
-        self.norm_layer = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.norm_layer = Norm(groups, channels, eps=1e-6)
         self.conv_y = nn.ModuleDict({"conv": nn.Conv3d(latent_channels, channels, 1)})
         self.conv_b = nn.ModuleDict({"conv": nn.Conv3d(latent_channels, channels, 1)})
 
     def forward(self, x, z):
         # A 1×1×1 convolution commutes with the nearest upsampling that follows: run it on the few latent pixels.
-        scale, shift = (stretch(conv["conv"](z), x.shape[2:]) for conv in (self.conv_y, self.conv_b))
-        x = self.norm_layer(x)
-        return x * scale + shift if torch.is_grad_enabled() else x.mul_(scale).add_(shift)
+        normalise, scale, shift = self.norm_layer(x), self.conv_y["conv"](z), self.conv_b["conv"](z)
+        odd, (n, size) = x.shape[2] % 2, (x.shape[2], x.shape[3:])
+        source = [0] * odd + [odd + i * (z.shape[2] - odd) // (n - odd) for i in range(n - odd)]   # z's frame of each
+
+        def apply(piece, frames):
+            stretch = lambda v: nnf.interpolate(v[:, :, source[frames]], (piece.shape[2], *size))
+            return torch.addcmul(stretch(shift), normalise(piece, frames), stretch(scale))
+        return apply
 
 
-def stretch(z, size):
-    """Nearest upsampling of latents (B,C,f,h,w) to `size` (F,H,W); in an odd clip, frame 0 stands for itself alone."""
-    if size[0] > 1 and size[0] % 2:
-        first, rest = (nnf.interpolate(z[:, :, :1], (1, *size[1:])),
-                       nnf.interpolate(z[:, :, 1:], (size[0] - 1, *size[1:])))
-        return torch.cat([first, rest], dim=2)
-    return nnf.interpolate(z, tuple(size))
+class CausalConv3d(nn.Module):
+    """3×3×3 convolution of (B,C,F,H,W) that never sees the future: two past frames in front, zeros at the borders.
+
+    Where `normalise` is given, it and SiLU come first. With `overwrite` the result may take the place of x.
+    """
+
+    def __init__(self, c_in, c_out):
+        super().__init__()
+        self.conv = nn.Conv3d(c_in, c_out, 3, padding=(0, 1, 1))
+
+    def forward(self, x, past, normalise=None, overwrite=False):
+        before, out = past.get(self), x if overwrite and not torch.is_grad_enabled() else None
+        for frames in pieces(x, max(self.conv.weight.shape[:2])):
+            piece = x[:, :, frames]
+            if normalise:
+                piece = nnf.silu(normalise(piece, frames), inplace=not torch.is_grad_enabled()).to(x.dtype)
+            piece = torch.cat([piece[:, :, :1], piece[:, :, :1], piece] if before is None else [before, piece], dim=2)
+            before = piece[:, :, -2:].clone()              # a view would keep the whole piece alive
+            done = self.conv(piece)
+            if out is None:
+                out = done.new_empty(*done.shape[:2], *x.shape[2:])
+            out[:, :, frames] = done
+        past[self] = before
+        return out
 
 
 class Resnet(nn.Module):
@@ -182,14 +206,14 @@ class Resnet(nn.Module):
     def __init__(self, c_in, c_out, groups, eps, latent_channels=None):
         super().__init__()
         norm = ((lambda c: SpatialNorm(groups, c, latent_channels)) if latent_channels
-                else (lambda c: nn.GroupNorm(groups, c, eps)))
+                else (lambda c: Norm(groups, c, eps)))
         self.norm1, self.conv1 = norm(c_in), CausalConv3d(c_in, c_out)
         self.norm2, self.conv2 = norm(c_out), CausalConv3d(c_out, c_out)
         self.conv_shortcut = nn.Conv3d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
     def forward(self, x, past, *z):                        # z: the latents, or nothing in the encoder
-        h = self.conv1(silu(self.norm1(x, *z)), past)
-        h = self.conv2(silu(self.norm2(h, *z)), past)
+        h = self.conv1(x, past, self.norm1(x, *z))
+        h = self.conv2(h, past, self.norm2(h, *z), overwrite=True)
         return h.add_(self.conv_shortcut(x))
 
 
@@ -201,11 +225,9 @@ class Downsample(nn.Module):
         self.conv, self.time = nn.Conv2d(channels, channels, 3, stride=2), time
 
     def forward(self, x):
-        if self.time and x.shape[2] > 1:
-            odd = x.shape[2] % 2
-            x = torch.cat([x[:, :, :odd], nnf.avg_pool3d(x[:, :, odd:], (2, 1, 1))], dim=2)
-        frames = rearrange(nnf.pad(x, (0, 1, 0, 1)), "b c f h w -> (b f) c h w")
-        return rearrange(self.conv(frames), "(b f) c h w -> b c f h w", b=len(x))
+        odd, n = x.shape[2] % 2, 2 if self.time and x.shape[2] > 1 else 1
+        frames = [x[:, :, :odd], *x[:, :, odd:].split(n, dim=2)] if n > 1 else x.split(1, dim=2)
+        return torch.stack([self.conv(nnf.pad(f.mean(2), (0, 1, 0, 1))) for f in frames if f.shape[2]], dim=2)
 
 
 class Upsample(nn.Module):
@@ -216,12 +238,11 @@ class Upsample(nn.Module):
         self.conv, self.time = nn.Conv2d(channels, channels, 3, padding=1), time
 
     def forward(self, x):
-        frames = nnf.interpolate(rearrange(x, "b c f h w -> (b f) c h w"), scale_factor=2.0)
-        x = rearrange(self.conv(frames), "(b f) c h w -> b c f h w", b=len(x))
-        if self.time and x.shape[2] > 1:                   # after the convolution: it need not see frames twice
-            odd = x.shape[2] % 2
-            x = torch.cat([x[:, :, :odd], x[:, :, odd:].repeat_interleave(2, dim=2)], dim=2)
-        return x
+        odd, done = x.shape[2] % 2, []
+        for i, frame in enumerate(x.unbind(2)):            # one by one: each becomes four times, or eight, its size
+            frame = self.conv(nnf.interpolate(frame, scale_factor=2.0))
+            done += [frame] * (2 if self.time and x.shape[2] > 1 and i >= odd else 1)
+        return torch.stack(done, dim=2)
 
 
 class Coder(nn.Module):
@@ -242,7 +263,7 @@ class Coder(nn.Module):
         self.mid_block = nn.ModuleDict({"resnets": nn.ModuleList([resnet(middle, middle) for _ in range(2)])})
         setattr(self, names[0], levels)
         self.norm_out = (SpatialNorm(c["norm_num_groups"], widths[-1], latent_channels) if latent_channels
-                         else nn.GroupNorm(c["norm_num_groups"], widths[-1], eps=1e-6))
+                         else Norm(c["norm_num_groups"], widths[-1], eps=1e-6))
         self.conv_out = CausalConv3d(widths[-1], c_out)
 
 
@@ -262,7 +283,7 @@ class Encoder(Coder):
                 x = downsample(x)
         for resnet in self.mid_block["resnets"]:
             x = resnet(x, past)
-        return self.conv_out(silu(self.norm_out(x)), past)
+        return self.conv_out(x, past, self.norm_out(x))
 
 
 class Decoder(Coder):
@@ -281,7 +302,7 @@ class Decoder(Coder):
                 x = resnet(x, past, z)
             for upsample in level["upsamplers"] if "upsamplers" in level else ():
                 x = upsample(x)
-        return self.conv_out(silu(self.norm_out(x, z)), past)
+        return self.conv_out(x, past, self.norm_out(x, z))
 
 
 class VAE(nn.Module):
@@ -700,8 +721,8 @@ def keep_freed_memory():
         libc = ctypes.CDLL("libc.so.6")
     except OSError:
         return
-    M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4   # malloc.h
-    for option, value in (M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2 ** 31 - 1), (M_TOP_PAD, 2 ** 26):
+    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4                  # malloc.h
+    for option, value in (M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2 ** 31 - 1):
         libc.mallopt(option, value)
 
 
