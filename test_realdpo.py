@@ -1433,3 +1433,112 @@ def test_every_option_has_a_help_line(module, capsys):
     text = capsys.readouterr().out
     for field in dataclasses.fields(module.Options):       # the name, its values, and on the same line or the next a text
         assert re.search(rf"^  --{field.name.replace('_', '-')}\b[^\n]*?(\n {{20,}}|  +)[^-\s]", text, re.M), field.name
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Time and memory against the libraries: pytest -m bench -s
+# ---------------------------------------------------------------------------------------------------------------------
+
+WIDE_DIT = DIT | dict(num_attention_heads=8, attention_head_dim=64, num_layers=6, in_channels=32, out_channels=16, time_embed_dim=512, text_embed_dim=256,
+                      max_text_seq_length=226, use_learned_positional_embeddings=False)
+QUARTER_VAE = VAE | dict(block_out_channels=[32, 64, 64, 128], layers_per_block=3, latent_channels=16, norm_num_groups=32,
+                         down_block_types=["CogVideoXDownBlock3D"] * 4, up_block_types=["CogVideoXUpBlock3D"] * 4)
+DEEP_T5 = T5 | dict(vocab_size=1000, d_model=256, d_kv=64, d_ff=640, num_layers=24, num_heads=4)
+
+# Each side runs in a process of its own: what it imports and prepares, then `work`, of which the second call is timed.
+CLOCK = """
+import sys, time, torch
+folder, *numbers = sys.argv[1:]; numbers = [int(n) for n in numbers]
+torch.manual_seed(0)
+{side}
+work(); begin = time.time(); work()
+peak = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
+print(time.time() - begin, peak / 1024)
+"""
+THEIR_DIT = """
+import copy, diffusers, torch.nn.functional as nnf
+from diffusers.models.embeddings import get_3d_rotary_pos_embed
+net = diffusers.CogVideoXTransformer3DModel.from_pretrained(folder + "/transformer")
+b, f, h, w = numbers
+x, text, k = torch.randn(b, f, 32, h, w), torch.randn(b, 226, 256), torch.full((b,), 500)
+rope = get_3d_rotary_pos_embed(64, ((0, 0), (h // 2, w // 2)), (h // 2, w // 2), f)
+forward = lambda net, x: net(x, text, k, image_rotary_emb=rope, return_dict=False)[0]
+"""
+OUR_DIT = """
+import model
+from realdpo import Condition, realdpo_loss
+net = model.load_dit(folder)
+b, f, h, w = numbers
+cond, t = Condition(torch.randn(b, 226, 256), torch.randn(b, 16, 1, h, w)), torch.full((b,), 0.5)
+x = torch.randn(b, 16, f, h, w)
+"""
+THEIR_VAE = "import diffusers; vae = diffusers.AutoencoderKLCogVideoX.from_pretrained(folder + '/vae').eval(); f, h, w = numbers\n"
+OUR_VAE = "import model; vae = model.load_vae(folder); f, h, w = numbers\n"
+VIDEO, LATENTS = "x = torch.rand(1, 3, f, h, w) * 2 - 1\n", "x = torch.randn(1, 16, (f - 1) // 4 + 1, h // 8, w // 8)\n"
+T5_IDS = "ids = torch.randint(3, 1000, (8, 226))\n"
+
+RACES = {                                                  # theirs, ours, sizes, most time and memory as a part of theirs
+    "DiT forward": (THEIR_DIT + "work = torch.no_grad()(lambda: forward(net, x))", OUR_DIT + "work = torch.no_grad()(lambda: net(x, cond, t))",
+                    (1, 5, 32, 40), 1.00, 1.0),
+    "DiT forward, two short clips": (THEIR_DIT + "work = torch.no_grad()(lambda: forward(net, x))", OUR_DIT + "work = torch.no_grad()(lambda: net(x, cond, t))",
+                                     (2, 3, 16, 24), 1.00, 1.0),
+    "DiT forward and backward": (THEIR_DIT + "work = lambda: forward(net, x).sum().backward()", OUR_DIT + "work = lambda: net(x, cond, t).sum().backward()",
+                                 (1, 5, 32, 40), 0.95, 1.0),
+    # The authors' algorithm: each negative with two policy and two reference forwards and a backward pass of its own.
+    "RealDPO step": (THEIR_DIT + """
+ref = copy.deepcopy(net).requires_grad_(False); net.train().enable_gradient_checkpointing()
+def error(net, x): return (forward(net, x) - x[:, :, :16]).square().mean()
+def work():
+    for _ in range(3):
+        difference = error(net, x) - error(net, x + 1)
+        with torch.no_grad(): reference = error(ref, x) - error(ref, x + 1)
+        (-nnf.logsigmoid(-2500 * (difference - reference)) / 3).backward()
+""", OUR_DIT + """
+ref = model.load_dit(folder).requires_grad_(False); net.checkpointing = "selective"; lose = torch.randn(b, 3, 16, f, h, w)
+work = lambda: realdpo_loss(net, ref, win=x, lose=lose, cond=cond, beta=5000, stream=True)
+""", (1, 5, 32, 40), 0.66, 1.0),
+    "VAE encode": (THEIR_VAE + VIDEO + "work = torch.no_grad()(lambda: vae.encode(x))", OUR_VAE + VIDEO + "work = lambda: vae.encode(x)",
+                   (17, 240, 360), 0.60, 0.70),
+    "VAE decode": (THEIR_VAE + LATENTS + "work = torch.no_grad()(lambda: vae.decode(x))", OUR_VAE + LATENTS + "work = lambda: vae.decode(x)",
+                   (17, 240, 360), 0.60, 0.70),
+    "VAE encode, 49 frames": (THEIR_VAE + VIDEO + "work = torch.no_grad()(lambda: vae.encode(x))", OUR_VAE + VIDEO + "work = lambda: vae.encode(x)",
+                              (49, 120, 184), 0.60, 0.70),
+    "VAE decode, 49 frames": (THEIR_VAE + LATENTS + "work = torch.no_grad()(lambda: vae.decode(x))", OUR_VAE + LATENTS + "work = lambda: vae.decode(x)",
+                              (49, 120, 184), 0.60, 0.70),
+    "T5": ("import transformers; net = transformers.T5EncoderModel.from_pretrained(folder + '/text_encoder').eval()\n" + T5_IDS
+           + "work = torch.no_grad()(lambda: net(ids))", "import model; from pathlib import Path\n" + T5_IDS + """
+config = model.read_config(Path(folder), "text_encoder", "T5EncoderModel")
+net = model.materialize(model.T5Encoder, config, Path(folder, "text_encoder"), "cpu", torch.float32).eval()
+work = torch.no_grad()(lambda: net(ids))""", (), 1.0, 1.0),
+}
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wide")
+    model.save_dit(model.Denoiser(scramble(model.DiT(WIDE_DIT)), model.VPrediction(SCHEDULER), SCHEDULER), folder)
+    model.save_part(scramble(model.VAE(QUARTER_VAE)), QUARTER_VAE, folder / "vae")
+    model.save_part(scramble(model.T5Encoder(DEEP_T5)), DEEP_T5 | dict(model_type="t5"), folder / "text_encoder", stem="model")
+    return folder
+
+
+def race(folder, theirs, ours, sizes):
+    """Medians over BENCH rounds, sides alternating: their (seconds, MiB), ours, and the two ratios ours / theirs."""
+    def run(side):
+        done = subprocess.run([sys.executable, "-W", "ignore", "-c", CLOCK.format(side=side), folder, *map(str, sizes)],
+                              cwd=REPO, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return [float(x) for x in done.stdout.split()[-2:]]
+
+    rounds = np.array([(run(theirs), run(ours)) for _ in range(int(os.environ.get("BENCH", 5)))])           # (rounds, side, measure)
+    return *np.median(rounds, axis=0), np.median(rounds[:, 1] / rounds[:, 0], axis=0)
+
+
+@pytest.mark.bench
+@pytest.mark.parametrize("name", RACES)
+def test_time_and_memory_against_the_libraries(name, wide):
+    pytest.importorskip("transformers" if name == "T5" else "diffusers")
+    *sides, sizes, most_time, most_memory = RACES[name]
+    theirs, ours, (time_ratio, memory_ratio) = race(wide, *sides, sizes)
+    print(f"\n{name:30} {ours[0]:6.2f} s : {theirs[0]:6.2f} s = {time_ratio:.2f}   {ours[1]:5.0f} : {theirs[1]:5.0f} MiB = {memory_ratio:.2f}")
+    assert time_ratio <= most_time and memory_ratio <= most_memory
