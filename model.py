@@ -372,13 +372,18 @@ class AdaptiveNorm(nn.Module):
         return self.norm(x), self.linear(nnf.silu(time))[:, None].chunk(self.chunks, dim=-1)
 
 
-def per_kind(function, n_text, x, text, video):
-    """Apply `function(x, *coefficients)` to the text tokens with theirs and to the video tokens with theirs."""
-    return torch.cat([function(x[:, :n_text], *text), function(x[:, n_text:], *video)], dim=1)      # (B,S,D)
+def per_kind(function, n_text, text, video, *tokens):
+    """Apply `function(*coefficients, *tokens)` to the text tokens with theirs and to the video tokens with theirs."""
+    return torch.cat([function(*text, *(x[:, :n_text] for x in tokens)),
+                      function(*video, *(x[:, n_text:] for x in tokens))], dim=1)                   # (B,S,D)
 
 
-def modulate(x, shift, scale):
+def modulate(shift, scale, x):
     return torch.addcmul(shift, x, 1 + scale)
+
+
+def add_gated(gate, x, h):
+    return torch.addcmul(x, h, gate)
 
 
 class Attention(nn.Module):
@@ -392,7 +397,7 @@ class Attention(nn.Module):
 
     def forward(self, x, rope):
         q, k, v = (rearrange(to(x), "b s (h d) -> b h s d", h=self.heads) for to in (self.to_q, self.to_k, self.to_v))
-        q, k = rotate(self.norm_q(q), *rope), rotate(self.norm_k(k), *rope)
+        q, k = rotate(self.norm_q(q), rope), rotate(self.norm_k(k), rope)
         return self.to_out[0](rearrange(nnf.scaled_dot_product_attention(q, k, v), "b h s d -> b s (h d)"))
 
 
@@ -411,8 +416,8 @@ class Block(nn.Module):
         feed_forward = lambda h: down(nnf.gelu(up["proj"](h), approximate="tanh"))
         for norm, layer in (self.norm1, lambda h: self.attn1(h, rope)), (self.norm2, feed_forward):
             h, (shift, scale, gate, text_shift, text_scale, text_gate) = norm(x, time)
-            h = layer(per_kind(modulate, n_text, h, (text_shift, text_scale), (shift, scale)))
-            x = x + per_kind(torch.mul, n_text, h, (text_gate,), (gate,))               # (B,S,D)
+            h = layer(per_kind(modulate, n_text, (text_shift, text_scale), (shift, scale), h))
+            x = per_kind(add_gated, n_text, (text_gate,), (gate,), x, h)                # (B,S,D)
         return x
 
 
@@ -448,7 +453,7 @@ class DiT(nn.Module):
             x = (recomputed(block, checkpointing) if checkpointing and torch.is_grad_enabled()
                  else block)(x, time, rope, n_text)
         x, (shift, scale) = self.norm_out(self.norm_final(x[:, n_text:]), time)                             # (B,FHW,D)
-        x = self.proj_out(modulate(x, shift, scale))
+        x = self.proj_out(modulate(shift, scale, x))
         f, h, w = grid
         return rearrange(x, "b (f h w) (c p q) -> b c f (h p) (w q)", f=f, h=h, w=w, p=p, q=p)
 
@@ -485,7 +490,7 @@ def recomputed(block, how):
 
 @lru_cache(maxsize=8)
 def rope_table(grid, n_text, head_dim, device):
-    """cos and sin (S, head_dim/2), fp32: a quarter of the head turns with time, 3/8 each with height and width.
+    """e^(i·angle) (S, head_dim/2), complex fp32: a quarter of the head turns with time, 3/8 each with height and width.
 
     Text tokens stand at angle zero, so the whole sequence is rotated in one go.
     """
@@ -494,13 +499,13 @@ def rope_table(grid, n_text, head_dim, device):
     positions = torch.cartesian_prod(*(torch.arange(n, dtype=torch.float32) for n in grid))                 # (FHW,3)
     angles = torch.cat([positions[:, i, None] * f for i, f in enumerate(frequencies)], dim=1)
     angles = torch.cat([torch.zeros(n_text, angles.shape[1]), angles])                                      # (S,d/2)
-    return angles.cos().to(device), angles.sin().to(device)
+    return torch.polar(torch.ones_like(angles), angles).to(device)
 
 
-def rotate(x, cos, sin):
-    """Turn adjacent pairs of features of x (B,heads,S,d) by the angles of `rope_table`, in fp32."""
-    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2).to(x.dtype)
+def rotate(x, turn):
+    """Turn adjacent pairs of features of x (B,heads,S,d), read as complex numbers, by `rope_table`, in fp32."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * turn).flatten(-2).to(x.dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

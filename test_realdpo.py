@@ -192,7 +192,7 @@ def test_rope_equals_diffusers_and_leaves_text_alone(diffusers, grid, head_dim):
     from diffusers.models.embeddings import apply_rotary_emb, get_3d_rotary_pos_embed
     theirs = get_3d_rotary_pos_embed(head_dim, ((0, 0), grid[1:]), grid[1:], grid[0])
     q = randn(1, 2, 3 + math.prod(grid), head_dim)
-    turned = model.rotate(q, *model.rope_table(grid, 3, head_dim, torch.device("cpu")))
+    turned = model.rotate(q, model.rope_table(grid, 3, head_dim, torch.device("cpu")))
     assert torch.equal(turned[:, :, :3], q[:, :, :3])
     assert relative(turned[:, :, 3:], apply_rotary_emb(q[:, :, 3:], theirs)) <= 2e-5
 
