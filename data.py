@@ -322,10 +322,12 @@ class Records:
     """The records of a cache as a sequence of dicts of tensors, checked to belong together.
 
     win (C,F,H,W), image (C,1,H,W), text (L,D); with `negatives`, also lose (N,C,F,H,W). Latents are scaled, bf16.
+    With `scores`, also scores (N,) of the negatives, from CACHE/scores.json: {record: [a number a negative]}, bigger
+    is better, which any reward model can write.
     """
 
-    def __init__(self, folder, negatives=True):
-        self.folder = Path(folder)
+    def __init__(self, folder, negatives=True, scores=False):
+        self.folder, self.scores = Path(folder), None
         self.names = sorted(p.stem for p in (self.folder / "win").glob("*.safetensors"))
         if not self.names:
             raise UserError(f"--data {folder}: holds no records; "
@@ -343,13 +345,27 @@ class Records:
                 check_metadata(file, made_by, first[1])
                 if shapes != first[0]:
                     raise UserError(f"{file}: holds {shapes}, the other records {first[0]}")
+        if scores:
+            self.scores = self.read_scores(self.folder / "scores.json", first[0]["lose"][0])
+
+    def read_scores(self, file, count):
+        try:
+            scores = {name: torch.tensor(json.loads(file.read_text())[name], dtype=torch.float32) for name in self.names}
+        except (OSError, ValueError, KeyError, TypeError) as e:
+            raise UserError(f"{file}: cannot be read ({type(e).__name__}: {e}); "
+                            "expected {record: [a number a negative]}, bigger is better") from e
+        for name, values in scores.items():
+            if values.shape != (count,) or not values.isfinite().all():
+                raise UserError(f"{file}: {name} has {values.tolist()}, expected {count} finite numbers")
+        return scores
 
     def __len__(self):
         return len(self.names)
 
     def __getitem__(self, index):
         files = (self.folder / kind / f"{self.names[index]}.safetensors" for kind in self.kinds)
-        return {k: v for file in files for k, v in read_tensors(file).items()}
+        row = {k: v for file in files for k, v in read_tensors(file).items()}
+        return row | {"scores": self.scores[self.names[index]]} if self.scores else row
 
     def empty_text(self):
         """The embedding (L,D) of the empty caption, for guidance."""
@@ -566,10 +582,11 @@ def judge(video, figure, codec=None):
     last two. `motion` stands beside the others because a still picture fools all but `rvd`."""
     real, rvd = nearest_real(video, figure, codec)
     (centre, area), (real_centre, real_area) = track(video), track(real)
-    length, peak, real_peak = limb_lengths(centre), change(centre, 2).max(axis=0), change(real_centre, 2).max(axis=0)
+    peak, real_peak = change(centre, 2).max(axis=0), change(real_centre, 2).max(axis=0)
+    varies = lambda x: 100 * np.mean(limb_lengths(x).std(axis=0) / limb_lengths(x).mean(axis=0))
     return {
         "rvd": rvd,                                                                  # overall quality, MSE × 1000
-        "limb_change": 100 * np.mean(length.std(axis=0) / length.mean(axis=0)),      # human quality, %
+        "limb_change": varies(centre) - varies(real_centre),                         # human quality, % beyond real
         "jerkiness": peak.mean() / real_peak.mean(),                                 # motion quality, 1 = real
         "identity_loss": 100 * np.abs(area - real_area).mean() / real_area.mean(),   # visual alignment, %
         "action_match": action_match(centre, figure),                                # text alignment, 0 or 1

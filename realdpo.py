@@ -152,6 +152,28 @@ def sft_loss(policy, *, win, cond, t=None, noise=None, weighting="x0"):
     return loss, {"win": loss.detach()}
 
 
+def best_and_worst(videos, scores):
+    """(win, lose) for `realdpo_loss` from generated videos alone (B,N,C,F,H,W), by scores (B,N), bigger is better:
+    preference tuning with a reward model instead of real videos (Eq. 3; VideoAlign, VideoDPO). lose is (B,1,C,F,H,W).
+    """
+    rows = torch.arange(len(videos), device=videos.device)
+    return videos[rows, scores.argmax(1)], videos[rows, scores.argmin(1)][:, None]
+
+
+def rwr_loss(policy, *, videos, scores, cond, temperature=1.0, t=None, noise=None, weighting="x0"):
+    """Reward-weighted regression (what LiFT does): the error on generated videos (B,N,C,F,H,W), each weighted by its
+    score (B,N), softmax(score / temperature) among the videos of a sample. t and noise as in `realdpo_loss`.
+
+    Returns (loss, metrics) with the weighted error as `win`.
+    """
+    t, noise = draw(videos[:, 0], t, noise)
+    n, share = videos.shape[1], (scores.float() / temperature).softmax(1)
+    errors = error(policy, rearrange(videos, "b n ... -> (b n) ..."), repeat(noise, "b ... -> (b n) ...", n=n),
+                   t.repeat_interleave(n), cond.repeat(n), weighting)
+    loss = (share * rearrange(errors, "(b n) -> b n", n=n)).sum(1).mean()
+    return loss, {"win": loss.detach()}
+
+
 @torch.no_grad()
 def ema_update(reference, policy, decay):
     """θ_ref ← ω·θ_ref + (1 − ω)·θ, ω = `decay` (Eq. 7). Keep the reference in fp32: bf16 rounds most of it away.

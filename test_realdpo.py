@@ -1056,6 +1056,32 @@ def test_supervised_training_needs_no_negatives(videos, tmp_path):
     assert not torch.equal(exported(tmp_path / "run")["proj_out.weight"], exported(model.TINY)["proj_out.weight"])
 
 
+def test_scored_methods_learn_from_generated_videos_by_their_scores(own_cache, tmp_path, monkeypatch):
+    records = data.Records(own_cache)
+    best = [i % 2 for i in range(len(records))]            # of two negatives each, the even records' first is the better
+    (own_cache / "scores.json").write_text(json.dumps({name: [1.0 - b, float(b)] for name, b in zip(records.names, best)}))
+    lose = torch.stack([records[i]["lose"].float() for i in range(len(records))])
+    scores = torch.stack([data.Records(own_cache, scores=True)[i]["scores"] for i in range(len(records))])
+    good, bad = realdpo.best_and_worst(lose, scores)
+    assert all(torch.equal(good[i], lose[i, b]) and torch.equal(bad[i, 0], lose[i, 1 - b]) for i, b in enumerate(best))
+    seen = spy_on_losses(monkeypatch)
+    lines = run_training(tmp_path / "dpo", own_cache, method="dpo", steps=8)
+    assert abs(lines[0]["loss"] - math.log(2)) <= 1e-6 and lines[-1]["loss"] < lines[0]["loss"]
+    assert all(any(torch.equal(win, each) for each in good) for call in seen for win in call["win"])
+    lines = run_training(tmp_path / "rwr", own_cache, method="rwr", steps=2)
+    assert lines[0].keys() & {"loss", "win", "lose", "margin"} == {"loss", "win"}
+
+
+def test_reward_weighted_regression_is_a_weighted_mean_of_errors():
+    videos, cond = randn(2, 3, 4, 1, 2, 2), Condition(randn(2, 1, 1), randn(2, 4, 1, 2, 2))
+    t, noise, scores = torch.tensor([0.3, 0.8]), randn(2, 4, 1, 2, 2, seed=1), torch.tensor([[0.0, 1.0, -2.0], [5.0, 5.0, 5.0]])
+    half = lambda x, cond, t: 0.5 * x
+    errors = torch.stack([realdpo.error(half, videos[:, k], noise, t, cond, "x0") for k in range(3)], dim=1)
+    share = torch.exp(scores / 0.5) / torch.exp(scores / 0.5).sum(1, keepdim=True)
+    loss, _ = realdpo.rwr_loss(half, videos=videos, scores=scores, temperature=0.5, cond=cond, t=t, noise=noise)
+    assert loss.item() == pytest.approx((share * errors).sum(1).mean().item(), rel=1e-6)
+
+
 @pytest.mark.parametrize("method", ["realdpo", "sft"])
 def test_the_dry_run_counts_parameters_and_memory(method, monkeypatch, capsys):
     report, found = train.report_dry_run, {}
@@ -1206,6 +1232,7 @@ REFUSED = {                                                # command line: what 
     "train --data {bad}/unequal": ["{bad}/unequal", "(2, 8, 5, 8, 4)"],
     "train --data {cache} --batch 4 --micro-batch 3": ["--micro-batch 3"],
     "train --data {cache} --batch 0": ["--batch 0"],
+    "train --data {cache} --method dpo": ["scores.json", "expected"],
     "train --data {cache} --method grpo": ["--method", "grpo", "sft"],
     "train --data {cache} --t-min 0.8 --t-max 0.2": ["--t-min 0.8"],
     "train --data {cache} --eval-data {bad}/no-negatives": ["lose/00000.safetensors"],

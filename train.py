@@ -24,7 +24,7 @@ from tqdm import tqdm
 import data, model, sample
 from data import Records, command, default_model, generator, placement, whole_file
 from model import UserError
-from realdpo import Condition, ema_update, realdpo_loss, sft_loss
+from realdpo import Condition, best_and_worst, ema_update, realdpo_loss, rwr_loss, sft_loss
 
 
 @dataclass
@@ -33,7 +33,8 @@ class Options:
     model: str = ""                    # model folder, hub id, training run or "tiny"; default: by whether a GPU is here
     data: str = "cache"                # cache of records, from data.py and sample.py
     out: str = "run"                   # folder for the trained transformer, checkpoints and logs
-    method: Literal["realdpo", "sft"] = "realdpo"  # realdpo (Eq. 6) or supervised fine-tuning on the same real videos
+    method: Literal["realdpo", "sft", "dpo", "rwr"] = "realdpo"  # or sft on the real videos; dpo, rwr: scored generated
+    temperature: float = 1.0           # of rwr: scores so far apart weigh e times as much
     epochs: int = 10                   # passes over the records (paper: 10)
     steps: int = 0                     # training steps; default: what the epochs come to
     batch: int = 8                     # samples a step over all GPUs (paper: 8); a sample is one win and N lose videos
@@ -65,7 +66,10 @@ class Options:
     from_scratch: bool = False         # make the tiny model itself again (an hour or two), into --out
 
 
-TINY = dict(epochs=0, steps=100, micro_batch=8, lr=3e-5, beta=2500.0, checkpointing="none", stream=False, save_every=50)
+TINY = dict(epochs=0, steps=100, micro_batch=8, lr=1e-4, beta=2500.0, anchor=2500.0, checkpointing="none", stream=False,
+            save_every=50)
+PREFERENCE = ("realdpo", "dpo")         # the methods that compare with a reference
+SCORED = ("dpo", "rwr")                 # the methods that learn from scored generated videos, not from real ones
 CHECKPOINTING = {"none": False, "full": True, "selective": "selective"}
 
 
@@ -149,11 +153,15 @@ def collate(records, samples, options, step, device):
 
 def loss_of(policy, reference, batch, options):
     """Loss and metrics of a micro-batch by the chosen method."""
-    common = dict(win=batch["win"].float(), cond=batch["cond"], t=batch["t"], noise=batch["noise"],
-                  weighting=options.weighting)
+    win, lose = batch["win"].float(), batch["lose"].float() if "lose" in batch else None
+    common = dict(cond=batch["cond"], t=batch["t"], noise=batch["noise"], weighting=options.weighting)
     if options.method == "sft":
-        return sft_loss(policy, **common)
-    return realdpo_loss(policy, reference, lose=batch["lose"].float(), beta=options.beta, anchor=options.anchor,
+        return sft_loss(policy, win=win, **common)
+    if options.method == "rwr":
+        return rwr_loss(policy, videos=lose, scores=batch["scores"], temperature=options.temperature, **common)
+    if options.method == "dpo":
+        win, lose = best_and_worst(lose, batch["scores"])
+    return realdpo_loss(policy, reference, win=win, lose=lose, beta=options.beta, anchor=options.anchor,
                         stream=options.stream, **common)
 
 
@@ -181,7 +189,7 @@ def train_step(policy, reference, optimizer, records, options, step, place):
         group["lr"] = metrics["lr"] = options.lr * min(1, (step + 1) / max(1, options.warmup))
     optimizer.step()
     optimizer.zero_grad()
-    if options.method == "realdpo" and (step + 1) % options.ema_every == 0:
+    if options.method in PREFERENCE and (step + 1) % options.ema_every == 0:
         ema_update(reference, policy, options.ema_decay)                                # shard by shard: no traffic
     return metrics, asked > 0
 
@@ -193,9 +201,9 @@ def check_health(metrics, options, step, names):
         raise UserError(f"step {step}: {', '.join(bad)} not finite, records {' '.join(names)}; nothing was updated; "
                         f"the last good checkpoint is {find_checkpoint(options) or 'none'}: "
                         "continue from it with a lower --lr or --beta and another --out")
-    if options.method == "realdpo" and step == 0:
+    if options.method in PREFERENCE and step == 0:
         preference = metrics["loss"] - options.anchor * metrics["win"]
-        if abs(preference - math.log(2)) > 1e-6:
+        if abs(preference - math.log(2)) > 1e-6 * max(1, metrics["loss"]):              # fp32 rounds an anchored loss
             raise UserError(f"the first preference loss is {preference:.8f}, expected log 2 = {math.log(2):.8f}: "
                             "the reference is not the policy")
 
@@ -360,8 +368,8 @@ def step_flops(config, shape, options, n_lose):
     """
     products, attention, tokens = forward_flops(config, shape[1:], config["max_text_seq_length"])
     again = {"none": 0, "full": products + attention, "selective": products}[options.checkpointing]
-    reference = 0 if options.method == "sft" else products + attention
-    sequences = options.batch * (1 if options.method == "sft" else 1 + n_lose)
+    reference = products + attention if options.method in PREFERENCE else 0
+    sequences = options.batch * {"realdpo": 1 + n_lose, "sft": 1, "dpo": 2, "rwr": n_lose}[options.method]
     return (3 * (products + attention) + again + reference) * sequences, tokens * sequences
 
 
@@ -425,7 +433,7 @@ def train(name, options, place, mesh):
 
     Returns whether training is complete.
     """
-    records = Records(options.data, negatives=options.method != "sft")
+    records = Records(options.data, negatives=options.method != "sft", scores=options.method in SCORED)
     held_out = Records(options.eval_data) if options.eval_data else None
     steps, begin = options.steps or math.ceil(options.epochs * len(records) / options.batch), time.time()
     policy, reference = load_models(name, place, mesh, options)
@@ -513,7 +521,7 @@ def dry_run(name, options):
         reference.requires_grad_(False)
         n = min(options.micro_batch, local)
         batch = dict(win=torch.randn(n, *shape), lose=torch.randn(n, n_lose, *shape),
-                     t=torch.rand(n), noise=torch.randn(n, *shape),
+                     t=torch.rand(n), noise=torch.randn(n, *shape), scores=torch.rand(n, n_lose),
                      cond=Condition(torch.randn(n, config["max_text_seq_length"], config["text_embed_dim"]),
                                     torch.randn(n, shape[0], 1, *shape[2:])))
         with tracker:
@@ -528,7 +536,7 @@ def dry_run(name, options):
     memory = {"parameters": found["Sharded Param"] + found["Unsharded Param"] + found["All Gather"] + found["Buffer"],
               "gradients": found["Sharded Grad"] + found["Unsharded Grad"] + found["Reduce Scatter"],
               "Adam": found["OptState"], "reference": held,
-              "activations": found["Activation"] - (held if options.method != "sft" else 0),
+              "activations": found["Activation"] - (held if options.method in PREFERENCE else 0),
               "temporaries": found["Temp"], "context, NCCL …": 5 * 2 ** 30}             # the last: a guess, 4 to 6
     report_dry_run(options, memory, *step_flops(config, shape, options, n_lose),
                    sum(p.numel() for p in policy.parameters()))
@@ -572,8 +580,20 @@ def prepare(options, rank):
         run(data, rank, videos=f"{out}/videos/{name}", model="tiny", out=f"{out}/cache/{name}")
         dist.barrier()
     run(sample, rank, data=f"{out}/cache/real", model="tiny", **sample.TINY)
+    if rank == 0 and options.method in SCORED:
+        score_negatives(out / "cache" / "real", options.seed)
     dist.barrier()
     return f"{out}/cache/real"
+
+
+def score_negatives(cache, seed):
+    """scores.json for toy records, as a reward model would write it: minus the distance to the nearest real video."""
+    records, vae = Records(cache), model.load_vae("tiny")
+    scores = {name: [-data.judge(data.to_uint8(video), data.draw_figure(world_of(seed, REAL), i))["rvd"]
+                     for video in vae.decode(records[i]["lose"].float())]
+              for i, name in enumerate(tqdm(records.names, desc="scoring negatives"))}
+    with whole_file(cache / "scores.json") as part:
+        part.write_text(json.dumps(scores))
 
 
 def run(module, rank, **options):
@@ -583,31 +603,35 @@ def run(module, rank, **options):
     module.main(module.Options(**options))
 
 
-def show(options):
-    """Held-out figures before, after and real, as a GIF and an mp4, and what the exact metrics say of them."""
+def rivals(options):
+    """The runs to compare: RealDPO, and supervised training on the same records, steps and noise at the same rate."""
+    sft = dataclasses.replace(options, method="sft", out=f"{options.out}/sft")
+    return [sft, options] if options.method == "realdpo" else [options]
+
+
+def show(options, runs):
+    """Held-out figures of every run {name: model}, as a GIF and an mp4, and what the exact metrics say of them."""
     records, out = Records(f"{options.out}/cache/held-out", negatives=False), Path(options.out)
     vae, settings = model.load_vae("tiny"), sample.Options(**sample.TINY)
-    decode = lambda latents: data.to_uint8(vae.decode(latents)[0])
-    codec = lambda videos: np.stack([data.to_uint8(v) for v in vae.decode(vae.encode(
-        torch.stack([data.fit(v, *v.shape[1:3]) for v in videos])))])
-    rows, scores = [], {"before": [], "after": []}
-    denoisers = {"before": model.load_dit("tiny"), "after": model.load_dit(out)}
+    decode = lambda latents: [data.to_uint8(video) for video in vae.decode(latents)]
+    codec = lambda videos: np.stack(decode(vae.encode(torch.stack([data.fit(v, *v.shape[1:3]) for v in videos]))))
+    denoisers = {name: model.load_dit(path) for name, path in runs.items()}
+    rows, scores = [], {name: [] for name in runs}
     for i, record in enumerate(tqdm(records, desc="held-out figures", total=len(records))):
         real, _ = data.toy_video(world_of(options.seed, HELD_OUT), i)
-        videos = {k: decode(sample.generate(d, record, records.empty_text(), settings, "cpu", "held-out", i,
-                                            progress=False)) for k, d in denoisers.items()}
-        for k, video in videos.items():
-            scores[k].append(data.judge(video, data.draw_figure(world_of(options.seed, HELD_OUT), i), codec))
-        rows.append(np.concatenate(
-            [real[:1].repeat(len(real), axis=0), videos["before"], videos["after"], real], axis=2))
+        videos = {name: decode(sample.generate(d, record, records.empty_text(), settings, "cpu", "held-out", i,
+                                               progress=False))[0] for name, d in denoisers.items()}
+        for name, video in videos.items():
+            scores[name].append(data.judge(video, data.draw_figure(world_of(options.seed, HELD_OUT), i), codec))
+        rows.append(np.concatenate([real[:1].repeat(len(real), axis=0), *videos.values(), real], axis=2))
     grid = data.enlarge(np.concatenate([np.concatenate(rows[:4], axis=1),
                                         np.concatenate(rows[4:8], axis=1)], axis=2), 3)
     for file in (out / "held-out.gif", out / "held-out.mp4"):
         data.write_video(file, grid, data.FPS)
     print(f"{len(rows)} held-out figures (mean):")
-    for k, values in scores.items():
-        print(f"  {k:6}  " + "  ".join(f"{m} {np.mean([v[m] for v in values]):.2f}" for m in values[0]))
-    print(f"first frame | before | after | real, two figures a row: {out}/held-out.gif and .mp4")
+    for name, values in scores.items():
+        print(f"  {name:7}  " + "  ".join(f"{m} {np.mean([v[m] for v in values]):.2f}" for m in values[0]))
+    print(f"first frame | {' | '.join(runs)} | real, two figures a row: {out}/held-out.gif and .mp4")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -772,9 +796,15 @@ def main(options):
         raise UserError(f"--data {options.data}: no such cache; "
                         f"make it with: python data.py --videos DIR --model {name} --out {options.data}"
                         f" and: python sample.py --model {name} --data {options.data}")
-    if train(name, options, place, mesh) and place.rank == 0:
-        show(options) if laptop else print(f"done; try: python sample.py --model {options.out} "
-                                           "--image first.png --prompt \"…\"")
+    runs = {"base": name}
+    for each in rivals(options) if laptop else [options]:
+        if not train(name, each, place, mesh):
+            break
+        runs[each.method] = each.out
+    else:
+        if place.rank == 0:
+            show(options, runs) if laptop else print(f"done; try: python sample.py --model {options.out} "
+                                                     "--image first.png --prompt \"…\"")
     dist.destroy_process_group()
 
 
