@@ -186,17 +186,16 @@ class CausalConv3d(nn.Module):
         self.conv = nn.Conv3d(c_in, c_out, 3, padding=(0, 1, 1))
 
     def forward(self, x, past, normalise=None, overwrite=False):
-        before, out = past.get(self), x if overwrite and not torch.is_grad_enabled() else None
+        out = (x if overwrite and not torch.is_grad_enabled()
+               else x.new_empty(len(x), self.conv.out_channels, *x.shape[2:]))
+        before = past.get(self)
         for frames in pieces(x, max(self.conv.weight.shape[:2])):
             piece = x[:, :, frames]
             if normalise:
                 piece = nnf.silu(normalise(piece, frames), inplace=not torch.is_grad_enabled()).to(x.dtype)
             piece = torch.cat([piece[:, :, :1], piece[:, :, :1], piece] if before is None else [before, piece], dim=2)
             before = piece[:, :, -2:].clone()              # a view would keep the whole piece alive
-            done = self.convolve(piece)
-            if out is None:
-                out = done.new_empty(*done.shape[:2], *x.shape[2:])
-            out[:, :, frames] = done
+            out[:, :, frames] = self.convolve(piece)
         past[self] = before
         return out
 

@@ -92,8 +92,8 @@ def realdpo_loss(policy, reference, *, win, lose, cond, beta, t=None, noise=None
     `stream` runs the backward pass here, negative by negative, so that two graphs are alive instead of N + 1; the
     gradients are the same, and the loss returned is only to be read.
 
-    Returns (loss, metrics): a scalar, and scalars `win`, `lose`, `ref_win`, `ref_lose` (the four errors), `margin`
-    (mean z) and `accuracy` (how often z > 0: the policy prefers the real video more than the reference does).
+    Returns (loss, metrics): a scalar, and scalars `preference` (the loss without the anchor, log 2 while policy and
+    reference agree), `win`, `lose`, `ref_win`, `ref_lose` (the four errors), `margin` (mean z) and `accuracy` (how often z > 0: the policy prefers the real video more than the reference does).
     """
     if lose.ndim != win.ndim + 1 or lose.shape[:1] + lose.shape[2:] != win.shape:
         raise ValueError(f"win {tuple(win.shape)} and lose {tuple(lose.shape)}; expected (B,C,F,H,W) and (B,N,C,F,H,W)")
@@ -118,9 +118,9 @@ def realdpo_loss(policy, reference, *, win, lose, cond, beta, t=None, noise=None
         win_error, lose_error = streamed_errors(policy, errors, videos, ref, objective, anchor)
     else:
         win_error, lose_error = errors(policy, videos).split([1, n], dim=1)             # the win once, for all N
-    z, loss = objective(win_error, lose_error, ref[:, :1], ref[:, 1:])
-    loss = loss + anchor * win_error.mean()
-    metrics = dict(win=win_error, lose=lose_error, ref_win=ref[:, :1], ref_lose=ref[:, 1:],
+    z, preference = objective(win_error, lose_error, ref[:, :1], ref[:, 1:])
+    loss = preference + anchor * win_error.mean()
+    metrics = dict(preference=preference, win=win_error, lose=lose_error, ref_win=ref[:, :1], ref_lose=ref[:, 1:],
                    margin=z, accuracy=(z > 0).float())
     return loss, {name: value.detach().mean() for name, value in metrics.items()}
 

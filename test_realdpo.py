@@ -1087,7 +1087,7 @@ def test_the_dry_run_counts_parameters_and_memory(method, monkeypatch, capsys):
     report, found = train.report_dry_run, {}
     monkeypatch.setattr(train, "report_dry_run", lambda options, memory, *rest: (found.update(memory), report(options, memory, *rest)))
     with as_a_process():
-        train.main(train.Options(model="tiny", dry_run=True, gpus=1, batch=1, method=method))
+        train.main(train.Options(model="tiny", dry_run=True, gpus=1, batch=1, method=method, stream=False))
     count = sum(v.numel() for k, v in exported(model.TINY).items() if k != "patch_embed.pos_embedding")   # a buffer
     assert f"{count:,} parameters" in capsys.readouterr().out
     assert found["Adam"] == pytest.approx(8 * count, rel=0.01) and found["parameters"] >= 4 * count
@@ -1460,6 +1460,22 @@ def test_every_option_has_a_help_line(module, capsys):
     text = capsys.readouterr().out
     for field in dataclasses.fields(module.Options):       # the name, its values, and on the same line or the next a text
         assert re.search(rf"^  --{field.name.replace('_', '-')}\b[^\n]*?(\n {{20,}}|  +)[^-\s]", text, re.M), field.name
+
+
+def test_the_readme_names_what_exists():
+    text = (REPO / "README.md").read_text()
+    for link in re.findall(r"\]\((?!http)([^)#]+)", text):
+        assert (REPO / link).exists(), link
+    lines = dict(re.findall(r"^\| \[\S+\]\((\S+\.py)\) \| (\d+) \|", text, re.M))
+    assert len(lines) == 6
+    for file, count in lines.items():
+        assert int(count) == pytest.approx(len((REPO / file).read_text().splitlines()), rel=0.1), file
+    known = {field.name for module in (data, sample, train) for field in dataclasses.fields(module.Options)}
+    for option in re.findall(r"(?<![\w-])--([a-z][\w-]*)", text):
+        option = option.replace("-", "_").removeprefix("no_")
+        assert option in known | {"nproc_per_node", "index_url"}, option
+    for name, file in re.findall(r"`([A-Za-z_]\w*)`[^`|\n]{0,30} in (\w+\.py)", text):
+        assert re.search(rf"^\s*(def |class )?{name}\b", (REPO / file).read_text(), re.M), (name, file)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -201,11 +201,9 @@ def check_health(metrics, options, step, names):
         raise UserError(f"step {step}: {', '.join(bad)} not finite, records {' '.join(names)}; nothing was updated; "
                         f"the last good checkpoint is {find_checkpoint(options) or 'none'}: "
                         "continue from it with a lower --lr or --beta and another --out")
-    if options.method in PREFERENCE and step == 0:
-        preference = metrics["loss"] - options.anchor * metrics["win"]
-        if abs(preference - math.log(2)) > 1e-6 * max(1, metrics["loss"]):              # fp32 rounds an anchored loss
-            raise UserError(f"the first preference loss is {preference:.8f}, expected log 2 = {math.log(2):.8f}: "
-                            "the reference is not the policy")
+    if options.method in PREFERENCE and step == 0 and abs(metrics["preference"] - math.log(2)) > 1e-6:
+        raise UserError(f"the first preference loss is {metrics['preference']:.8f}, expected log 2 = {math.log(2):.8f}: "
+                        "the reference is not the policy")
 
 
 stop = threading.Event()                                   # set when this process shall finish its step, save and leave
@@ -319,7 +317,7 @@ PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}    # dense bf16 FLOP/s, 
 
 @torch.no_grad()
 def evaluate(policy, reference, records, options, place):
-    """Margin, accuracy and the four errors on held-out records at fixed t and fixed noise,
+    """Preference loss, margin, accuracy and the four errors on held-out records at fixed t and fixed noise,
     {"eval_margin": …, "eval_win_t0.1": …}."""
     share, sums = math.ceil(len(records) / place.world), {}
     for i in range(share):                                 # every rank makes as many forwards: they are collectives
@@ -333,8 +331,8 @@ def evaluate(policy, reference, records, options, place):
                                       t=torch.tensor([t], device=place.device), noise=batch["noise"],
                                       weighting=options.weighting)
             for key, value in metrics.items():
-                name = f"eval_{key}" if key in ("margin", "accuracy") else f"eval_{key}_t{t}"
-                count = len(T_BINS) if key in ("margin", "accuracy") else 1
+                of_all_t = key in ("preference", "margin", "accuracy")
+                name, count = (f"eval_{key}", len(T_BINS)) if of_all_t else (f"eval_{key}_t{t}", 1)
                 sums[name] = sums.get(name, 0) + value.double() * (index < len(records)) / len(records) / count
     numbers = torch.stack(list(sums.values()))
     dist.all_reduce(numbers)
