@@ -349,8 +349,10 @@ class Records:
             self.scores = self.read_scores(self.folder / "scores.json", first[0]["lose"][0])
 
     def read_scores(self, file, count):
+        """{record: scores (count,)}. Raises UserError where the file has not `count` finite numbers for each."""
         try:
-            scores = {name: torch.tensor(json.loads(file.read_text())[name], dtype=torch.float32) for name in self.names}
+            stored = json.loads(file.read_text())
+            scores = {name: torch.tensor(stored[name], dtype=torch.float32) for name in self.names}
         except (OSError, ValueError, KeyError, TypeError) as e:
             raise UserError(f"{file}: cannot be read ({type(e).__name__}: {e}); "
                             "expected {record: [a number a negative]}, bigger is better") from e

@@ -166,7 +166,7 @@ class SpatialNorm(nn.Module):
     def forward(self, x, z):
         # A 1×1×1 convolution commutes with the nearest upsampling that follows: run it on the few latent pixels.
         normalise, scale, shift = self.norm_layer(x), self.conv_y["conv"](z), self.conv_b["conv"](z)
-        odd, (n, size) = x.shape[2] % 2, (x.shape[2], x.shape[3:])
+        n, odd, size = x.shape[2], x.shape[2] % 2, x.shape[3:]
         source = [0] * odd + [odd + i * (z.shape[2] - odd) // (n - odd) for i in range(n - odd)]   # z's frame of each
 
         def apply(piece, frames):
@@ -231,9 +231,9 @@ class Downsample(nn.Module):
         self.conv, self.time = nn.Conv2d(channels, channels, 3, stride=2), time
 
     def forward(self, x):
-        odd, n = x.shape[2] % 2, 2 if self.time and x.shape[2] > 1 else 1
-        frames = [x[:, :, :odd], *x[:, :, odd:].split(n, dim=2)] if n > 1 else x.split(1, dim=2)
-        return torch.stack([self.conv(nnf.pad(f.mean(2), (0, 1, 0, 1))) for f in frames if f.shape[2]], dim=2)
+        n = 2 if self.time and x.shape[2] > 1 else 1
+        frames = x.split([1] * (x.shape[2] % n) + [n] * (x.shape[2] // n), dim=2)
+        return torch.stack([self.conv(nnf.pad(f.mean(2), (0, 1, 0, 1))) for f in frames], dim=2)
 
 
 class Upsample(nn.Module):
@@ -378,10 +378,12 @@ def per_kind(function, n_text, text, video, *tokens):
 
 
 def modulate(shift, scale, x):
+    """What a sub-layer reads: x (B,S,D), shifted and scaled by (B,1,D)."""
     return torch.addcmul(shift, x, 1 + scale)
 
 
 def add_gated(gate, x, h):
+    """What it adds: x (B,S,D) plus its output h, by a gate (B,1,D)."""
     return torch.addcmul(x, h, gate)
 
 

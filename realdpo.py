@@ -14,6 +14,7 @@ Symbols, as in the paper and in every file here:
     win   latents of a real video (B,C,F,H,W)       lose   latents of N generated ones (B,N,C,F,H,W)
     B batch, N negatives, C channels, F H W latent frames, height and width, L text tokens, D text width
 """
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -59,6 +60,14 @@ def error(denoiser, x0, noise, t, cond, weighting):
     return weight(t, weighting) * difference.square().flatten(1).mean(1)
 
 
+def errors_of_each(denoiser, videos, noise, t, cond, weighting):
+    """`error` of K videos a sample (B,K,C,F,H,W), in one batch, at the sample's one t and ε: (B,K)."""
+    k = videos.shape[1]
+    flat = error(denoiser, rearrange(videos, "b k ... -> (b k) ..."), repeat(noise, "b ... -> (b k) ...", k=k),
+                 t.repeat_interleave(k), cond.repeat(k), weighting)
+    return rearrange(flat, "(b k) -> b k", k=k)
+
+
 def weight(t, weighting):
     """w(t), (B,)."""
     if weighting not in ("x0", "velocity"):
@@ -93,7 +102,8 @@ def realdpo_loss(policy, reference, *, win, lose, cond, beta, t=None, noise=None
     gradients are the same, and the loss returned is only to be read.
 
     Returns (loss, metrics): a scalar, and scalars `preference` (the loss without the anchor, log 2 while policy and
-    reference agree), `win`, `lose`, `ref_win`, `ref_lose` (the four errors), `margin` (mean z) and `accuracy` (how often z > 0: the policy prefers the real video more than the reference does).
+    reference agree), `win`, `lose`, `ref_win`, `ref_lose` (the four errors), `margin` (mean z) and `accuracy` (how
+    often z > 0: the policy prefers the real video more than the reference does).
     """
     if lose.ndim != win.ndim + 1 or lose.shape[:1] + lose.shape[2:] != win.shape:
         raise ValueError(f"win {tuple(win.shape)} and lose {tuple(lose.shape)}; expected (B,C,F,H,W) and (B,N,C,F,H,W)")
@@ -101,11 +111,7 @@ def realdpo_loss(policy, reference, *, win, lose, cond, beta, t=None, noise=None
     n = lose.shape[1]
     videos = torch.cat([win[:, None].float(), lose.float()], dim=1)                     # (B,1+N,C,F,H,W)
 
-    def errors(denoiser, videos):                          # (B,K,C,F,H,W) -> (B,K): K videos a sample in one batch
-        k = videos.shape[1]
-        flat = error(denoiser, rearrange(videos, "b k ... -> (b k) ..."), repeat(noise, "b ... -> (b k) ...", k=k),
-                     t.repeat_interleave(k), cond.repeat(k), weighting)
-        return rearrange(flat, "(b k) -> b k", k=k)
+    errors = partial(errors_of_each, noise=noise, t=t, cond=cond, weighting=weighting)
 
     def objective(win_error, lose_error, ref_win, ref_lose):
         z = -beta / 2 * ((win_error - ref_win) - (lose_error - ref_lose))               # (B,K), Eq. 6
@@ -167,10 +173,8 @@ def rwr_loss(policy, *, videos, scores, cond, temperature=1.0, t=None, noise=Non
     Returns (loss, metrics) with the weighted error as `win`.
     """
     t, noise = draw(videos[:, 0], t, noise)
-    n, share = videos.shape[1], (scores.float() / temperature).softmax(1)
-    errors = error(policy, rearrange(videos, "b n ... -> (b n) ..."), repeat(noise, "b ... -> (b n) ...", n=n),
-                   t.repeat_interleave(n), cond.repeat(n), weighting)
-    loss = (share * rearrange(errors, "(b n) -> b n", n=n)).sum(1).mean()
+    share = (scores.float() / temperature).softmax(1)                                   # (B,N)
+    loss = (share * errors_of_each(policy, videos, noise, t, cond, weighting)).sum(1).mean()
     return loss, {"win": loss.detach()}
 
 

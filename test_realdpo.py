@@ -88,13 +88,18 @@ def trained_tokenizer():
     return writer.getvalue()
 
 
+def save_networks(folder, dit, vae, t5):
+    """The three networks of these configs with random weights, as a model folder."""
+    model.save_dit(model.Denoiser(scramble(model.DiT(dit)), model.VPrediction(SCHEDULER), SCHEDULER), folder)
+    model.save_part(scramble(model.VAE(vae)), vae, folder / "vae")
+    model.save_part(scramble(model.T5Encoder(t5)), t5, folder / "text_encoder", stem="model")
+    return folder
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A whole model folder, written by our own code."""
-    folder = tmp_path_factory.mktemp("models") / "small"
-    model.save_dit(model.Denoiser(scramble(model.DiT(DIT)), model.VPrediction(SCHEDULER), SCHEDULER), folder)
-    model.save_part(scramble(model.VAE(VAE)), VAE, folder / "vae")
-    model.save_part(scramble(model.T5Encoder(T5)), T5, folder / "text_encoder", stem="model")
+    folder = save_networks(tmp_path_factory.mktemp("models") / "small", DIT, VAE, T5)
     (folder / "tokenizer").mkdir()
     (folder / "tokenizer" / "spiece.model").write_bytes(trained_tokenizer())
     return folder
@@ -1486,7 +1491,7 @@ WIDE_DIT = DIT | dict(num_attention_heads=8, attention_head_dim=64, num_layers=6
                       max_text_seq_length=226, use_learned_positional_embeddings=False)
 QUARTER_VAE = VAE | dict(block_out_channels=[32, 64, 64, 128], layers_per_block=3, latent_channels=16, norm_num_groups=32,
                          down_block_types=["CogVideoXDownBlock3D"] * 4, up_block_types=["CogVideoXUpBlock3D"] * 4)
-DEEP_T5 = T5 | dict(vocab_size=1000, d_model=256, d_kv=64, d_ff=640, num_layers=24, num_heads=4)
+DEEP_T5 = T5 | dict(model_type="t5", vocab_size=1000, d_model=256, d_kv=64, d_ff=640, num_layers=24, num_heads=4)
 
 # Each side runs in a process of its own: what it imports and prepares, then `work`, of which the second call is timed.
 CLOCK = """
@@ -1518,13 +1523,15 @@ x = torch.randn(b, 16, f, h, w)
 THEIR_VAE = "import diffusers; vae = diffusers.AutoencoderKLCogVideoX.from_pretrained(folder + '/vae').eval(); f, h, w = numbers\n"
 OUR_VAE = "import model; vae = model.load_vae(folder); f, h, w = numbers\n"
 VIDEO, LATENTS = "x = torch.rand(1, 3, f, h, w) * 2 - 1\n", "x = torch.randn(1, 16, (f - 1) // 4 + 1, h // 8, w // 8)\n"
+NO_GRAD = "work = torch.no_grad()(lambda: {})"
+FORWARD = THEIR_DIT + NO_GRAD.format("forward(net, x)"), OUR_DIT + NO_GRAD.format("net(x, cond, t)")
+ENCODE = THEIR_VAE + VIDEO + NO_GRAD.format("vae.encode(x)"), OUR_VAE + VIDEO + "work = lambda: vae.encode(x)"
+DECODE = THEIR_VAE + LATENTS + NO_GRAD.format("vae.decode(x)"), OUR_VAE + LATENTS + "work = lambda: vae.decode(x)"
 T5_IDS = "ids = torch.randint(3, 1000, (8, 226))\n"
 
 RACES = {                                                  # theirs, ours, sizes, most time and memory as a part of theirs
-    "DiT forward": (THEIR_DIT + "work = torch.no_grad()(lambda: forward(net, x))", OUR_DIT + "work = torch.no_grad()(lambda: net(x, cond, t))",
-                    (1, 5, 32, 40), 1.00, 1.0),
-    "DiT forward, two short clips": (THEIR_DIT + "work = torch.no_grad()(lambda: forward(net, x))", OUR_DIT + "work = torch.no_grad()(lambda: net(x, cond, t))",
-                                     (2, 3, 16, 24), 1.00, 1.0),
+    "DiT forward": (*FORWARD, (1, 5, 32, 40), 1.00, 1.0),
+    "DiT forward, two short clips": (*FORWARD, (2, 3, 16, 24), 1.00, 1.0),
     "DiT forward and backward": (THEIR_DIT + "work = lambda: forward(net, x).sum().backward()", OUR_DIT + "work = lambda: net(x, cond, t).sum().backward()",
                                  (1, 5, 32, 40), 0.95, 1.0),
     # The authors' algorithm: each negative with two policy and two reference forwards and a backward pass of its own.
@@ -1540,29 +1547,21 @@ def work():
 ref = model.load_dit(folder).requires_grad_(False); net.checkpointing = "selective"; lose = torch.randn(b, 3, 16, f, h, w)
 work = lambda: realdpo_loss(net, ref, win=x, lose=lose, cond=cond, beta=5000, stream=True)
 """, (1, 5, 32, 40), 0.66, 1.0),
-    "VAE encode": (THEIR_VAE + VIDEO + "work = torch.no_grad()(lambda: vae.encode(x))", OUR_VAE + VIDEO + "work = lambda: vae.encode(x)",
-                   (17, 240, 360), 0.60, 0.70),
-    "VAE decode": (THEIR_VAE + LATENTS + "work = torch.no_grad()(lambda: vae.decode(x))", OUR_VAE + LATENTS + "work = lambda: vae.decode(x)",
-                   (17, 240, 360), 0.60, 0.70),
-    "VAE encode, 49 frames": (THEIR_VAE + VIDEO + "work = torch.no_grad()(lambda: vae.encode(x))", OUR_VAE + VIDEO + "work = lambda: vae.encode(x)",
-                              (49, 120, 184), 0.60, 0.70),
-    "VAE decode, 49 frames": (THEIR_VAE + LATENTS + "work = torch.no_grad()(lambda: vae.decode(x))", OUR_VAE + LATENTS + "work = lambda: vae.decode(x)",
-                              (49, 120, 184), 0.60, 0.70),
+    "VAE encode": (*ENCODE, (17, 240, 360), 0.60, 0.70),
+    "VAE decode": (*DECODE, (17, 240, 360), 0.60, 0.70),
+    "VAE encode, 49 frames": (*ENCODE, (49, 120, 184), 0.60, 0.70),
+    "VAE decode, 49 frames": (*DECODE, (49, 120, 184), 0.60, 0.70),
     "T5": ("import transformers; net = transformers.T5EncoderModel.from_pretrained(folder + '/text_encoder').eval()\n" + T5_IDS
-           + "work = torch.no_grad()(lambda: net(ids))", "import model; from pathlib import Path\n" + T5_IDS + """
+           + NO_GRAD.format("net(ids)"), "import model; from pathlib import Path\n" + T5_IDS + """
 config = model.read_config(Path(folder), "text_encoder", "T5EncoderModel")
 net = model.materialize(model.T5Encoder, config, Path(folder, "text_encoder"), "cpu", torch.float32).eval()
-work = torch.no_grad()(lambda: net(ids))""", (), 1.0, 1.0),
+""" + NO_GRAD.format("net(ids)"), (), 1.0, 1.0),
 }
 
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("wide")
-    model.save_dit(model.Denoiser(scramble(model.DiT(WIDE_DIT)), model.VPrediction(SCHEDULER), SCHEDULER), folder)
-    model.save_part(scramble(model.VAE(QUARTER_VAE)), QUARTER_VAE, folder / "vae")
-    model.save_part(scramble(model.T5Encoder(DEEP_T5)), DEEP_T5 | dict(model_type="t5"), folder / "text_encoder", stem="model")
-    return folder
+    return save_networks(tmp_path_factory.mktemp("wide"), WIDE_DIT, QUARTER_VAE, DEEP_T5)
 
 
 def race(folder, theirs, ours, sizes):

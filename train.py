@@ -88,6 +88,7 @@ def start():
         dist.init_process_group("cuda:nccl,cpu:gloo" if cuda else "gloo")
     else:
         dist.init_process_group("nccl" if cuda else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")         # on purpose, see `alone`
     return place, init_device_mesh(place.device.type, (place.world,), mesh_dim_names=("dp",))
 
 
@@ -202,8 +203,8 @@ def check_health(metrics, options, step, names):
                         f"the last good checkpoint is {find_checkpoint(options) or 'none'}: "
                         "continue from it with a lower --lr or --beta and another --out")
     if options.method in PREFERENCE and step == 0 and abs(metrics["preference"] - math.log(2)) > 1e-6:
-        raise UserError(f"the first preference loss is {metrics['preference']:.8f}, expected log 2 = {math.log(2):.8f}: "
-                        "the reference is not the policy")
+        raise UserError(f"the first preference loss is {metrics['preference']:.8f}, "
+                        f"expected log 2 = {math.log(2):.8f}: the reference is not the policy")
 
 
 stop = threading.Event()                                   # set when this process shall finish its step, save and leave
@@ -236,7 +237,6 @@ def training_state(policy, reference, optimizer):
 def alone():
     """Whether there is one process: its checkpoints then go around the process group, whose CPU backend would leave
     threads behind that make every later step on a CPU half as slow again (OpenMP sees more threads than cores)."""
-    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
     return dist.get_world_size() == 1
 
 
@@ -565,6 +565,7 @@ COUNTS = {REAL: 48, HELD_OUT: 16}
 
 
 def world_of(seed, kind):
+    """The seed of a toy world: no two kinds, and no two --seed, draw the same figures."""
     return 10 * seed + kind
 
 
@@ -608,13 +609,13 @@ def rivals(options):
 
 
 def show(options, runs):
-    """Held-out figures of every run {name: model}, as a GIF and an mp4, and what the exact metrics say of them."""
+    """Held-out figures of the base and of `runs` (Options each), as a GIF and an mp4, and what the metrics say."""
     records, out = Records(f"{options.out}/cache/held-out", negatives=False), Path(options.out)
     vae, settings = model.load_vae("tiny"), sample.Options(**sample.TINY)
     decode = lambda latents: [data.to_uint8(video) for video in vae.decode(latents)]
     codec = lambda videos: np.stack(decode(vae.encode(torch.stack([data.fit(v, *v.shape[1:3]) for v in videos]))))
-    denoisers = {name: model.load_dit(path) for name, path in runs.items()}
-    rows, scores = [], {name: [] for name in runs}
+    denoisers = {"base": model.load_dit("tiny")} | {each.method: model.load_dit(each.out) for each in runs}
+    rows, scores = [], {name: [] for name in denoisers}
     for i, record in enumerate(tqdm(records, desc="held-out figures", total=len(records))):
         real, _ = data.toy_video(world_of(options.seed, HELD_OUT), i)
         videos = {name: decode(sample.generate(d, record, records.empty_text(), settings, "cpu", "held-out", i,
@@ -629,7 +630,7 @@ def show(options, runs):
     print(f"{len(rows)} held-out figures (mean):")
     for name, values in scores.items():
         print(f"  {name:7}  " + "  ".join(f"{m} {np.mean([v[m] for v in values]):.2f}" for m in values[0]))
-    print(f"first frame | {' | '.join(runs)} | real, two figures a row: {out}/held-out.gif and .mp4")
+    print(f"first frame | {' | '.join(denoisers)} | real, two figures a row: {out}/held-out.gif and .mp4")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -765,6 +766,7 @@ def make_base(folder, steps, seed=0, imperfect=True, clips=4096):
 def from_scratch(options):
     """Make the tiny model in --out, part by part; a part that is there is kept."""
     torch.set_flush_denormal(True)
+    model.keep_freed_memory()
     folder = Path(options.out)
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "text_encoder").is_dir():
@@ -794,15 +796,10 @@ def main(options):
         raise UserError(f"--data {options.data}: no such cache; "
                         f"make it with: python data.py --videos DIR --model {name} --out {options.data}"
                         f" and: python sample.py --model {name} --data {options.data}")
-    runs = {"base": name}
-    for each in rivals(options) if laptop else [options]:
-        if not train(name, each, place, mesh):
-            break
-        runs[each.method] = each.out
-    else:
-        if place.rank == 0:
-            show(options, runs) if laptop else print(f"done; try: python sample.py --model {options.out} "
-                                                     "--image first.png --prompt \"…\"")
+    runs = rivals(options) if laptop else [options]
+    if all(train(name, each, place, mesh) for each in runs) and place.rank == 0:        # the first one stopped ends it
+        show(options, runs) if laptop else print(f"done; try: python sample.py --model {options.out} "
+                                                 "--image first.png --prompt \"…\"")
     dist.destroy_process_group()
 
 
