@@ -144,11 +144,12 @@ class Norm(nn.GroupNorm):
 
     def forward(self, x):
         count = x[0].numel() // self.num_groups            # of numbers behind a mean
-        groups = lambda per_channel: per_channel.double().unflatten(1, (self.num_groups, -1)).sum(2) / count   # (B,G)
-        mean = groups(x.sum((2, 3, 4), dtype=torch.float32))
-        square = groups(torch.linalg.vector_norm(x, dim=(2, 3, 4), dtype=torch.float32).double().square())
-        mean, std = (v.repeat_interleave(x.shape[1] // self.num_groups, dim=1)                                 # (B,C)
-                     for v in (mean, (square - mean ** 2 + self.eps).sqrt()))
+        # Summed frame by frame, then in fp64: a single fp32 sum over a long chunk loses the variance beside the mean.
+        sums = sum(torch.stack([f.sum((2, 3)), f.square().sum((2, 3))]).double()
+                   for f in (frame.float() for frame in x.unbind(2)))                                          # (2,B,C)
+        mean, square = sums.unflatten(2, (self.num_groups, -1)).sum(3) / count                                 # (B,G)
+        std = ((square - mean ** 2).clamp(min=0) + self.eps).sqrt()                        # rounding may leave it < 0
+        mean, std = (v.repeat_interleave(x.shape[1] // self.num_groups, dim=1) for v in (mean, std))           # (B,C)
         scale, shift = (v.float()[:, :, None, None, None]
                         for v in (self.weight / std, self.bias - self.weight * mean / std))
         return lambda piece, frames: torch.addcmul(shift, piece, scale)

@@ -237,6 +237,14 @@ def test_vae_equals_diffusers(vaes, batch, frames):
     assert relative(ours.decode(sampled), theirs.decode(sampled / 0.7).sample) <= 2e-4
 
 
+@torch.no_grad()
+def test_the_norm_in_two_parts_is_group_norm_even_of_a_constant():
+    ours, theirs = scramble(model.Norm(4, 8, eps=1e-6)), scramble(nn.GroupNorm(4, 8, eps=1e-6))
+    difference = lambda x: (ours(x)(x, None) - theirs(x)).abs().max()
+    assert difference(randn(2, 8, 9, 40, 60) + 3) <= 1e-5
+    assert all(difference(torch.full((1, 8, 9, 40, 60), float(value))) <= 1e-3 for value in range(1, 10))
+
+
 @pytest.mark.parametrize("length", [7, 226])
 def test_text_encoder_equals_transformers(copied, length):
     transformers = pytest.importorskip("transformers")
