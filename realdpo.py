@@ -197,9 +197,9 @@ def ema_update(reference, policy, decay):
 def sample(denoiser, noise, cond, *, steps, guidance, uncond=None, solver="euler", progress=True):
     """Generate latents (B,C,F,H,W) from noise of that shape, in `steps` evaluations of the denoiser.
 
-    solver "euler": x ← x̂₀ + (t′/t)·(x − x̂₀), one step of the flow, which on CogVideoX's time grid is one DDIM step.
-    solver "multistep": the same with x̂₀ extrapolated from the last two (DPM-Solver++(2M), Lu et al. 2022): second
-    order in the step size, but for the last step.
+    solver "euler": x ← x + (t′ − t)·v with v = (x − x̂₀)/t, one step along the flow; on CogVideoX's time grid that is one
+    DDIM step. "multistep": v extrapolated from the last two, and each step corrected once v at its end is known (Adams'
+    second-order predictor and corrector): as near to the exact path in half the evaluations, or nearer.
     guidance g > 1: x̂₀ = x̂₀(∅) + g·(x̂₀(c) − x̂₀(∅)), both halves in one batch; `uncond` is the Condition of the
     empty caption (its text alone will do: both halves see the same image).
     """
@@ -217,13 +217,15 @@ def sample(denoiser, noise, cond, *, steps, guidance, uncond=None, solver="euler
         without, with_caption = denoiser(torch.cat([x, x]), both, t.expand(2 * len(x))).chunk(2)
         return without + guidance * (with_caption - without)
 
-    x, last, h_last = noise.float(), None, None
+    x, before = noise.float(), None
     times = denoiser.time_grid(steps).to(noise.device)
     for t, t_next in tqdm(list(zip(times, times[1:])), desc="sampling", disable=not progress, leave=False):
-        x0 = target = denoise(x, t)
-        h = torch.log((1 - t_next) / t_next) - torch.log((1 - t) / t)                   # step in half log-SNR
-        if solver == "multistep" and last is not None and t_next > 0:                   # the last step lands on x̂₀
-            target = x0 + (h / h_last / 2).float() * (x0 - last)
-        x = target + (t_next / t).float() * (x - target)
-        last, h_last = x0, h
+        v = slope = (x - denoise(x, t)) / t
+        if solver == "multistep":
+            if before:
+                x_last, v_last, t_last = before
+                x = x_last + (t - t_last) * (v_last + v) / 2                            # the step that led here, again
+                slope = v + (t_next - t) / (t - t_last) / 2 * (v - v_last)
+            before = x, v, t
+        x = x + (t_next - t) * slope
     return x

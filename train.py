@@ -8,7 +8,9 @@ RUN afterwards holds transformer/ (opens here, --model RUN, and in diffusers), m
 The same command continues an interrupted run from its last checkpoint.
 """
 import dataclasses, json, math, os, shutil, signal, threading, time, warnings
+from contextlib import redirect_stdout
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -63,6 +65,7 @@ class Options:
     seed: int = 0                      # of order, noise and t
     dry_run: bool = False              # only compute what a run would take: memory, FLOP, hours; needs no GPU
     gpus: int = 8                      # ranks of the dry run
+    experiment: int = 0                # bases of the README's table to make and compare, into --out (hours)
     from_scratch: bool = False         # make the tiny model itself again (an hour or two), into --out
 
 
@@ -560,8 +563,8 @@ def report_dry_run(options, memory, flops, tokens, parameters, clips=5000, utili
 # The laptop run: the tiny model on the toy world, by the same road as real videos
 # ---------------------------------------------------------------------------------------------------------------------
 
-CORPUS, REAL, HELD_OUT = range(3)      # worlds of one seed: what the base saw, what it is aligned with, what judges it
-COUNTS = {REAL: 48, HELD_OUT: 16}
+CORPUS, REAL, HELD_OUT, VALIDATION = range(4)              # worlds of one seed: what the base saw, what it is aligned with,
+COUNTS = {REAL: 48, HELD_OUT: 16}                          # what judges it, and what chooses a learning rate before
 
 
 def world_of(seed, kind):
@@ -569,30 +572,20 @@ def world_of(seed, kind):
     return 10 * seed + kind
 
 
-def prepare(options, rank):
-    """Toy videos, records and negatives under --out, made by the commands that a user would call."""
-    out = Path(options.out)
-    for kind, name in ((REAL, "real"), (HELD_OUT, "held-out")):
+def prepare(out, name, seed, counts, rank, scored=True):
+    """Toy videos, records and negatives under `out`, made by the commands that a user would call. Returns the cache."""
+    for kind, count in counts.items():
+        folder = {REAL: "real", HELD_OUT: "held-out", VALIDATION: "validation"}[kind]
         if rank == 0:
-            data.write_toy_videos(out / "videos" / name, COUNTS[kind], world_of(options.seed, kind))
+            data.write_toy_videos(Path(out) / "videos" / folder, count, world_of(seed, kind))
         dist.barrier()
-        run(data, rank, videos=f"{out}/videos/{name}", model="tiny", out=f"{out}/cache/{name}")
+        run(data, rank, videos=f"{out}/videos/{folder}", model=name, out=f"{out}/cache/{folder}")
         dist.barrier()
-    run(sample, rank, data=f"{out}/cache/real", model="tiny", **sample.TINY)
-    if rank == 0 and options.method in SCORED:
-        score_negatives(out / "cache" / "real", options.seed)
+    run(sample, rank, data=f"{out}/cache/real", model=name, **sample.TINY)
+    if rank == 0 and scored:
+        score_negatives(Path(out) / "cache" / "real", seed)
     dist.barrier()
     return f"{out}/cache/real"
-
-
-def score_negatives(cache, seed):
-    """scores.json for toy records, as a reward model would write it: minus the distance to the nearest real video."""
-    records, vae = Records(cache), model.load_vae("tiny")
-    scores = {name: [-data.judge(data.to_uint8(video), data.draw_figure(world_of(seed, REAL), i))["rvd"]
-                     for video in vae.decode(records[i]["lose"].float())]
-              for i, name in enumerate(tqdm(records.names, desc="scoring negatives"))}
-    with whole_file(cache / "scores.json") as part:
-        part.write_text(json.dumps(scores))
 
 
 def run(module, rank, **options):
@@ -600,6 +593,45 @@ def run(module, rank, **options):
     if rank == 0:
         print(f"\n$ python {module.__name__}.py " + " ".join(f"--{k} {v}" for k, v in options.items()))
     module.main(module.Options(**options))
+
+
+def score_negatives(cache, seed):
+    """scores.json for toy records, as a reward model would write it: minus the distance to the nearest real video."""
+    file, newest = cache / "scores.json", max(lose.stat().st_mtime for lose in (cache / "lose").iterdir())
+    if file.exists() and file.stat().st_mtime >= newest:
+        return
+    records, vae = Records(cache), model.load_vae("tiny")
+    scores = {name: [-data.judge(data.to_uint8(video), data.draw_figure(world_of(seed, REAL), i))["rvd"]
+                     for video in vae.decode(records[i]["lose"].float())]
+              for i, name in enumerate(tqdm(records.names, desc="scoring negatives"))}
+    with whole_file(file) as part:
+        part.write_text(json.dumps(scores))
+
+
+def generated(denoiser, records):
+    """A video (F,H,W,3) uint8 for each record, from noise that depends on its number alone."""
+    vae = model.load_vae("tiny")
+    for first in range(0, len(records), 16):
+        rows = [records[i] for i in range(first, min(first + 16, len(records)))]
+        noise = torch.stack([torch.randn(row["win"].shape, generator=generator("held-out", first + i, 0))
+                             for i, row in enumerate(rows)])
+        cond = Condition(*(torch.stack([row[key] for row in rows]) for key in ("text", "image")))
+        for video in vae.decode(sample.sample(denoiser, noise, cond, **sample.TINY, progress=False)):
+            yield data.to_uint8(video)
+
+
+@cache
+def codec():
+    """What `continuations` asks for: videos as the tiny autoencoder gives them back."""
+    vae = model.load_vae("tiny")
+    return lambda videos: np.stack([data.to_uint8(video) for video in vae.decode(
+        vae.encode(torch.stack([data.fit(v, *v.shape[1:3]) for v in videos])))])
+
+
+def judged(videos, world):
+    """{measure: [a number a video]} of videos of a world's figures, in order."""
+    scores = [data.judge(video, data.draw_figure(world, i), codec()) for i, video in enumerate(videos)]
+    return {measure: [score[measure] for score in scores] for measure in scores[0]}
 
 
 def rivals(options):
@@ -611,26 +643,109 @@ def rivals(options):
 def show(options, runs):
     """Held-out figures of the base and of `runs` (Options each), as a GIF and an mp4, and what the metrics say."""
     records, out = Records(f"{options.out}/cache/held-out", negatives=False), Path(options.out)
-    vae, settings = model.load_vae("tiny"), sample.Options(**sample.TINY)
-    decode = lambda latents: [data.to_uint8(video) for video in vae.decode(latents)]
-    codec = lambda videos: np.stack(decode(vae.encode(torch.stack([data.fit(v, *v.shape[1:3]) for v in videos]))))
-    denoisers = {"base": model.load_dit("tiny")} | {each.method: model.load_dit(each.out) for each in runs}
-    rows, scores = [], {name: [] for name in denoisers}
-    for i, record in enumerate(tqdm(records, desc="held-out figures", total=len(records))):
-        real, _ = data.toy_video(world_of(options.seed, HELD_OUT), i)
-        videos = {name: decode(sample.generate(d, record, records.empty_text(), settings, "cpu", "held-out", i,
-                                               progress=False))[0] for name, d in denoisers.items()}
-        for name, video in videos.items():
-            scores[name].append(data.judge(video, data.draw_figure(world_of(options.seed, HELD_OUT), i), codec))
-        rows.append(np.concatenate([real[:1].repeat(len(real), axis=0), *videos.values(), real], axis=2))
-    grid = data.enlarge(np.concatenate([np.concatenate(rows[:4], axis=1),
-                                        np.concatenate(rows[4:8], axis=1)], axis=2), 3)
+    world = world_of(options.seed, HELD_OUT)
+    videos = {name: list(generated(model.load_dit(folder), records)) for name, folder in tqdm(
+        [("base", "tiny"), *((each.method, each.out) for each in runs)], desc="held-out figures")}
+    print(f"{len(records)} held-out figures (mean):")
+    for name, made in videos.items():
+        print(f"  {name:7}  " + "  ".join(f"{m} {np.mean(v):.2f}" for m, v in judged(made, world).items()))
+    real = [data.toy_video(world, i)[0] for i in range(8)]
+    rows = [np.concatenate([r[:1].repeat(len(r), axis=0), *made, r], axis=2) for r, *made in zip(real, *videos.values())]
+    grid = data.enlarge(np.concatenate([np.concatenate(rows[:4], axis=1), np.concatenate(rows[4:], axis=1)], axis=2), 3)
     for file in (out / "held-out.gif", out / "held-out.mp4"):
         data.write_video(file, grid, data.FPS)
-    print(f"{len(rows)} held-out figures (mean):")
-    for name, values in scores.items():
-        print(f"  {name:7}  " + "  ".join(f"{m} {np.mean([v[m] for v in values]):.2f}" for m in values[0]))
-    print(f"first frame | {' | '.join(denoisers)} | real, two figures a row: {out}/held-out.gif and .mp4")
+    print(f"first frame | {' | '.join(videos)} | real, two figures a row: {out}/held-out.gif and .mp4")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The experiment: several bases, every method at several rates, one table
+# ---------------------------------------------------------------------------------------------------------------------
+
+# Row of the table: its options, and the learning rates among which the validation figures choose, as many for each.
+TRIALS = {
+    "SFT": (dict(method="sft"), (1e-4, 3e-4, 1e-3)),
+    "SFT, equal compute": (dict(method="sft", steps=533), (1e-4, 3e-4, 1e-3)),
+    "DPO": (dict(method="dpo", anchor=0.0), (1e-5, 3e-5, 1e-4)),
+    "RWR": (dict(method="rwr"), (1e-5, 3e-5, 1e-4)),
+    "RealDPO": (dict(anchor=0.0), (1e-5, 3e-5, 1e-4)),
+    "RealDPO + anchor": (dict(), (1e-4, 3e-4, 1e-3)),
+}
+BASE_STEPS = 6000
+SIZES = {REAL: 48, HELD_OUT: 64, VALIDATION: 32}
+T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)          # Student's t at 97.5 %, by degrees of freedom
+
+
+def experiment(options, place, mesh):
+    """For each of `experiment` seeds a base of its own, and every trial on the same records, steps and noise; then
+    the table. What is there already is kept, so seeds may be made at the same time by several processes."""
+    scores = {}
+    for seed in range(options.seed, options.seed + options.experiment):
+        folder = Path(options.out) / f"seed-{seed}"
+        cache_folder = prepare(folder, own_base(folder / "base", seed), seed, SIZES, place.rank)
+        scores["base", 0.0, seed] = scored(folder / "base", folder, seed)
+        for row, (changes, rates) in TRIALS.items():
+            for lr in rates:
+                each = dataclasses.replace(options, **TINY | dict(data=cache_folder, seed=seed, lr=lr) | changes,
+                                           out=f"{folder}/{row}-{lr:g}")
+                if not (Path(each.out) / "base.json").exists():
+                    Path(each.out).mkdir(exist_ok=True)
+                    with open(f"{each.out}/log.txt", "a") as log, redirect_stdout(log):
+                        if not train(str(folder / "base"), each, place, mesh):
+                            return
+                scores[row, lr, seed] = scored(each.out, folder, seed)
+    print(table(scores))
+
+
+def own_base(folder, seed, imperfect=True):
+    """A model folder with a base of its own, and the shipped autoencoder and text encoder."""
+    if not list(folder.glob("transformer/*.safetensors")):
+        for part in "vae", "text_encoder", "tokenizer":
+            shutil.copytree(model.TINY / part, folder / part, dirs_exist_ok=True)
+        make_base(folder, BASE_STEPS, seed, imperfect)
+    return str(folder)
+
+
+def scored(run, folder, seed):
+    """{split: {measure: [a number a figure]}} of the model in `run`, kept in its scores.json."""
+    file = Path(run) / "scores.json"
+    if not file.exists():
+        denoiser = model.load_dit(run)
+        scores = {split: judged(generated(denoiser, Records(folder / "cache" / split, negatives=False)),
+                                world_of(seed, kind))
+                  for split, kind in (("validation", VALIDATION), ("held-out", HELD_OUT))}
+        with whole_file(file) as part:
+            part.write_text(json.dumps(scores))
+    return json.loads(file.read_text())
+
+
+def table(scores):
+    """Markdown: held-out means over seeds, with 95 % intervals of rvd, of each trial at the one rate that all share
+    and at its own best; `scores` {(row, learning rate, seed): `scored`}."""
+    seeds = sorted({seed for *_, seed in scores})
+    mean = lambda row, lr, split, measure: np.array([np.mean(scores[row, lr, s][split][measure]) for s in seeds])
+
+    def interval(values):
+        if len(values) < 2:
+            return f"{values.mean():.2f}"
+        return f"{values.mean():.2f} ± {T95[len(values) - 2] * values.std(ddof=1) / len(values) ** 0.5:.2f}"
+
+    def line(row, lr, sft):
+        rvd = mean(row, lr, "held-out", "rvd")
+        others = (f"{mean(row, lr, 'held-out', m).mean():.2f}"
+                  for m in ("limb_change", "jerkiness", "identity_loss", "action_match", "motion"))
+        better = ((f"{(rvd < other).sum()}/{len(seeds)}", interval(rvd - other))
+                  for other in (mean("base", 0.0, "held-out", "rvd"), sft))
+        return " | ".join([f"| {row}", f"{lr:g}", interval(rvd), *others, *(f"{b} ({d})" for b, d in better)]) + " |"
+
+    common = set.intersection(*(set(rates) for _, rates in TRIALS.values())).pop()
+    best = {row: min(rates, key=lambda lr: mean(row, lr, "validation", "rvd").mean())
+            for row, (_, rates) in TRIALS.items()}
+    lines = ["| | rate | rvd | limb_change | jerkiness | identity_loss | action_match | motion "
+             "| below base | below SFT |", "|---" * 10 + "|"]
+    for chosen in dict.fromkeys(TRIALS, common), best:
+        sft = mean("SFT", chosen["SFT"], "held-out", "rvd")
+        lines += [line("base", 0.0, sft), *(line(row, lr, sft) for row, lr in chosen.items())]
+    return "\n".join(lines)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -734,14 +849,17 @@ def corpus_clip(index, imperfect, seed=0):
 
 
 def make_base(folder, steps, seed=0, imperfect=True, clips=4096):
-    """Pre-train the transformer by flow matching on a corpus of imperfect figures, as the web is of videos."""
+    """Pre-train the transformer by flow matching on a corpus of imperfect figures, as the web is of videos, around the
+    text encoder and autoencoder in `folder`."""
+    (folder / "transformer").mkdir(exist_ok=True)          # the text encoder asks it for the length of a caption
+    (folder / "transformer" / "config.json").write_text(json.dumps(TINY_DIT))
     vae, encode_text = model.load_vae(folder), model.load_text_encoder(folder)
     empty, samples = encode_text([""])[0], []
-    for i in tqdm(range(clips), desc="encoding the corpus"):
-        frames, caption = corpus_clip(i, imperfect, seed)
-        video, rng = data.fit(frames, 32, 32)[None], generator("corpus", seed, i)
-        samples.append((vae.encode(video, rng)[0], vae.encode(video[:, :, :1], rng)[0], encode_text([caption])[0]))
-    win, image, text = (torch.stack(x) for x in zip(*samples))
+    for first in tqdm(range(0, clips, 16), desc="encoding the corpus"):
+        drawn, rng = [corpus_clip(first + i, imperfect, seed) for i in range(16)], generator("corpus", seed, first)
+        video = torch.stack([data.fit(frames, 32, 32) for frames, _ in drawn])
+        samples.append((vae.encode(video, rng), vae.encode(video[:, :, :1], rng), encode_text([c for _, c in drawn])))
+    win, image, text = (torch.cat(x) for x in zip(*samples))
     torch.manual_seed(seed)
     net = model.DiT(TINY_DIT)
     # Every block starts as the identity (DiT's adaLN-Zero).
@@ -771,8 +889,6 @@ def from_scratch(options):
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "text_encoder").is_dir():
         make_text_encoder(folder)
-    (folder / "transformer").mkdir(exist_ok=True)          # the text encoder asks it for the length of a caption
-    (folder / "transformer" / "config.json").write_text(json.dumps(TINY_DIT))
     if not (folder / "vae").is_dir():
         make_vae(folder, 3500)
     make_base(folder, 12_000, options.seed)
@@ -789,9 +905,11 @@ def main(options):
     place, mesh = start()
     if place.rank == 0:
         print(f"model: {name} ({why})")
+    if options.experiment:
+        return experiment(options, place, mesh)
     laptop = name == "tiny" and options.data == Options.data and not Path(options.data).is_dir()
     if laptop:
-        options.data = prepare(options, place.rank)
+        options.data = prepare(options.out, "tiny", options.seed, COUNTS, place.rank, options.method in SCORED)
     elif not Path(options.data).is_dir():
         raise UserError(f"--data {options.data}: no such cache; "
                         f"make it with: python data.py --videos DIR --model {name} --out {options.data}"
