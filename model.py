@@ -189,7 +189,7 @@ class CausalConv3d(nn.Module):
     def forward(self, x, past, normalise=None, overwrite=False):
         out = (x if overwrite and not torch.is_grad_enabled()
                else x.new_empty(len(x), self.conv.out_channels, *x.shape[2:]))
-        before = past.get(self)
+        before = past.pop(self, None)                      # taken, so that it goes once the first piece has used it
         for frames in pieces(x, max(self.conv.weight.shape[:2])):
             piece = x[:, :, frames]
             if normalise:
@@ -374,8 +374,9 @@ class AdaptiveNorm(nn.Module):
 
 def per_kind(function, n_text, text, video, *tokens):
     """Apply `function(*coefficients, *tokens)` to the text tokens with theirs and to the video tokens with theirs."""
-    return torch.cat([function(*text, *(x[:, :n_text] for x in tokens)),
-                      function(*video, *(x[:, n_text:] for x in tokens))], dim=1)                   # (B,S,D)
+    # Split, not sliced: the backward pass of a slice is a whole tensor of zeros to copy into and to add.
+    parts = zip(*(x.split([n_text, x.shape[1] - n_text], dim=1) for x in tokens))
+    return torch.cat([function(*kind, *part) for kind, part in zip((text, video), parts)], dim=1)   # (B,S,D)
 
 
 def modulate(shift, scale, x):

@@ -4,12 +4,13 @@ from end to end on four toy clips and the tiny model.
     pytest                             everything, in about two minutes on two cores; needs diffusers and transformers for the oracles
     CHAOS=20 pytest -m chaos -s        kills every stage at random instants
 """
-import ast, copy, dataclasses, io, json, math, os, random, re, shutil, signal, subprocess, sys, time
+import ast, copy, dataclasses, io, json, math, os, random, re, shlex, shutil, signal, subprocess, sys, time
 from collections import Counter
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
+from xml.etree import ElementTree
 
 import huggingface_hub
 import imageio.v2 as imageio
@@ -23,7 +24,10 @@ import torch.nn as nn
 import torch.nn.functional as nnf
 from safetensors.torch import load, load_file, save_file
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import model
@@ -1006,6 +1010,17 @@ def test_a_run_logs_every_step_and_starts_at_log_2(straight):
     assert sorted(p.name for p in (straight / "videos").iterdir()) == ["000002-00000.mp4", "000004-00000.mp4"]
 
 
+def test_a_run_draws_its_curves(straight):
+    picture = ElementTree.parse(straight / "curves.svg").getroot()
+    texts, lines = ["".join(x.itertext()) for x in picture.findall("{*}text")], list(picture.findall("{*}polyline"))
+    assert {"preference loss (log 2 = 0.69)", "accuracy", "errors", "held-out win error, by t", "held-out lose error, by t", "step 3"} <= set(texts)
+    assert len(lines) == 2 + 2 + 4 + 2 * len(train.T_BINS)
+    preference = [float(point.split(",")[1]) for point in lines[0].get("points").split()]
+    losses = [line["preference"] for line in metrics(straight)]
+    assert np.corrcoef(preference, losses)[0, 1] == pytest.approx(-1, abs=0.01)         # upwards on a page, y falls
+    assert min(preference) >= 40 and max(preference) <= 190
+
+
 def test_the_reference_moves_by_ema_in_fp32(straight):
     before = {f"ref.{k}": v.float() for k, v in exported(model.TINY).items()}
     for step in range(1, 5):
@@ -1127,27 +1142,37 @@ def test_two_and_two_steps_are_four_bit_for_bit(half, straight, cache, looks, tm
         assert same_tensors(checkpoint(tmp_path / run, 4), checkpoint(straight, 4)) and same_tensors(exported(tmp_path / run), exported(straight))
 
 
-class Traffic(TorchDispatchMode):
-    """Bytes that collectives put out while this is on, {kind: bytes}."""
+class Count(TorchDispatchMode):
+    """Adds up, operator by operator, the bytes that `of(function, arguments, result)` finds, while this is on."""
 
-    def __init__(self):
+    def __init__(self, of):
         super().__init__()
-        self.bytes = Counter()
+        self.of, self.bytes = of, Counter()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.namespace == "c10d":
-            out = args[0] if isinstance(args[0], torch.Tensor) else args[0][0]
-            self.bytes[function.name().split("::")[1]] += out.nbytes
-        return function(*args, **(kwargs or {}))
+        result = function(*args, **(kwargs or {}))
+        self.bytes[function.name().split("::")[1]] += sum(x.nbytes for x in tree_leaves(self.of(function, args, result)) if isinstance(x, torch.Tensor))
+        return result
+
+
+def carried(function, args, result):
+    """What a collective puts out."""
+    return args[0] if function.namespace == "c10d" else ()
+
+
+def touched(function, args, result):
+    """What a kernel reads and writes. A number that was expanded is read once."""
+    whole = lambda x: isinstance(x, torch.Tensor) and 0 not in x.stride()
+    return [x for x in tree_leaves((args, result)) if whole(x)] if function.namespace == "aten" and not function.is_view else ()
 
 
 def watched(function, file):
     """`function`, adding a line of what it makes collectives carry to `file`."""
     def call(*args):
-        with Traffic() as traffic:
+        with Count(carried) as traffic:
             result = function(*args)
         with open(file, "a") as f:
-            f.write(json.dumps(traffic.bytes) + "\n")
+            f.write(json.dumps(+traffic.bytes) + "\n")
         return result
     return call
 
@@ -1178,10 +1203,10 @@ def test_two_ranks_compute_what_one_does_and_may_alternate_with_it(half, straigh
             torch.testing.assert_close(ours, exported(straight)[name], rtol=2 ** -7, atol=1e-5)          # 2⁻⁷: bf16's last bit
     assert all("--batch 3" in (tmp_path / f"error-2-{rank}").read_text() for rank in range(2))
     weights = 4 * sum(p.numel() for p in model.load_dit("tiny").parameters())            # fp32 on a CPU
-    carried = {name: [json.loads(line) for line in (tmp_path / f"{name}-0").read_text().splitlines()] for name in ("train_step", "ema_update")}
-    for step in carried["train_step"]:                     # gathered: policy forward and backward, reference; reduced: half is a rank's own
+    lines = {name: [json.loads(line) for line in (tmp_path / f"{name}-0").read_text().splitlines()] for name in ("train_step", "ema_update")}
+    for step in lines["train_step"]:                     # gathered: policy forward and backward, reference; reduced: half is a rank's own
         assert step["_allgather_base_"] == 3 * weights and step["_reduce_scatter_base_"] == weights / 2 and step["allreduce_"] < 100
-    assert len(carried["ema_update"]) == len(carried["train_step"]) and not any(carried["ema_update"])
+    assert len(lines["ema_update"]) == len(lines["train_step"]) and not any(lines["ema_update"])
 
 
 def test_a_crash_between_log_and_checkpoint_leaves_no_line_twice(half, straight, cache, looks, tmp_path, monkeypatch):
@@ -1467,23 +1492,23 @@ def test_making_the_tiny_model_goes_on_where_it_stopped(tmp_path):
 
 def test_the_experiment_makes_a_base_a_seed_compares_and_goes_on(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train, "make_base", partial(train.make_base, clips=16))
-    monkeypatch.setattr(train, "SIZES", {train.REAL: 2, train.HELD_OUT: 1, train.VALIDATION: 1})
+    monkeypatch.setattr(train, "SIZES", {"real": 2, "held-out": 1, "validation": 1})
     monkeypatch.setattr(train, "BASE_STEPS", 2)
-    monkeypatch.setattr(train, "TRIALS", {"SFT": (dict(method="sft", steps=1), (1e-4,)), "RealDPO": (dict(steps=1), (1e-5, 1e-4))})
+    monkeypatch.setattr(train, "TRIALS", {"SFT": (dict(method="sft", steps=1), (1e-3,)), "RealDPO": (dict(steps=1), (1e-5, 1e-3))})
 
     def run(seeds):
         with as_a_process():
             train.main(train.Options(model="tiny", out=str(tmp_path), experiment=seeds))
         return [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ") and " | rvd" not in line]
 
-    assert [row[:2] for row in run(1)][:3] == [["| base", "0"], ["| SFT", "0.0001"], ["| RealDPO", "0.0001"]]
+    assert [row[:2] for row in run(1)][:3] == [["| base", "0"], ["| SFT", "0.001"], ["| RealDPO", "0.001"]]
     bases = [exported(tmp_path / "seed-0" / "base")]
     made = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("scores.json")}
     rows = run(2)
     assert all(file.stat().st_mtime_ns == time for file, time in made.items()) and len(made) == 5      # negatives', base's, three runs'
     bases.append(exported(tmp_path / "seed-1" / "base"))
     assert not same_tensors(*bases) and len(rows) == 6 and all("±" in row[2] for row in rows)
-    assert rows[3][2] == rows[0][2] and rows[4][1] == "0.0001" and rows[4][-1].startswith("0/2")
+    assert rows[3][2] == rows[0][2] and rows[4][1] == "0.001" and rows[4][-1].startswith("0/2")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1536,20 +1561,39 @@ def test_every_option_has_a_help_line(module, capsys):
         assert re.search(rf"^  --{field.name.replace('_', '-')}\b[^\n]*?(\n {{20,}}|  +)[^-\s]", text, re.M), field.name
 
 
-def test_the_readme_names_what_exists():
-    text = (REPO / "README.md").read_text()
-    for link in re.findall(r"\]\((?!http)([^)#]+)", text):
+README = (Path(__file__).parent / "README.md").read_text()
+
+
+def test_the_readme_links_to_what_exists_and_counts_its_lines():
+    for link in re.findall(r"\]\((?!http)([^)#]+)", README):
         assert (REPO / link).exists(), link
-    lines = dict(re.findall(r"^\| \[\S+\]\((\S+\.py)\) \| (\d+) \|", text, re.M))
+    lines = dict(re.findall(r"^\| \[\S+\]\((\S+\.py)\) \| (\d+) \|", README, re.M))
     assert len(lines) == 6
     for file, count in lines.items():
         assert int(count) == pytest.approx(len((REPO / file).read_text().splitlines()), rel=0.1), file
-    known = {field.name for module in (data, sample, train) for field in dataclasses.fields(module.Options)}
-    for option in re.findall(r"(?<![\w-])--([a-z][\w-]*)", text):
+    places = re.findall(r"`(\w+)`[^`\n]* \| \[(\w+\.py):(\d+)\]\(\2#L\3\)", README)
+    assert len(places) > 6
+    for name, file, line in places:
+        assert re.search(rf"\b{name}\b", (REPO / file).read_text().splitlines()[int(line) - 1]), (name, file, line)
+
+
+def test_the_readme_gives_commands_and_options_that_parse():
+    modules = dict(data=data, sample=sample, train=train)
+    commands = re.findall(r"(?:python|torchrun --nproc_per_node \d+) (data|sample|train)\.py((?: +(?:--?[\w-]+|\"[^\"\n]*\"|[\w./-]+))*)", README)
+    assert len(commands) > 15
+    for module, arguments in commands:
+        data.parse(modules[module].Options, getattr(modules[module], "TINY", {}), shlex.split(arguments))
+    known = {field.name for module in modules.values() for field in dataclasses.fields(module.Options)}
+    for option in re.findall(r"(?<![\w-])--([a-z][\w-]*)", README):
         option = option.replace("-", "_").removeprefix("no_")
-        assert option in known | {"nproc_per_node", "index_url"}, option
-    for name, file in re.findall(r"`([A-Za-z_]\w*)`[^`|\n]{0,30} in (\w+\.py)", text):
-        assert re.search(rf"^\s*(def |class )?{name}\b", (REPO / file).read_text(), re.M), (name, file)
+        assert option in known | {"help", "nproc_per_node", "index_url"}, option
+
+
+def test_every_option_has_a_line_in_the_readme_or_a_test():
+    tests = Path(__file__).read_text()
+    for module in data, sample, train:
+        for field in dataclasses.fields(module.Options):
+            assert re.search(rf"--(no-)?{field.name.replace('_', '-')}\b", README) or re.search(rf"\b{field.name}=", tests), field.name
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1626,6 +1670,51 @@ config = model.read_config(Path(folder), "text_encoder", "T5EncoderModel")
 net = model.materialize(model.T5Encoder, config, Path(folder, "text_encoder"), "cpu", torch.float32).eval()
 """ + NO_GRAD.format("net(ids)"), (), 1.0, 1.0),
 }
+
+
+@pytest.mark.bench
+@pytest.mark.parametrize("which", ["tiny", "random, 5B's schedule"])
+def test_25_steps_of_the_multistep_solver_against_50_of_euler(which):
+    clips = [data.toy_video(3, i) for i in range(4)]
+    video = torch.stack([data.fit(frames, 32, 32) for frames, _ in clips])
+    cond = Condition(model.load_text_encoder("tiny")([caption for _, caption in clips]), model.load_vae("tiny").encode(video[:, :, :1]))
+    torch.manual_seed(0)
+    denoiser = model.load_dit("tiny") if which == "tiny" else model.Denoiser(model.DiT(train.TINY_DIT), model.VPrediction(SCHEDULER), None)
+    multistep, euler = distances(denoiser, randn(4, 8, 5, 8, 8), cond)
+    print(f"\n{which}: multistep, 25 evaluations: {multistep:.4f}; Euler, 50: {euler:.4f}")
+    assert multistep <= euler
+
+
+@pytest.mark.bench
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward and backward"])
+def test_what_a_5b_block_reads_and_writes(diffusers, backward):
+    """One sequence at 49×480×720 in bf16, kernel by kernel, on tensors without data: the same FLOP, fewer bytes."""
+    from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXBlock
+    tokens, text, width = 17_776, 226, 3072
+
+    def theirs():
+        block = CogVideoXBlock(dim=width, num_attention_heads=48, attention_head_dim=64, time_embed_dim=512, attention_bias=True)
+        return block, (tensor(1, tokens - text, width), tensor(1, text, width), tensor(1, 512), (torch.empty(tokens - text, 64, dtype=torch.float32),) * 2)
+
+    def ours():
+        return model.Block(width, 48, 512, 1e-5), (tensor(1, tokens, width), tensor(1, 512), torch.empty(tokens, 32, dtype=torch.complex64), text)
+
+    def cost(make):
+        with FakeTensorMode():
+            block, inputs = make()
+            with torch.set_grad_enabled(backward), Count(touched) as count, FlopCounterMode(display=False) as flops:
+                out = block(*inputs)
+                sum(x.sum() for x in tree_leaves(out)).backward() if backward else None
+        return flops.get_total_flops() / 1e12, sum(count.bytes.values()) / 1e9
+
+    tensor = partial(torch.empty, requires_grad=True)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        (flops, ours), (expected, theirs) = cost(ours), cost(theirs)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    print(f"\n5B block, {'forward and backward' if backward else 'forward'}: {flops:.2f} : {expected:.2f} TFLOP of matrix products, {ours:.1f} : {theirs:.1f} GB = {ours / theirs:.2f}")
+    assert flops == pytest.approx(expected, rel=0.001) and ours <= theirs
 
 
 @pytest.fixture(scope="module")

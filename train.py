@@ -69,7 +69,7 @@ class Options:
     from_scratch: bool = False         # make the tiny model itself again (an hour or two), into --out
 
 
-TINY = dict(epochs=0, steps=100, micro_batch=8, lr=1e-4, beta=2500.0, anchor=2500.0, checkpointing="none", stream=False,
+TINY = dict(epochs=0, steps=100, micro_batch=8, lr=1e-3, beta=500.0, anchor=100.0, checkpointing="none", stream=False,
             save_every=50)
 PREFERENCE = ("realdpo", "dpo")         # the methods that compare with a reference
 SCORED = ("dpo", "rwr")                 # the methods that learn from scored generated videos, not from real ones
@@ -473,7 +473,44 @@ def train(name, options, place, mesh):
                       "and the same command continues")
             return False
     export(policy, name, options, place.rank)
+    if place.rank == 0:
+        draw_curves(Path(options.out))
     return True
+
+
+COLOURS = ("#c33", "#36c", "#2a2", "#c80", "#90c")
+
+
+def draw_curves(folder):
+    """RUN/metrics.jsonl as a picture, RUN/curves.svg: what to look at first (README, "Healthy and unhealthy")."""
+    lines, panels, svg = [json.loads(line) for line in open(folder / "metrics.jsonl")], [], []
+    for title, series in {
+        "preference loss (log 2 = 0.69)": {"preference": "train", "eval_preference": "held out"},
+        "accuracy": {"accuracy": "train", "eval_accuracy": "held out"},
+        "errors": {name: name for name in ("win", "ref_win", "lose", "ref_lose")},
+        "held-out win error, by t": {f"eval_win_t{t}": f"t = {t}" for t in T_BINS},
+        "held-out lose error, by t": {f"eval_lose_t{t}": f"t = {t}" for t in T_BINS},
+    }.items():
+        points = {label: [(line["step"], line[key]) for line in lines if key in line] for key, label in series.items()}
+        if any(points.values()):
+            panels.append((title, {label: p for label, p in points.items() if p}))
+    for i, (title, points) in enumerate(panels):
+        low, high = (f(y for p in points.values() for _, y in p) for f in (min, max))
+        last, left, top, width, height = max(1, lines[-1]["step"]), 320 * i + 60, 40, 240, 150
+        place = lambda x, y: f"{left + width * x / last:.1f},{top + height * (1 - (y - low) / (high - low or 1)):.1f}"
+        svg += [f'<text x="{left}" y="20" font-weight="bold">{title}</text>',
+                f'<rect x="{left}" y="{top}" width="{width}" height="{height}" fill="none" stroke="#999"/>',
+                *(f'<text x="{left - 5}" y="{y}" text-anchor="end">{value:.3g}</text>'
+                  for y, value in ((top + 10, high), (top + height, low))),
+                f'<text x="{left + width}" y="{top + height + 15}" text-anchor="end">step {last}</text>']
+        for k, (label, p) in enumerate(points.items()):
+            path = " ".join(place(*point) for point in p)
+            svg += [f'<polyline points="{path}" fill="none" stroke="{COLOURS[k]}"/>',
+                    f'<text x="{left + 50 * k}" y="{top + height + 32}" fill="{COLOURS[k]}">{label}</text>']
+    with whole_file(folder / "curves.svg") as part:
+        part.write_text(f'<svg xmlns="http://www.w3.org/2000/svg" width="{320 * len(panels)}" height="230" '
+                        'font-family="sans-serif" font-size="11"><rect width="100%" height="100%" fill="white"/>\n'
+                        + "\n".join(svg) + "\n</svg>\n")
 
 
 def open_log(file, first):
@@ -563,23 +600,22 @@ def report_dry_run(options, memory, flops, tokens, parameters, clips=5000, utili
 # The laptop run: the tiny model on the toy world, by the same road as real videos
 # ---------------------------------------------------------------------------------------------------------------------
 
-CORPUS, REAL, HELD_OUT, VALIDATION = range(4)              # worlds of one seed: what the base saw, what it is aligned with,
-COUNTS = {REAL: 48, HELD_OUT: 16}                          # what judges it, and what chooses a learning rate before
+KINDS = ("corpus", "real", "held-out", "validation")       # figures that the base saw, that it is aligned with, that judge
+COUNTS = {"real": 48, "held-out": 16}                      # the result, and that choose a learning rate before
 
 
 def world_of(seed, kind):
     """The seed of a toy world: no two kinds, and no two --seed, draw the same figures."""
-    return 10 * seed + kind
+    return 10 * seed + KINDS.index(kind)
 
 
 def prepare(out, name, seed, counts, rank, scored=True):
     """Toy videos, records and negatives under `out`, made by the commands that a user would call. Returns the cache."""
     for kind, count in counts.items():
-        folder = {REAL: "real", HELD_OUT: "held-out", VALIDATION: "validation"}[kind]
         if rank == 0:
-            data.write_toy_videos(Path(out) / "videos" / folder, count, world_of(seed, kind))
+            data.write_toy_videos(Path(out) / "videos" / kind, count, world_of(seed, kind))
         dist.barrier()
-        run(data, rank, videos=f"{out}/videos/{folder}", model=name, out=f"{out}/cache/{folder}")
+        run(data, rank, videos=f"{out}/videos/{kind}", model=name, out=f"{out}/cache/{kind}")
         dist.barrier()
     run(sample, rank, data=f"{out}/cache/real", model=name, **sample.TINY)
     if rank == 0 and scored:
@@ -601,7 +637,7 @@ def score_negatives(cache, seed):
     if file.exists() and file.stat().st_mtime >= newest:
         return
     records, vae = Records(cache), model.load_vae("tiny")
-    scores = {name: [-data.judge(data.to_uint8(video), data.draw_figure(world_of(seed, REAL), i))["rvd"]
+    scores = {name: [-data.judge(data.to_uint8(video), data.draw_figure(world_of(seed, "real"), i))["rvd"]
                      for video in vae.decode(records[i]["lose"].float())]
               for i, name in enumerate(tqdm(records.names, desc="scoring negatives"))}
     with whole_file(file) as part:
@@ -643,7 +679,7 @@ def rivals(options):
 def show(options, runs):
     """Held-out figures of the base and of `runs` (Options each), as a GIF and an mp4, and what the metrics say."""
     records, out = Records(f"{options.out}/cache/held-out", negatives=False), Path(options.out)
-    world = world_of(options.seed, HELD_OUT)
+    world = world_of(options.seed, "held-out")
     videos = {name: list(generated(model.load_dit(folder), records)) for name, folder in tqdm(
         [("base", "tiny"), *((each.method, each.out) for each in runs)], desc="held-out figures")}
     print(f"{len(records)} held-out figures (mean):")
@@ -662,16 +698,19 @@ def show(options, runs):
 # ---------------------------------------------------------------------------------------------------------------------
 
 # Row of the table: its options, and the learning rates among which the validation figures choose, as many for each.
+# RATE is among all of them. An SFT step costs 3 passes of a video; a RealDPO step 4 · 3 of the policy and 4 of the
+# reference, 16 in all.
+RATE, LOW, HIGH = 1e-3, (1e-5, 1e-4, 1e-3), (3e-4, 1e-3, 3e-3)
 TRIALS = {
-    "SFT": (dict(method="sft"), (1e-4, 3e-4, 1e-3)),
-    "SFT, equal compute": (dict(method="sft", steps=533), (1e-4, 3e-4, 1e-3)),
-    "DPO": (dict(method="dpo", anchor=0.0), (1e-5, 3e-5, 1e-4)),
-    "RWR": (dict(method="rwr"), (1e-5, 3e-5, 1e-4)),
-    "RealDPO": (dict(anchor=0.0), (1e-5, 3e-5, 1e-4)),
-    "RealDPO + anchor": (dict(), (1e-4, 3e-4, 1e-3)),
+    "SFT": (dict(method="sft"), HIGH),
+    "SFT, equal compute": (dict(method="sft", steps=533), HIGH),
+    "DPO": (dict(method="dpo", anchor=0.0), LOW),
+    "RWR": (dict(method="rwr"), LOW),
+    "RealDPO, no anchor": (dict(anchor=0.0), LOW),
+    "RealDPO": (dict(), HIGH),
 }
 BASE_STEPS = 6000
-SIZES = {REAL: 48, HELD_OUT: 64, VALIDATION: 32}
+SIZES = COUNTS | {"held-out": 64, "validation": 32}
 T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)          # Student's t at 97.5 %, by degrees of freedom
 
 
@@ -681,11 +720,11 @@ def experiment(options, place, mesh):
     scores = {}
     for seed in range(options.seed, options.seed + options.experiment):
         folder = Path(options.out) / f"seed-{seed}"
-        cache_folder = prepare(folder, own_base(folder / "base", seed), seed, SIZES, place.rank)
+        records = prepare(folder, own_base(folder / "base", seed), seed, SIZES, place.rank)
         scores["base", 0.0, seed] = scored(folder / "base", folder, seed)
         for row, (changes, rates) in TRIALS.items():
             for lr in rates:
-                each = dataclasses.replace(options, **TINY | dict(data=cache_folder, seed=seed, lr=lr) | changes,
+                each = dataclasses.replace(options, **TINY | dict(data=records, seed=seed, lr=lr, experiment=0) | changes,
                                            out=f"{folder}/{row}-{lr:g}")
                 if not (Path(each.out) / "base.json").exists():
                     Path(each.out).mkdir(exist_ok=True)
@@ -693,15 +732,17 @@ def experiment(options, place, mesh):
                         if not train(str(folder / "base"), each, place, mesh):
                             return
                 scores[row, lr, seed] = scored(each.out, folder, seed)
-    print(table(scores))
+    print(table(scores) + f"\n\nheld-out figures, means over the bases; every run is in {options.out}/seed-*/")
 
 
-def own_base(folder, seed, imperfect=True):
-    """A model folder with a base of its own, and the shipped autoencoder and text encoder."""
+def own_base(folder, seed):
+    """A model folder with a base of its own, and the shipped autoencoder and text encoder. Seed 0's base is the shipped
+    one too: made in the same way, in twice the steps."""
     if not list(folder.glob("transformer/*.safetensors")):
-        for part in "vae", "text_encoder", "tokenizer":
+        for part in ("vae", "text_encoder", "tokenizer", *(("scheduler", "transformer") if seed == 0 else ())):
             shutil.copytree(model.TINY / part, folder / part, dirs_exist_ok=True)
-        make_base(folder, BASE_STEPS, seed, imperfect)
+        if seed != 0:
+            make_base(folder, BASE_STEPS, seed)
     return str(folder)
 
 
@@ -711,8 +752,8 @@ def scored(run, folder, seed):
     if not file.exists():
         denoiser = model.load_dit(run)
         scores = {split: judged(generated(denoiser, Records(folder / "cache" / split, negatives=False)),
-                                world_of(seed, kind))
-                  for split, kind in (("validation", VALIDATION), ("held-out", HELD_OUT))}
+                                world_of(seed, split))
+                  for split in ("validation", "held-out")}
         with whole_file(file) as part:
             part.write_text(json.dumps(scores))
     return json.loads(file.read_text())
@@ -737,12 +778,11 @@ def table(scores):
                   for other in (mean("base", 0.0, "held-out", "rvd"), sft))
         return " | ".join([f"| {row}", f"{lr:g}", interval(rvd), *others, *(f"{b} ({d})" for b, d in better)]) + " |"
 
-    common = set.intersection(*(set(rates) for _, rates in TRIALS.values())).pop()
     best = {row: min(rates, key=lambda lr: mean(row, lr, "validation", "rvd").mean())
             for row, (_, rates) in TRIALS.items()}
     lines = ["| | rate | rvd | limb_change | jerkiness | identity_loss | action_match | motion "
              "| below base | below SFT |", "|---" * 10 + "|"]
-    for chosen in dict.fromkeys(TRIALS, common), best:
+    for chosen in dict.fromkeys(TRIALS, RATE), best:
         sft = mean("SFT", chosen["SFT"], "held-out", "rvd")
         lines += [line("base", 0.0, sft), *(line(row, lr, sft) for row, lr in chosen.items())]
     return "\n".join(lines)
@@ -834,7 +874,7 @@ def make_vae(folder, steps):
 
     optimize(vae.parameters(), loss, steps, 3e-3, folder / "autoencoder.safetensors")
     with torch.no_grad():
-        held_out = torch.stack([data.fit(data.toy_video(world_of(0, HELD_OUT), i)[0], 32, 32) for i in range(32)])
+        held_out = torch.stack([data.fit(data.toy_video(world_of(0, "held-out"), i)[0], 32, 32) for i in range(32)])
         output, mean, _ = reconstruct(held_out, torch.zeros_like)
     config["scaling_factor"] = round(1 / mean.std().item(), 6)
     error = (output.clamp(-1, 1) - held_out).square().mean().item() / 4
@@ -845,7 +885,7 @@ def make_vae(folder, steps):
 def corpus_clip(index, imperfect, seed=0):
     """Clip `index` of the corpus the base learns from: an imperfect one has faults of a strength of its own."""
     strength = float(np.random.default_rng([seed, index, 3]).uniform()) if imperfect else 0.0
-    return data.toy_video(world_of(seed, CORPUS), index, strength=strength)
+    return data.toy_video(world_of(seed, "corpus"), index, strength=strength)
 
 
 def make_base(folder, steps, seed=0, imperfect=True, clips=4096):
@@ -916,8 +956,8 @@ def main(options):
                         f" and: python sample.py --model {name} --data {options.data}")
     runs = rivals(options) if laptop else [options]
     if all(train(name, each, place, mesh) for each in runs) and place.rank == 0:        # the first one stopped ends it
-        show(options, runs) if laptop else print(f"done; try: python sample.py --model {options.out} "
-                                                 "--image first.png --prompt \"…\"")
+        show(options, runs) if laptop else print(f"done: {options.out}/curves.svg shows how; try: python sample.py "
+                                                 f"--model {options.out} --image first.png --prompt \"…\"")
     dist.destroy_process_group()
 
 
