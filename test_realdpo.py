@@ -1494,21 +1494,21 @@ def test_the_experiment_makes_a_base_a_seed_compares_and_goes_on(tmp_path, monke
     monkeypatch.setattr(train, "make_base", partial(train.make_base, clips=16))
     monkeypatch.setattr(train, "SIZES", {"real": 2, "held-out": 1, "validation": 1})
     monkeypatch.setattr(train, "BASE_STEPS", 2)
-    monkeypatch.setattr(train, "TRIALS", {"SFT": (dict(method="sft", steps=1), (1e-3,)), "RealDPO": (dict(steps=1), (1e-5, 1e-3))})
+    monkeypatch.setattr(train, "TRIALS", {"SFT": (dict(method="sft", steps=1), (3e-4,)), "RealDPO": (dict(steps=1), (1e-5, 3e-4))})
 
     def run(seeds):
         with as_a_process():
             train.main(train.Options(model="tiny", out=str(tmp_path), experiment=seeds))
         return [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ") and " | rvd" not in line]
 
-    assert [row[:2] for row in run(1)][:3] == [["| base", "0"], ["| SFT", "0.001"], ["| RealDPO", "0.001"]]
+    assert [row[:2] for row in run(1)][:3] == [["| base", "0"], ["| SFT", "0.0003"], ["| RealDPO", "0.0003"]]
     bases = [exported(tmp_path / "seed-0" / "base")]
     made = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("scores.json")}
     rows = run(2)
     assert all(file.stat().st_mtime_ns == time for file, time in made.items()) and len(made) == 5      # negatives', base's, three runs'
     bases.append(exported(tmp_path / "seed-1" / "base"))
     assert not same_tensors(*bases) and len(rows) == 6 and all("±" in row[2] for row in rows)
-    assert rows[3][2] == rows[0][2] and rows[4][1] == "0.001" and rows[4][-1].startswith("0/2")
+    assert rows[3][2] == rows[0][2] and rows[4][1] == "0.0003" and rows[4][-1].startswith("0/2")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -69,7 +69,7 @@ class Options:
     from_scratch: bool = False         # make the tiny model itself again (an hour or two), into --out
 
 
-TINY = dict(epochs=0, steps=100, micro_batch=8, lr=1e-3, beta=500.0, anchor=100.0, checkpointing="none", stream=False,
+TINY = dict(epochs=0, steps=100, micro_batch=8, lr=3e-4, beta=500.0, anchor=100.0, checkpointing="none", stream=False,
             save_every=50)
 PREFERENCE = ("realdpo", "dpo")         # the methods that compare with a reference
 SCORED = ("dpo", "rwr")                 # the methods that learn from scored generated videos, not from real ones
@@ -700,14 +700,14 @@ def show(options, runs):
 # Row of the table: its options, and the learning rates among which the validation figures choose, as many for each.
 # RATE is among all of them. An SFT step costs 3 passes of a video; a RealDPO step 4 · 3 of the policy and 4 of the
 # reference, 16 in all.
-RATE, LOW, HIGH = 1e-3, (1e-5, 1e-4, 1e-3), (3e-4, 1e-3, 3e-3)
+RATE, LOW, HIGH = 3e-4, (1e-5, 5e-5, 3e-4), (1e-4, 3e-4, 1e-3)
 TRIALS = {
     "SFT": (dict(method="sft"), HIGH),
+    "RealDPO": (dict(), HIGH),
     "SFT, equal compute": (dict(method="sft", steps=533), HIGH),
+    "RealDPO, no anchor": (dict(anchor=0.0), LOW),
     "DPO": (dict(method="dpo", anchor=0.0), LOW),
     "RWR": (dict(method="rwr"), LOW),
-    "RealDPO, no anchor": (dict(anchor=0.0), LOW),
-    "RealDPO": (dict(), HIGH),
 }
 BASE_STEPS = 6000
 SIZES = COUNTS | {"held-out": 64, "validation": 32}
