@@ -69,7 +69,7 @@ def command(main, options, tiny={}):
 
 
 def default_model(model):
-    """The model to use and why it is that one: the one asked for, else tiny without a GPU and CogVideoX-5B-I2V with."""
+    """The model to use and why it is that one: the one asked for, else tiny without a GPU and CogVideoX-5B-I2V with one."""
     if model:
         return model, "--model"
     return (HUB_MODEL, "a GPU is here") if torch.cuda.is_available() else ("tiny", "no GPU is here")
@@ -289,7 +289,7 @@ def sidecar_pairs(folder):
 def find_extras(folder, file, caption):
     """A Clip with its own first frame and negatives, if the folder holds them as the authors' does."""
     path = Path(file)
-    name = "_".join(path.with_suffix("").parts)
+    name = "_".join(part for part in path.with_suffix("").parts if part not in (path.anchor, ".."))   # a plain name
     image = folder / "first_frames" / f"{name}.png"
     negatives = tuple(sorted((folder / "negative_samples" / path.stem).glob("*.mp4")))
     return Clip(name, folder / path, caption, image if image.is_file() else None, negatives)
@@ -644,6 +644,8 @@ def usable(clips, options, frames):
         try:
             if clip.caption is None:
                 raise UserError(f"{clip.video}: has no caption; write it into {clip.video.with_suffix('.txt')}")
+            if options.given_negatives and not clip.negatives:
+                raise UserError(f"{clip.video}: has no negatives; expected negative_samples/{clip.video.stem}/*.mp4")
             for video in (clip.video, *(clip.negatives if options.given_negatives else ())):
                 read_frames(video, frames, options.fps)
             good.append(clip)
@@ -706,12 +708,14 @@ def main(options):
     shape = clip_shape(options, folder)
     made_by = dict(vae=digest(folder / "vae"), text_encoder=digest(folder / "text_encoder"),
                    frames=shape[0], height=shape[1], width=shape[2],
-                   fps=options.fps, image_noise=options.image_noise, seed=options.seed)
+                   fps=options.fps, image_noise=options.image_noise, given_negatives=options.given_negatives,
+                   seed=options.seed)
     expected = {name: dict(fingerprint=made_by, caption=clip.caption, source=str(clip.video))
                 for name, clip in list(clips.items())[rank::world]}
     todo = usable([clips[name] for name in missing(expected, out / "win")], options, shape[0])
-    if todo:
+    if todo or not (out / "empty.safetensors").is_file():
         embeddings = encode_captions(todo, folder, out, device, dtype)      # then that network is gone: one at a time
+    if todo:
         vae = load_vae(folder, device, dtype)
     for clip in tqdm(todo, desc="encoding clips", disable=rank > 0):
         record, lose = encode_clip(clip, vae, shape, options, device)
@@ -722,7 +726,7 @@ def main(options):
                       **expected[clip.name])
     if rank == 0:
         print(f"{len(list((out / 'win').glob('*.safetensors')))} clips in {out}/win; "
-              f"next: python sample.py --model {model} --data {out}")
+              f"next: python {'train' if options.given_negatives else 'sample'}.py --model {model} --data {out}")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ Parameter names are the published checkpoint's, so loading needs no table and wh
     save_dit(denoiser, "my-model")                                 opens in diffusers
 
 A model is a folder in the published layout (transformer/ vae/ text_encoder/ tokenizer/ scheduler/), a hub id, or
-"tiny", the model of a few million weights in assets/tiny that the tests and the laptop run use.
+"tiny", the model of 1.3 million weights in assets/tiny that the tests and the laptop run use.
 
 Axes: B batch, C channels, F latent frames, H W latent height and width, L text tokens, S all tokens, D width.
 """
@@ -554,7 +554,7 @@ class VPrediction:
         return (k - 1 + (t - table[k - 1]) / (table[k] - table[k - 1])).clamp(min=0)
 
     def time_grid(self, steps):
-        trailing = torch.arange(len(self.t), 0, -len(self.t) / steps, dtype=torch.float64).round().long() - 1
+        trailing = torch.arange(len(self.t), 0, -len(self.t) / steps, dtype=torch.float64)[:steps].round().long() - 1
         return torch.cat([self.t[trailing], torch.zeros(1, dtype=torch.float64)])
 
 
@@ -655,7 +655,7 @@ PUBLISHED_DIT = DEFAULTS["CogVideoXTransformer3DModel"] | dict(  # CogVideoX-5B-
 def base_of(path):
     """The model a training run started from, by the note in its folder; any other model as it is."""
     note = Path(path) / "base.json"
-    return json.loads(note.read_text())["model"] if note.is_file() else str(path)
+    return read_json(note)["model"] if note.is_file() else str(path)
 
 
 def resolve(path, *parts):

@@ -6,7 +6,7 @@ and what that network predicts, is model.py's business. The four steps of a trai
     lose      = sample(policy, noise, cond, ...)               three times a real video, offline            Sec. 4.2
     loss, _   = realdpo_loss(policy, reference, win=..., lose=lose, cond=cond, beta=...)                    Eq. 6
     loss.backward(); optimizer.step()
-    ema_update(reference, policy, 0.996)                       every few steps                              Eq. 7
+    ema_update(reference, policy, 0.996)                       every step, or every few                     Eq. 7
 
 Symbols, as in the paper and in every file here:
 
@@ -50,10 +50,10 @@ def add_noise(x0, noise, t):
 
 
 def error(denoiser, x0, noise, t, cond, weighting):
-    """w(t)·‖x₀ − D(x_t, c, t)‖² per element, fp32 (B,).
+    """w(t) · the mean over elements of (x₀ − D(x_t, c, t))², fp32 (B,).
 
     weighting "x0" (w = 1) is the paper's App. C; "velocity" (w = 1/t²) is the squared error of the flow velocity
-    ε − x₀, the same as the authors' 1/(1−ᾱ) up to s² = (1−t)² + t², the ratio of the two parametrizations.
+    ε − x₀, the same as the authors' 1/(1−ᾱ) up to (1−t)² + t².
     """
     x0 = x0.float()
     difference = denoiser(add_noise(x0, noise, t), cond, t).float() - x0

@@ -492,6 +492,13 @@ def test_multistep_with_25_steps_beats_euler_with_50(prediction, mean, std):
     assert multistep < euler / 2
 
 
+@PREDICTIONS
+def test_every_number_of_steps_has_its_falling_times(prediction):
+    for steps in range(1, 1001):                           # 61, 103 … once had one too many: 1000 / (1000 / 61) > 61
+        times = prediction.time_grid(steps)
+        assert len(times) == steps + 1 and (times.diff() < 0).all() and times[0] == 1 and times[-1] == 0
+
+
 @pytest.mark.parametrize("solver", ["euler", "multistep"])
 @pytest.mark.parametrize("steps", [1, 2, 7])
 def test_sampler_lands_on_a_constant_prediction(solver, steps):
@@ -1136,7 +1143,10 @@ def test_the_dry_run_counts_parameters_and_memory(method, monkeypatch, capsys):
 
 def test_two_and_two_steps_are_four_bit_for_bit(half, straight, cache, looks, tmp_path):
     assert run_training(shutil.copytree(half, tmp_path / "run"), cache, **looks) == metrics(straight)
-    assert len(run_training(tmp_path / "other", cache, resume=str(half / "checkpoints" / "step-000002"))) == 2
+    resume = str(half / "checkpoints" / "step-000002")
+    assert len(run_training(tmp_path / "other", cache, resume=resume)) == 2
+    assert len(run_training(tmp_path / "other", cache, resume=resume)) == 2             # again: nothing is left to do
+    assert run_training(tmp_path / "gentle", cache, resume=resume, lr=1e-5)[0]["lr"] == 1e-5            # after a NaN, say
     assert {name.split(".")[0] for name in checkpoint(straight, 4)} == {"model", "ref", "exp_avg", "exp_avg_sq"}
     for run in ("run", "other"):
         assert same_tensors(checkpoint(tmp_path / run, 4), checkpoint(straight, 4)) and same_tensors(exported(tmp_path / run), exported(straight))
@@ -1562,6 +1572,10 @@ def test_every_option_has_a_help_line(module, capsys):
 
 
 README = (Path(__file__).parent / "README.md").read_text()
+
+
+def test_names_of_records_stay_in_the_cache(tmp_path):
+    assert data.find_extras(tmp_path, "/abs/v.mp4", "").name == "abs_v" and data.find_extras(tmp_path, "../a/v.mp4", "").name == "a_v"
 
 
 def test_the_readme_links_to_what_exists_and_counts_its_lines():

@@ -4,7 +4,7 @@
     python train.py --model MODEL --data CACHE --out RUN               one GPU
     torchrun --nproc_per_node 8 train.py                               CogVideoX-5B-I2V on the records in cache/
 
-RUN afterwards holds transformer/ (opens here, --model RUN, and in diffusers), metrics.jsonl and checkpoints/.
+RUN afterwards holds transformer/ (opens here, --model RUN, and in diffusers), metrics.jsonl, curves.svg, checkpoints/.
 The same command continues an interrupted run from its last checkpoint.
 """
 import dataclasses, json, math, os, shutil, signal, threading, time, warnings
@@ -48,19 +48,19 @@ class Options:
     beta: float = 5000.0               # strength of the preference, on the mean error an element (authors' code: 5000)
     weighting: Literal["x0", "velocity"] = "x0"  # of the error over t: x0 (App. C) or velocity, 1/t²
     anchor: float = 0.0                # weight of the win error added to the loss (paper: none)
-    t_min: float = 0.0                 # t is uniform between these two (paper: 0 to 1)
-    t_max: float = 1.0                 # (authors' code: the low-noise half, up to 0.6387)
+    t_min: float = 0.0                 # smallest t; t is uniform up to t_max (paper: 0 to 1)
+    t_max: float = 1.0                 # largest t (authors' code: 0.6387, the low-noise half)
     ema_decay: float = 0.996           # ω of the reference (Eq. 7, paper: 0.996)
     ema_every: int = 1                 # steps between two updates of the reference (paper: unnamed)
     checkpointing: Literal["none", "full", "selective"] = "selective"  # recompute blocks, selective: all but attention
     stream: bool = True                # back-propagate a sample's videos one by one: less memory, same gradient
     save_every: int = 200              # steps between checkpoints
     keep: int = 2                      # checkpoints to keep
-    resume: str = "auto"               # auto (continue --out's run), none (refuse if it has one) or a checkpoint folder
+    resume: str = "auto"               # auto (go on with --out's run), none (refuse one) or a checkpoint to start --out from
     max_minutes: float = 0.0           # stop with a checkpoint after this long; 0: never
     eval_data: str = ""                # cache of held-out records with negatives
-    eval_every: int = 50               # steps between two looks at them
-    eval_videos: int = 0               # of them to generate as mp4 each time
+    eval_every: int = 50               # steps between two looks at the eval_data
+    eval_videos: int = 0               # held-out records to generate as mp4 each time
     compile: bool = False              # torch.compile each block, policy and reference alike
     seed: int = 0                      # of order, noise and t
     dry_run: bool = False              # only compute what a run would take: memory, FLOP, hours; needs no GPU
@@ -203,8 +203,8 @@ def check_health(metrics, options, step, names):
     bad = [key for key, value in metrics.items() if not math.isfinite(value)]
     if bad:
         raise UserError(f"step {step}: {', '.join(bad)} not finite, records {' '.join(names)}; nothing was updated; "
-                        f"the last good checkpoint is {find_checkpoint(options) or 'none'}: "
-                        "continue from it with a lower --lr or --beta and another --out")
+                        f"the last good checkpoint is {(checkpoints(options) or ['none'])[-1]}: "
+                        "start from it with --resume, a lower --lr or --beta and another --out")
     if options.method in PREFERENCE and step == 0 and abs(metrics["preference"] - math.log(2)) > 1e-6:
         raise UserError(f"the first preference loss is {metrics['preference']:.8f}, "
                         f"expected log 2 = {math.log(2):.8f}: the reference is not the policy")
@@ -260,7 +260,7 @@ def save_checkpoint(state, options, step, rank):
     if rank == 0:
         (part / "options.json").write_text(json.dumps({"step": step, **dataclasses.asdict(options)}, indent=1))
         model.replace_folder(part, final)
-        for old in sorted(folder.glob("step-??????"))[:-options.keep]:
+        for old in checkpoints(options)[:-options.keep]:
             shutil.rmtree(old)
     dist.barrier()
 
@@ -268,7 +268,7 @@ def save_checkpoint(state, options, step, rank):
 def load_checkpoint(state, optimizer, folder, options):
     """Read a checkpoint into the models and the optimizer. Returns its step.
 
-    Raises UserError where it is not whole, or was made with options that would make this another run.
+    Raises UserError where it is not whole, or is of this --out and was made with options that make it another run.
     """
     try:
         saved = {"step": None, **json.loads((folder / "options.json").read_text())}
@@ -279,7 +279,7 @@ def load_checkpoint(state, optimizer, folder, options):
             "stream", "micro_batch", "compile", "eval_data", "eval_every", "eval_videos", "dry_run", "gpus"}
     different = [f"--{k.replace('_', '-')} {saved.get(k)} (now {v})" for k, v in dataclasses.asdict(options).items()
                  if k not in free and saved.get(k) != v]
-    if different:
+    if different and folder.parent == Path(options.out) / "checkpoints":
         raise UserError(f"{folder}: was made with {', '.join(different)}; use the same options or another --out")
     names = set().union(*(data.read_header(file)[0] for file in folder.glob("*.safetensors")))
     if names != state.keys():
@@ -295,16 +295,19 @@ def load_checkpoint(state, optimizer, folder, options):
     return saved["step"]
 
 
+def checkpoints(options):
+    """The whole checkpoints under --out, oldest first."""
+    return sorted((Path(options.out) / "checkpoints").glob("step-??????"))
+
+
 def find_checkpoint(options):
-    """The checkpoint folder to resume from, or None for a fresh start."""
-    found = sorted((Path(options.out) / "checkpoints").glob("step-??????"))
-    if options.resume == "auto":
+    """The checkpoint to go on from: the last of --out, else the one that --resume names, else None, a fresh start."""
+    found = checkpoints(options)
+    if found and options.resume == "none":
+        raise UserError(f"--out {options.out}: holds a run ({found[-1].name}); "
+                        "choose another folder or leave out --resume none")
+    if found or options.resume in ("auto", "none"):
         return found[-1] if found else None
-    if options.resume == "none":
-        if found:
-            raise UserError(f"--out {options.out}: holds a run ({found[-1].name}); "
-                            "choose another folder or leave out --resume none")
-        return None
     if not (Path(options.resume) / "options.json").is_file():
         raise UserError(f"--resume {options.resume}: no such checkpoint")
     return Path(options.resume)
@@ -544,9 +547,9 @@ def dry_run(name, options):
               else model.read_config(model.resolve(name, "transformer"), "transformer", "CogVideoXTransformer3DModel"))
     shape = (config["out_channels"], (config["sample_frames"] - 1) // config["temporal_compression_ratio"] + 1,
              config["sample_height"], config["sample_width"])
-    n_lose, local = 3, options.batch // options.gpus
-    if options.batch % options.gpus:
+    if options.gpus < 1 or options.batch % options.gpus:
         raise UserError(f"--batch {options.batch}: expected a multiple of --gpus {options.gpus}")
+    n_lose, local = 3, options.batch // options.gpus
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=options.gpus)
     mesh = init_device_mesh("cpu", (options.gpus,), mesh_dim_names=("dp",))
     model.rope_table.cache_clear()
@@ -600,8 +603,9 @@ def report_dry_run(options, memory, flops, tokens, parameters, clips=5000, utili
 # The laptop run: the tiny model on the toy world, by the same road as real videos
 # ---------------------------------------------------------------------------------------------------------------------
 
-KINDS = ("corpus", "real", "held-out", "validation")       # figures that the base saw, that it is aligned with, that judge
-COUNTS = {"real": 48, "held-out": 16}                      # the result, and that choose a learning rate before
+# Figures that the base saw, that it is aligned with, that judge the result, and that choose a learning rate before.
+KINDS = ("corpus", "real", "held-out", "validation")
+COUNTS = {"real": 48, "held-out": 16}
 
 
 def world_of(seed, kind):
@@ -716,7 +720,9 @@ T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)          # Student
 
 def experiment(options, place, mesh):
     """For each of `experiment` seeds a base of its own, and every trial on the same records, steps and noise; then
-    the table. What is there already is kept, so seeds may be made at the same time by several processes."""
+    the table. What is there already is kept; processes may share the work, each with its own seeds (`--seed`)."""
+    if options.experiment > len(T95) + 1:
+        raise UserError(f"--experiment {options.experiment}: at most {len(T95) + 1}")
     scores = {}
     for seed in range(options.seed, options.seed + options.experiment):
         folder = Path(options.out) / f"seed-{seed}"
