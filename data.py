@@ -69,7 +69,7 @@ def command(main, options, tiny={}):
 
 
 def default_model(model):
-    """The model to use and why it is that one: the one asked for, else tiny without a GPU and CogVideoX-5B-I2V with one."""
+    """The model to use and why it is that one: the one asked for, else CogVideoX-5B-I2V with a GPU and tiny without."""
     if model:
         return model, "--model"
     return (HUB_MODEL, "a GPU is here") if torch.cuda.is_available() else ("tiny", "no GPU is here")

@@ -197,9 +197,9 @@ def ema_update(reference, policy, decay):
 def sample(denoiser, noise, cond, *, steps, guidance, uncond=None, solver="euler", progress=True):
     """Generate latents (B,C,F,H,W) from noise of that shape, in `steps` evaluations of the denoiser.
 
-    solver "euler": x ← x + (t′ − t)·v with v = (x − x̂₀)/t, one step along the flow; on CogVideoX's time grid that is one
-    DDIM step. "multistep": v extrapolated from the last two, and each step corrected once v at its end is known (Adams'
-    second-order predictor and corrector): as near to the exact path in half the evaluations, or nearer.
+    solver "euler": x ← x + (t′ − t)·v with v = (x − x̂₀)/t, one step along the flow; on CogVideoX's time grid that is
+    one DDIM step. "multistep": v extrapolated from the last two, and each step corrected once v at its end is known
+    (Adams' second-order predictor and corrector): as near to the exact path in half the evaluations, or nearer.
     guidance g > 1: x̂₀ = x̂₀(∅) + g·(x̂₀(c) − x̂₀(∅)), both halves in one batch; `uncond` is the Condition of the
     empty caption (its text alone will do: both halves see the same image).
     """

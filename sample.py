@@ -108,8 +108,8 @@ def main(options):
     if bool(options.data) == bool(options.image):
         raise UserError("give either --data CACHE (negatives) or --image PICTURE and --prompt (one video)")
     if not 1 <= options.steps <= 1000 or options.negatives < 1:
-        raise UserError(f"--steps {options.steps} --negatives {options.negatives}: expected 1 to 1000 steps and at least "
-                        "1 negative")
+        raise UserError(f"--steps {options.steps} --negatives {options.negatives}: expected 1 to 1000 steps "
+                        "and at least 1 negative")
     if Path(options.out).suffix != ".mp4":
         raise UserError(f"--out {options.out}: expected a name that ends in .mp4")
     negatives(model, options) if options.data else video_from(model, options)

@@ -887,6 +887,10 @@ def lay_out(folder, form, clips):
     return folder
 
 
+def test_names_of_records_stay_in_the_cache(tmp_path):
+    assert data.find_extras(tmp_path, "/abs/v.mp4", "").name == "abs_v" and data.find_extras(tmp_path, "../a/v.mp4", "").name == "a_v"
+
+
 def test_every_form_of_folder_gives_the_same_records(videos, tmp_path):
     captions, expected = ["a figure waves, slowly", ""], None
     for form in ("authors", "jsonl", "csv", "sidecar"):
@@ -1571,11 +1575,7 @@ def test_every_option_has_a_help_line(module, capsys):
         assert re.search(rf"^  --{field.name.replace('_', '-')}\b[^\n]*?(\n {{20,}}|  +)[^-\s]", text, re.M), field.name
 
 
-README = (Path(__file__).parent / "README.md").read_text()
-
-
-def test_names_of_records_stay_in_the_cache(tmp_path):
-    assert data.find_extras(tmp_path, "/abs/v.mp4", "").name == "abs_v" and data.find_extras(tmp_path, "../a/v.mp4", "").name == "a_v"
+README = (REPO / "README.md").read_text()
 
 
 def test_the_readme_links_to_what_exists_and_counts_its_lines():

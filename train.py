@@ -56,7 +56,7 @@ class Options:
     stream: bool = True                # back-propagate a sample's videos one by one: less memory, same gradient
     save_every: int = 200              # steps between checkpoints
     keep: int = 2                      # checkpoints to keep
-    resume: str = "auto"               # auto (go on with --out's run), none (refuse one) or a checkpoint to start --out from
+    resume: str = "auto"               # auto (go on with --out's run), none (refuse one) or a checkpoint to start from
     max_minutes: float = 0.0           # stop with a checkpoint after this long; 0: never
     eval_data: str = ""                # cache of held-out records with negatives
     eval_every: int = 50               # steps between two looks at the eval_data
@@ -650,14 +650,10 @@ def score_negatives(cache, seed):
 
 def generated(denoiser, records):
     """A video (F,H,W,3) uint8 for each record, from noise that depends on its number alone."""
-    vae = model.load_vae("tiny")
-    for first in range(0, len(records), 16):
-        rows = [records[i] for i in range(first, min(first + 16, len(records)))]
-        noise = torch.stack([torch.randn(row["win"].shape, generator=generator("held-out", first + i, 0))
-                             for i, row in enumerate(rows)])
-        cond = Condition(*(torch.stack([row[key] for row in rows]) for key in ("text", "image")))
-        for video in vae.decode(sample.sample(denoiser, noise, cond, **sample.TINY, progress=False)):
-            yield data.to_uint8(video)
+    vae, empty, settings = model.load_vae("tiny"), records.empty_text(), sample.Options(**sample.TINY)
+    for i, record in enumerate(records):
+        latents = sample.generate(denoiser, record, empty, settings, "cpu", "held-out", i, progress=False)
+        yield data.to_uint8(vae.decode(latents)[0])
 
 
 @cache
@@ -690,7 +686,8 @@ def show(options, runs):
     for name, made in videos.items():
         print(f"  {name:7}  " + "  ".join(f"{m} {np.mean(v):.2f}" for m, v in judged(made, world).items()))
     real = [data.toy_video(world, i)[0] for i in range(8)]
-    rows = [np.concatenate([r[:1].repeat(len(r), axis=0), *made, r], axis=2) for r, *made in zip(real, *videos.values())]
+    rows = [np.concatenate([r[:1].repeat(len(r), axis=0), *made, r], axis=2)
+            for r, *made in zip(real, *videos.values())]
     grid = data.enlarge(np.concatenate([np.concatenate(rows[:4], axis=1), np.concatenate(rows[4:], axis=1)], axis=2), 3)
     for file in (out / "held-out.gif", out / "held-out.mp4"):
         data.write_video(file, grid, data.FPS)
@@ -730,8 +727,8 @@ def experiment(options, place, mesh):
         scores["base", 0.0, seed] = scored(folder / "base", folder, seed)
         for row, (changes, rates) in TRIALS.items():
             for lr in rates:
-                each = dataclasses.replace(options, **TINY | dict(data=records, seed=seed, lr=lr, experiment=0) | changes,
-                                           out=f"{folder}/{row}-{lr:g}")
+                each = dataclasses.replace(options, out=f"{folder}/{row}-{lr:g}", **TINY | changes | dict(
+                    data=records, seed=seed, lr=lr, experiment=0))
                 if not (Path(each.out) / "base.json").exists():
                     Path(each.out).mkdir(exist_ok=True)
                     with open(f"{each.out}/log.txt", "a") as log, redirect_stdout(log):
