@@ -29,13 +29,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from model import UserError, base_of, load_text_encoder, load_vae, read_config, resolve
+from model import UserError, base_of, load_text_encoder, load_vae, read_config, read_dit_config, resolve
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What all commands share: options, devices, seeds, files written whole
 # ---------------------------------------------------------------------------------------------------------------------
 
 HUB_MODEL = "zai-org/CogVideoX-5b-I2V"
+
+
+def default_model():
+    """The model where no --model is given, and why: CogVideoX-5B-I2V with a GPU, the tiny one without."""
+    return (HUB_MODEL, "a GPU is here") if torch.cuda.is_available() else ("tiny", "no GPU is here")
 
 
 def parse(options, tiny, argv=None):
@@ -49,30 +54,15 @@ def parse(options, tiny, argv=None):
         kind = dict(type=field.type) if field.type is not bool else dict(action=argparse.BooleanOptionalAction)
         if get_origin(field.type) is Literal:
             kind = dict(choices=get_args(field.type))
+        shown = f" [{field.default}]" if field.default not in ("", 0) else ""
         parser.add_argument("--" + field.name.replace("_", "-"), default=field.default,
-                            help=help_of[field.name].replace("%", "%%"), **kind)
+                            help=help_of[field.name].replace("%", "%%") + shown, **kind)
     valid = " ".join("--" + f.name.replace("_", "-") for f in fields(options))
     parser.error = lambda message: sys.exit(f"error: {message}; the options are {valid}")
-    if base_of(default_model(parser.parse_args(argv).model)[0]) == "tiny":
+    parser.set_defaults(model=default_model()[0])
+    if base_of(parser.parse_args(argv).model) == "tiny":
         parser.set_defaults(**tiny)
     return options(**vars(parser.parse_args(argv)))
-
-
-def command(main, options, tiny={}):
-    """Run `main(options)`; a user's mistake ends in one line and status 1, an interruption in how to go on."""
-    try:
-        main(parse(options, tiny))
-    except UserError as e:
-        sys.exit(f"error: {e}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted; nothing finished is lost, and the same command goes on from here")
-
-
-def default_model(model):
-    """The model to use and why it is that one: the one asked for, else CogVideoX-5B-I2V with a GPU and tiny without."""
-    if model:
-        return model, "--model"
-    return (HUB_MODEL, "a GPU is here") if torch.cuda.is_available() else ("tiny", "no GPU is here")
 
 
 class Place(NamedTuple):
@@ -93,6 +83,19 @@ def placement():
         raise UserError(f"--nproc_per_node asks for a GPU number {local}, this machine has {torch.cuda.device_count()}")
     torch.cuda.set_device(local)
     return Place(rank, world, torch.device("cuda", local), torch.bfloat16)
+
+
+def command(main, options, tiny={}):
+    """Run `main(options)`; a user's mistake ends in one line and status 1, an interruption in how to go on."""
+    try:
+        options, (default, why) = parse(options, tiny), default_model()
+        if placement().rank == 0:
+            print(f"model: {options.model} ({why if options.model == default else '--model'})")
+        main(options)
+    except UserError as e:
+        sys.exit(f"error: {e}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted; nothing finished is lost, and the same command goes on from here")
 
 
 def generator(*key):
@@ -221,31 +224,6 @@ class Clip(NamedTuple):
     negatives: tuple[Path, ...] = ()                       # generated videos, where the folder has them
 
 
-def list_clips(folder):
-    """The clips of a folder in any of its three forms, in a fixed order.
-
-    Raises UserError for a folder without clips, lists that do not fit, or two clips of one name.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"--videos {folder}: no such folder")
-    if (folder / "video.txt").is_file():
-        pairs = authors_pairs(folder)
-    elif (folder / "metadata.jsonl").is_file() or (folder / "metadata.csv").is_file():
-        pairs = metadata_pairs(folder)
-    else:
-        pairs = sidecar_pairs(folder)
-    clips = [find_extras(folder, file, caption) for file, caption in pairs]
-    if not clips:
-        raise UserError(f"--videos {folder}: holds no videos; expected NAME.mp4 beside NAME.txt, metadata.jsonl, "
-                        "metadata.csv, or video.txt and prompt.txt")
-    names = [clip.name for clip in clips]
-    for name in names:
-        if names.count(name) > 1:
-            raise UserError(f"--videos {folder}: two clips are named {name}; rename one")
-    return clips
-
-
 def authors_pairs(folder):
     """video.txt and prompt.txt, a line a clip: the layout of the authors' release."""
     lists = []
@@ -293,6 +271,31 @@ def find_extras(folder, file, caption):
     image = folder / "first_frames" / f"{name}.png"
     negatives = tuple(sorted((folder / "negative_samples" / path.stem).glob("*.mp4")))
     return Clip(name, folder / path, caption, image if image.is_file() else None, negatives)
+
+
+def list_clips(folder):
+    """The clips of a folder in any of its three forms, in a fixed order.
+
+    Raises UserError for a folder without clips, lists that do not fit, or two clips of one name.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"--videos {folder}: no such folder")
+    if (folder / "video.txt").is_file():
+        pairs = authors_pairs(folder)
+    elif (folder / "metadata.jsonl").is_file() or (folder / "metadata.csv").is_file():
+        pairs = metadata_pairs(folder)
+    else:
+        pairs = sidecar_pairs(folder)
+    clips = [find_extras(folder, file, caption) for file, caption in pairs]
+    if not clips:
+        raise UserError(f"--videos {folder}: holds no videos; expected NAME.mp4 beside NAME.txt, metadata.jsonl, "
+                        "metadata.csv, or video.txt and prompt.txt")
+    names = [clip.name for clip in clips]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"--videos {folder}: two clips are named {name}; rename one")
+    return clips
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -496,6 +499,11 @@ def toy_video(seed, index, frames=17, size=32, strength=0.0):
     return render(skeleton(*motion), size), figure.caption
 
 
+def enlarge(video, times):
+    """Every pixel of (F,H,W,3) `times` × `times`."""
+    return video.repeat(times, axis=1).repeat(times, axis=2)
+
+
 def write_toy_videos(folder, count, seed, strength=0.0, frames=17, size=32):
     """NAME.mp4 beside NAME.txt; each clip is corrupted by a strength between 0 and `strength`. What is there already
     is left alone: the mp4 takes its name last, so where there is one, both files are whole."""
@@ -508,11 +516,6 @@ def write_toy_videos(folder, count, seed, strength=0.0, frames=17, size=32):
         with whole_file(path.with_suffix(".txt")) as part:
             part.write_text(caption + "\n")
         write_video(path, enlarge(video, 2), FPS)          # mp4 stores hue at half size: at twice the size none is lost
-
-
-def enlarge(video, times):
-    """Every pixel of (F,H,W,3) `times` × `times`."""
-    return video.repeat(times, axis=1).repeat(times, axis=2)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -618,20 +621,19 @@ class Options:
 
 def clip_shape(options, folder):
     """(frames, height, width) of the clips: as asked, else as the model was trained. Raises UserError for a bad one."""
-    c = read_config(folder, "transformer", "CogVideoXTransformer3DModel")
+    c = read_dit_config(folder)
     space = 2 ** (len(read_config(folder, "vae", "AutoencoderKLCogVideoX")["block_out_channels"]) - 1)
-    shape = (options.frames or c["sample_frames"],
-             options.height or c["sample_height"] * space, options.width or c["sample_width"] * space)
+    trained = c["sample_frames"], c["sample_height"] * space, c["sample_width"] * space
+    shape = tuple(asked or own for asked, own in zip((options.frames, options.height, options.width), trained))
     if shape[0] < 1 or shape[0] % 8 != 1:
         raise UserError(f"--frames {shape[0]}: expected 8k + 1 (9, 17, … 49)")
     multiple = space * c["patch_size"]
     for option, size in (("--height", shape[1]), ("--width", shape[2])):
         if size <= 0 or size % multiple:
             raise UserError(f"{option} {size}: expected a multiple of {multiple}")
-    trained = c["sample_height"] * space, c["sample_width"] * space
-    if c.get("use_learned_positional_embeddings") and (shape[0] > c["sample_frames"] or shape[1:] != trained):
+    if c["use_learned_positional_embeddings"] and (shape[0] > trained[0] or shape[1:] != trained[1:]):
         raise UserError(f"--frames {shape[0]} --height {shape[1]} --width {shape[2]}: this model's learned positions "
-                        f"are for at most {c['sample_frames']} frames of {trained[0]}×{trained[1]}")
+                        f"are for at most {trained[0]} frames of {trained[1]}×{trained[2]}")
     if options.fps < 1:
         raise UserError(f"--fps {options.fps}: expected at least 1")
     return shape
@@ -643,7 +645,8 @@ def usable(clips, options, frames):
     for clip in tqdm(clips, desc="checking clips"):
         try:
             if clip.caption is None:
-                raise UserError(f"{clip.video}: has no caption; write it into {clip.video.with_suffix('.txt')}")
+                raise UserError(f"{clip.video}: has no caption; write one into {clip.video.with_suffix('.txt')} "
+                                "or into the folder's list")
             if options.given_negatives and not clip.negatives:
                 raise UserError(f"{clip.video}: has no negatives; expected negative_samples/{clip.video.stem}/*.mp4")
             for video in (clip.video, *(clip.negatives if options.given_negatives else ())):
@@ -698,13 +701,11 @@ def missing(expected, folder):
 def main(options):
     """Encode this rank's share of the clips. Ranks never wait for each other: any number makes the same files."""
     rank, world, device, dtype = placement()
-    model, why = default_model(options.model)
-    if rank == 0:
-        print(f"model: {model} ({why})")
     if not options.videos:
         raise UserError("--videos is missing: the folder of clips with captions")
     clips = {clip.name: clip for clip in list_clips(options.videos)}
-    folder, out = resolve(model, "transformer/config.json", "vae", "text_encoder", "tokenizer"), Path(options.out)
+    folder = resolve(options.model, "transformer/config.json", "vae", "text_encoder", "tokenizer")
+    out = Path(options.out)
     shape = clip_shape(options, folder)
     made_by = dict(vae=digest(folder / "vae"), text_encoder=digest(folder / "text_encoder"),
                    frames=shape[0], height=shape[1], width=shape[2],
@@ -725,8 +726,8 @@ def main(options):
         write_tensors(out / "win" / f"{clip.name}.safetensors", {**record, "text": embeddings[clip.caption]},
                       **expected[clip.name])
     if rank == 0:
-        print(f"{len(list((out / 'win').glob('*.safetensors')))} clips in {out}/win; "
-              f"next: python {'train' if options.given_negatives else 'sample'}.py --model {model} --data {out}")
+        print(f"{len(list((out / 'win').glob('*.safetensors')))} clips in {out}/win; next: python "
+              f"{'train' if options.given_negatives else 'sample'}.py --model {options.model} --data {out}")
 
 
 if __name__ == "__main__":

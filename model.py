@@ -92,33 +92,6 @@ class T5Encoder(nn.Module):
         return self.encoder["final_layer_norm"](x)
 
 
-def load_text_encoder(path, device="cpu", dtype=torch.float32):
-    """Load tokenizer and T5 encoder. Returns `encode_text(prompts: list[str]) -> (B,L,D)` on `device`.
-
-    Prompts are cut or padded to the transformer's `max_text_seq_length` L (226). Raises UserError for a folder that
-    does not hold them.
-    """
-    import sentencepiece
-    folder = resolve(path, "tokenizer", "text_encoder", "transformer/config.json")
-    net = materialize(T5Encoder, read_config(folder, "text_encoder", "T5EncoderModel"),
-                      folder / "text_encoder", device, dtype)
-    spiece = folder / "tokenizer" / "spiece.model"
-    try:
-        tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(spiece))
-    except (RuntimeError, OSError) as e:
-        raise UserError(f"{spiece}: cannot be read; T5's tokenizer is a SentencePiece file of that name ({e})") from e
-    length = read_config(folder, "transformer", "CogVideoXTransformer3DModel")["max_text_seq_length"]
-    PAD, EOS = 0, 1                                        # T5's ids
-
-    @torch.no_grad()
-    def encode_text(prompts):
-        ids = [tokenizer.encode(prompt)[:length - 1] + [EOS] for prompt in prompts]
-        ids = torch.tensor([row + [PAD] * (length - len(row)) for row in ids], device=device)
-        return net(ids)                                                                 # (B,L,D)
-
-    return encode_text
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Video autoencoder: 3-D convolutions that look into the past only (CogVideoX, Yang et al. 2024, Sec. 2.1)
 # ---------------------------------------------------------------------------------------------------------------------
@@ -348,15 +321,6 @@ class VAE(nn.Module):
                           for chunk in chunks(z.shape[2], 2)], dim=2)
 
 
-def load_vae(path, device="cpu", dtype=torch.float32):
-    """Load the video autoencoder of a model folder or hub id. Raises UserError where it is missing or broken."""
-    folder = resolve(path, "vae")
-    config = read_config(folder, "vae", "AutoencoderKLCogVideoX")
-    refuse(folder / "vae", config, use_quant_conv=False, use_post_quant_conv=False,
-           invert_scale_latents=False, shift_factor=None)
-    return materialize(VAE, config, folder / "vae", device, dtype).eval()
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Diffusion transformer: text and video tokens in one sequence (CogVideoX, Sec. 2.2)
 # ---------------------------------------------------------------------------------------------------------------------
@@ -387,6 +351,26 @@ def modulate(shift, scale, x):
 def add_gated(gate, x, h):
     """What it adds: x (B,S,D) plus its output h, by a gate (B,1,D)."""
     return torch.addcmul(x, h, gate)
+
+
+@lru_cache(maxsize=8)
+def rope_table(grid, n_text, head_dim, device):
+    """e^(i·angle) (S, head_dim/2), complex fp32: a quarter of the head turns with time, 3/8 each with height and width.
+
+    Text tokens stand at angle zero, so the whole sequence is rotated in one go.
+    """
+    parts = (head_dim // 4, head_dim // 8 * 3, head_dim // 8 * 3)
+    frequencies = [10_000.0 ** (-torch.arange(0, n, 2, dtype=torch.float32) / n) for n in parts]
+    positions = torch.cartesian_prod(*(torch.arange(n, dtype=torch.float32) for n in grid))                 # (FHW,3)
+    angles = torch.cat([positions[:, i, None] * f for i, f in enumerate(frequencies)], dim=1)
+    angles = torch.cat([torch.zeros(n_text, angles.shape[1]), angles])                                      # (S,d/2)
+    return torch.polar(torch.ones_like(angles), angles).to(device)
+
+
+def rotate(x, turn):
+    """Turn adjacent pairs of features of x (B,heads,S,d), read as complex numbers, by `rope_table`, in fp32."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * turn).flatten(-2).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -422,6 +406,17 @@ class Block(nn.Module):
             h = layer(per_kind(modulate, n_text, (text_shift, text_scale), (shift, scale), h))
             x = per_kind(add_gated, n_text, (text_gate,), (gate,), x, h)                # (B,S,D)
         return x
+
+
+ATTENTION = [getattr(torch.ops.aten, f"_scaled_dot_product_{kind}").default
+             for kind in ("flash_attention", "flash_attention_for_cpu", "efficient_attention", "cudnn_attention")]
+
+
+def recomputed(block, how):
+    """`block` with its activations recomputed in the backward pass: all of them, or ("selective") all but what
+    attention put out, half of a 5B block's work for one activation more."""
+    keep = dict(context_fn=partial(create_selective_checkpoint_contexts, ATTENTION)) if how == "selective" else {}
+    return partial(checkpoint, block, use_reentrant=False, **keep)
 
 
 class DiT(nn.Module):
@@ -480,37 +475,6 @@ class DiT(nn.Module):
         return self.patch_embed.pos_embedding[:, :tokens].to(like)
 
 
-ATTENTION = [getattr(torch.ops.aten, f"_scaled_dot_product_{kind}").default
-             for kind in ("flash_attention", "flash_attention_for_cpu", "efficient_attention", "cudnn_attention")]
-
-
-def recomputed(block, how):
-    """`block` with its activations recomputed in the backward pass: all of them, or ("selective") all but what
-    attention put out, half of a 5B block's work for one activation more."""
-    keep = dict(context_fn=partial(create_selective_checkpoint_contexts, ATTENTION)) if how == "selective" else {}
-    return partial(checkpoint, block, use_reentrant=False, **keep)
-
-
-@lru_cache(maxsize=8)
-def rope_table(grid, n_text, head_dim, device):
-    """e^(i·angle) (S, head_dim/2), complex fp32: a quarter of the head turns with time, 3/8 each with height and width.
-
-    Text tokens stand at angle zero, so the whole sequence is rotated in one go.
-    """
-    parts = (head_dim // 4, head_dim // 8 * 3, head_dim // 8 * 3)
-    frequencies = [10_000.0 ** (-torch.arange(0, n, 2, dtype=torch.float32) / n) for n in parts]
-    positions = torch.cartesian_prod(*(torch.arange(n, dtype=torch.float32) for n in grid))                 # (FHW,3)
-    angles = torch.cat([positions[:, i, None] * f for i, f in enumerate(frequencies)], dim=1)
-    angles = torch.cat([torch.zeros(n_text, angles.shape[1]), angles])                                      # (S,d/2)
-    return torch.polar(torch.ones_like(angles), angles).to(device)
-
-
-def rotate(x, turn):
-    """Turn adjacent pairs of features of x (B,heads,S,d), read as complex numbers, by `rope_table`, in fp32."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * turn).flatten(-2).to(x.dtype)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Everything is a denoiser: the wrapping of F that predicts clean latents on x_t = (1 − t)·x₀ + t·ε (ψ of Eq. 4–5)
 # ---------------------------------------------------------------------------------------------------------------------
@@ -558,15 +522,11 @@ class VPrediction:
         return torch.cat([self.t[trailing], torch.zeros(1, dtype=torch.float64)])
 
 
-def prediction_of(folder):
-    """What the scheduler's config says the network predicts."""
-    c = read_config(folder, "scheduler",
-                    "CogVideoXDDIMScheduler", "CogVideoXDPMScheduler", "FlowMatchEulerDiscreteScheduler")
-    if c["_class_name"] == "FlowMatchEulerDiscreteScheduler":
-        return FlowPrediction()
-    refuse(folder / "scheduler", c, prediction_type="v_prediction", beta_schedule="scaled_linear",
-           rescale_betas_zero_snr=True)
-    return VPrediction(c)
+def sinusoid(k, width):
+    """(B,) -> (B,width), fp32: cosines then sines of k at `width`/2 frequencies from 1 down to 1/10000."""
+    half = width // 2
+    angles = k[:, None] * torch.exp(-math.log(10_000) / half * torch.arange(half, device=k.device))
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
 class Denoiser(nn.Module):
@@ -603,30 +563,6 @@ class Denoiser(nn.Module):
         return self.prediction.time_grid(steps)
 
 
-def sinusoid(k, width):
-    """(B,) -> (B,width), fp32: cosines then sines of k at `width`/2 frequencies from 1 down to 1/10000."""
-    half = width // 2
-    angles = k[:, None] * torch.exp(-math.log(10_000) / half * torch.arange(half, device=k.device))
-    return torch.cat([angles.cos(), angles.sin()], dim=1)
-
-
-def load_dit(path, device="cpu", dtype=torch.float32, shard=lambda net: None):
-    """Load the diffusion transformer of a model folder or hub id as a `Denoiser`.
-
-    `shard(net)` may distribute the still empty network; each rank then reads only its own slices of the files.
-    Raises UserError for a checkpoint that is missing, broken or of another kind.
-    """
-    folder = resolve(path, "transformer", "scheduler")
-    config, where = read_config(folder, "transformer", "CogVideoXTransformer3DModel"), folder / "transformer"
-    refuse(where, config, use_rotary_positional_embeddings=True, patch_size_t=None, ofs_embed_dim=None,
-           attention_bias=True, patch_bias=True, in_channels=2 * config["out_channels"],
-           activation_fn="gelu-approximate", timestep_activation_fn="silu",
-           norm_elementwise_affine=True, flip_sin_to_cos=True, freq_shift=0)
-    prediction = prediction_of(folder)
-    scheduler = dict(read_json(folder / "scheduler" / "scheduler_config.json"))
-    return Denoiser(materialize(DiT, config, where, device, dtype, shard), prediction, scheduler)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Folders: the layout that diffusers publishes, read strictly and written whole
 # ---------------------------------------------------------------------------------------------------------------------
@@ -650,6 +586,25 @@ PUBLISHED_DIT = DEFAULTS["CogVideoXTransformer3DModel"] | dict(  # CogVideoX-5B-
     in_channels=32, out_channels=16, num_layers=42, sample_frames=49, sample_height=60, sample_width=90,
     text_embed_dim=4096, time_embed_dim=512,
     use_learned_positional_embeddings=True, use_rotary_positional_embeddings=True)
+
+
+class Config(dict):
+    """What a config.json says. To ask for what it does not say is an error that names the file."""
+
+    def __init__(self, file, entries):
+        super().__init__(entries)
+        self.file = file
+
+    def __missing__(self, key):
+        raise UserError(f"{self.file}: {key} is missing")
+
+
+def read_json(file):
+    """The object in a JSON file, as a Config. Raises UserError where there is none."""
+    try:
+        return Config(file, json.loads(file.read_text()))
+    except (OSError, ValueError, TypeError) as e:
+        raise UserError(f"{file}: cannot be read as a JSON object ({e})") from e
 
 
 def base_of(path):
@@ -681,25 +636,6 @@ def resolve(path, *parts):
     return folder
 
 
-class Config(dict):
-    """What a config.json says. To ask for what it does not say is an error that names the file."""
-
-    def __init__(self, file, entries):
-        super().__init__(entries)
-        self.file = file
-
-    def __missing__(self, key):
-        raise UserError(f"{self.file}: {key} is missing")
-
-
-def read_json(file):
-    """The object in a JSON file, as a Config. Raises UserError where there is none."""
-    try:
-        return Config(file, json.loads(file.read_text()))
-    except (OSError, ValueError, TypeError) as e:
-        raise UserError(f"{file}: cannot be read as a JSON object ({e})") from e
-
-
 def read_config(folder, part, *class_names):
     """config.json of a part, with the family's defaults filled in. Raises UserError for another class of network."""
     file = folder / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
@@ -708,6 +644,11 @@ def read_config(folder, part, *class_names):
     if name not in class_names:
         raise UserError(f"{file}: is of class {name}, expected {' or '.join(class_names)}")
     return Config(file, {**DEFAULTS.get(name, {}), **config, "_class_name": name})
+
+
+def read_dit_config(path):
+    """config.json of the transformer of a model folder or hub id."""
+    return read_config(resolve(path, "transformer/config.json"), "transformer", "CogVideoXTransformer3DModel")
 
 
 def refuse(where, config, **supported):
@@ -741,15 +682,6 @@ def keep_freed_memory():
         libc.mallopt(option, value)
 
 
-def materialize(network, config, where, device, dtype, shard=lambda net: None):
-    """A network filled from the files in `where`. Raises UserError where they are not its own."""
-    if torch.device(device).type == "cpu":
-        keep_freed_memory()
-    net = empty(network, config, dtype, device, shard)
-    read_weights(net, where)
-    return net
-
-
 def weight_files(where):
     """{tensor name: file} of a part's safetensors: those an index names, or the only one. Nothing else is opened."""
     index = sorted(where.glob("*.safetensors.index.json"))
@@ -767,6 +699,14 @@ def weight_files(where):
         except (OSError, SafetensorError) as e:
             raise UserError(f"{file}: not a whole safetensors file ({e}); download or copy it again") from e
     return names
+
+
+def copy_slice(stored, tensor):
+    """Fill a tensor, or this rank's shard of a DTensor, from a stored one without reading the rest of it."""
+    if not isinstance(tensor, DTensor):
+        return tensor.copy_(stored[...])
+    shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    tensor.to_local().copy_(stored[tuple(slice(o, o + n) for o, n in zip(offset, shape))])
 
 
 @torch.no_grad()
@@ -788,12 +728,13 @@ def read_weights(net, where):
                 copy_slice(stored, tensor)
 
 
-def copy_slice(stored, tensor):
-    """Fill a tensor, or this rank's shard of a DTensor, from a stored one without reading the rest of it."""
-    if not isinstance(tensor, DTensor):
-        return tensor.copy_(stored[...])
-    shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-    tensor.to_local().copy_(stored[tuple(slice(o, o + n) for o, n in zip(offset, shape))])
+def materialize(network, config, where, device, dtype, shard=lambda net: None):
+    """A network filled from the files in `where`. Raises UserError where they are not its own."""
+    if torch.device(device).type == "cpu":
+        keep_freed_memory()
+    net = empty(network, config, dtype, device, shard)
+    read_weights(net, where)
+    return net
 
 
 def is_first():
@@ -812,6 +753,16 @@ def plan_shards(tensors, itemsize, stem, shard_bytes):
         size += nbytes
     return [(f"{stem}.safetensors" if len(plan) == 1 else f"{stem}-{i + 1:05d}-of-{len(plan):05d}.safetensors", names)
             for i, names in enumerate(plan)]
+
+
+def replace_folder(new, old):
+    """Put the complete folder `new` in the place of `old`."""
+    aside = old.with_name(old.name + ".old")
+    shutil.rmtree(aside, ignore_errors=True)
+    if old.exists():
+        old.rename(aside)
+    new.rename(old)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def save_part(net, config, where, dtype=None, stem="diffusion_pytorch_model", config_name="config.json",
@@ -850,14 +801,71 @@ def save_part(net, config, where, dtype=None, stem="diffusion_pytorch_model", co
                         "make room and start again") from e
 
 
-def replace_folder(new, old):
-    """Put the complete folder `new` in the place of `old`."""
-    aside = old.with_name(old.name + ".old")
-    shutil.rmtree(aside, ignore_errors=True)
-    if old.exists():
-        old.rename(aside)
-    new.rename(old)
-    shutil.rmtree(aside, ignore_errors=True)
+# ---------------------------------------------------------------------------------------------------------------------
+# The three networks of a model folder, and the way back
+# ---------------------------------------------------------------------------------------------------------------------
+
+def load_text_encoder(path, device="cpu", dtype=torch.float32):
+    """Load tokenizer and T5 encoder. Returns `encode_text(prompts: list[str]) -> (B,L,D)` on `device`.
+
+    Prompts are cut or padded to the transformer's `max_text_seq_length` L (226). Raises UserError for a folder that
+    does not hold them.
+    """
+    import sentencepiece
+    folder = resolve(path, "tokenizer", "text_encoder", "transformer/config.json")
+    net = materialize(T5Encoder, read_config(folder, "text_encoder", "T5EncoderModel"),
+                      folder / "text_encoder", device, dtype)
+    spiece = folder / "tokenizer" / "spiece.model"
+    try:
+        tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(spiece))
+    except (RuntimeError, OSError) as e:
+        raise UserError(f"{spiece}: cannot be read; T5's tokenizer is a SentencePiece file of that name ({e})") from e
+    length = read_dit_config(folder)["max_text_seq_length"]
+    PAD, EOS = 0, 1                                        # T5's ids
+
+    @torch.no_grad()
+    def encode_text(prompts):
+        ids = [tokenizer.encode(prompt)[:length - 1] + [EOS] for prompt in prompts]
+        ids = torch.tensor([row + [PAD] * (length - len(row)) for row in ids], device=device)
+        return net(ids)                                                                 # (B,L,D)
+
+    return encode_text
+
+
+def load_vae(path, device="cpu", dtype=torch.float32):
+    """Load the video autoencoder of a model folder or hub id. Raises UserError where it is missing or broken."""
+    folder = resolve(path, "vae")
+    config = read_config(folder, "vae", "AutoencoderKLCogVideoX")
+    refuse(folder / "vae", config, use_quant_conv=False, use_post_quant_conv=False,
+           invert_scale_latents=False, shift_factor=None)
+    return materialize(VAE, config, folder / "vae", device, dtype).eval()
+
+
+def prediction_of(folder):
+    """What the scheduler's config says the network predicts."""
+    c = read_config(folder, "scheduler",
+                    "CogVideoXDDIMScheduler", "CogVideoXDPMScheduler", "FlowMatchEulerDiscreteScheduler")
+    if c["_class_name"] == "FlowMatchEulerDiscreteScheduler":
+        return FlowPrediction()
+    refuse(folder / "scheduler", c, prediction_type="v_prediction", beta_schedule="scaled_linear",
+           rescale_betas_zero_snr=True)
+    return VPrediction(c)
+
+
+def load_dit(path, device="cpu", dtype=torch.float32, shard=lambda net: None):
+    """Load the diffusion transformer of a model folder or hub id as a `Denoiser`.
+
+    `shard(net)` may distribute the still empty network; each rank then reads only its own slices of the files.
+    Raises UserError for a checkpoint that is missing, broken or of another kind.
+    """
+    folder = resolve(path, "transformer", "scheduler")
+    config, where = read_dit_config(folder), folder / "transformer"
+    refuse(where, config, use_rotary_positional_embeddings=True, patch_size_t=None, ofs_embed_dim=None,
+           attention_bias=True, patch_bias=True, in_channels=2 * config["out_channels"],
+           activation_fn="gelu-approximate", timestep_activation_fn="silu",
+           norm_elementwise_affine=True, flip_sin_to_cos=True, freq_shift=0)
+    scheduler = dict(read_json(folder / "scheduler" / "scheduler_config.json"))
+    return Denoiser(materialize(DiT, config, where, device, dtype, shard), prediction_of(folder), scheduler)
 
 
 def save_dit(dit, path, dtype=None):

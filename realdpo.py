@@ -49,6 +49,13 @@ def add_noise(x0, noise, t):
     return (1 - t) * x0.float() + t * noise.float()
 
 
+def weight(t, weighting):
+    """w(t), (B,)."""
+    if weighting not in ("x0", "velocity"):
+        raise ValueError(f'weighting is "{weighting}", expected "x0" or "velocity"')
+    return torch.ones_like(t) if weighting == "x0" else t.float() ** -2
+
+
 def error(denoiser, x0, noise, t, cond, weighting):
     """w(t) · the mean over elements of (x₀ − D(x_t, c, t))², fp32 (B,).
 
@@ -68,13 +75,6 @@ def errors_of_each(denoiser, videos, noise, t, cond, weighting):
     return rearrange(flat, "(b k) -> b k", k=k)
 
 
-def weight(t, weighting):
-    """w(t), (B,)."""
-    if weighting not in ("x0", "velocity"):
-        raise ValueError(f'weighting is "{weighting}", expected "x0" or "velocity"')
-    return torch.ones_like(t) if weighting == "x0" else t.float() ** -2
-
-
 def draw(win, t, noise, generator=None):
     """The t (B,), uniform in (0,1], and the noise (like win) that the caller did not give."""
     if t is None:
@@ -87,6 +87,23 @@ def draw(win, t, noise, generator=None):
 # ---------------------------------------------------------------------------------------------------------------------
 # The losses
 # ---------------------------------------------------------------------------------------------------------------------
+
+def streamed_errors(policy, errors, videos, ref, objective, anchor):
+    """Policy errors (B,1), (B,N), detached, their gradients already in the parameters; two graphs alive at a time.
+
+    The loss reaches the win's graph through one number a sample: a stand-in collects that number's gradient from every
+    negative, and the win's own backward pass comes last.
+    """
+    win_error, lose_errors = errors(policy, videos[:, :1]), []
+    stand_in, n = win_error.detach().requires_grad_(), videos.shape[1] - 1
+    for k in range(1, n + 1):
+        lose_error = errors(policy, videos[:, k:k + 1])
+        _, part = objective(stand_in, lose_error, ref[:, :1], ref[:, k:k + 1])
+        (part / n).backward()                              # frees this negative's graph
+        lose_errors.append(lose_error.detach())
+    win_error.backward(stand_in.grad + anchor / len(win_error))
+    return win_error.detach(), torch.cat(lose_errors, dim=1)
+
 
 def realdpo_loss(policy, reference, *, win, lose, cond, beta, t=None, noise=None,
                  weighting="x0", anchor=0.0, stream=False):
@@ -129,23 +146,6 @@ def realdpo_loss(policy, reference, *, win, lose, cond, beta, t=None, noise=None
     metrics = dict(preference=preference, win=win_error, lose=lose_error, ref_win=ref[:, :1], ref_lose=ref[:, 1:],
                    margin=z, accuracy=(z > 0).float())
     return loss, {name: value.detach().mean() for name, value in metrics.items()}
-
-
-def streamed_errors(policy, errors, videos, ref, objective, anchor):
-    """Policy errors (B,1), (B,N), detached, their gradients already in the parameters; two graphs alive at a time.
-
-    The loss reaches the win's graph through one number a sample: a stand-in collects that number's gradient from every
-    negative, and the win's own backward pass comes last.
-    """
-    win_error, lose_errors = errors(policy, videos[:, :1]), []
-    stand_in, n = win_error.detach().requires_grad_(), videos.shape[1] - 1
-    for k in range(1, n + 1):
-        lose_error = errors(policy, videos[:, k:k + 1])
-        _, part = objective(stand_in, lose_error, ref[:, :1], ref[:, k:k + 1])
-        (part / n).backward()                              # frees this negative's graph
-        lose_errors.append(lose_error.detach())
-    win_error.backward(stand_in.grad + anchor / len(win_error))
-    return win_error.detach(), torch.cat(lose_errors, dim=1)
 
 
 def sft_loss(policy, *, win, cond, t=None, noise=None, weighting="x0"):

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from tqdm import tqdm
 
-from data import (Records, clip_shape, command, default_model, digest, fit, generator, missing, placement, read_image,
+from data import (Records, clip_shape, command, digest, fit, generator, missing, placement, read_image,
                   to_uint8, write_tensors, write_video)
 from model import UserError, load_dit, load_text_encoder, load_vae, resolve
 from realdpo import Condition, sample
@@ -51,14 +51,14 @@ def generate(denoiser, record, empty, options, device, *key, count=1, progress=T
                   solver=options.solver, progress=progress)
 
 
-def negatives(model, options):
+def negatives(options):
     """The offline stage of Sec. 4.2: `lose` latents for this rank's share of the records that have none yet.
 
     They are stored as they leave the sampler, never decoded. Ranks never wait for each other.
     """
     place = placement()
     records = Records(options.data, negatives=False)
-    folder = resolve(model, "transformer", "scheduler")
+    folder = resolve(options.model, "transformer", "scheduler")
     made_by = dict(fingerprint=dict(
         transformer=digest(folder / "transformer"), negatives=options.negatives, steps=options.steps,
         guidance=options.guidance, solver=options.solver, seed=options.seed))
@@ -71,22 +71,22 @@ def negatives(model, options):
         write_tensors(f"{options.data}/lose/{name}.safetensors", {"lose": lose.bfloat16()}, **made_by)
     if place.rank == 0:
         print(f"{len(records)} × {options.negatives} negatives in {options.data}/lose; "
-              f"next: python train.py --model {model} --data {options.data}")
+              f"next: python train.py --model {options.model} --data {options.data}")
 
 
-def video_from(model, options):
+def video_from(options):
     """One picture and one sentence to an mp4."""
-    _, _, device, dtype = placement()
+    model, (_, _, device, dtype) = options.model, placement()
     frames, height, width = clip_shape(options, resolve(model, "transformer/config.json", "vae/config.json"))
     image = fit(read_image(options.image), height, width)                   # (3,1,H,W); fails before any network loads
     text, empty = load_text_encoder(model, device, dtype)([options.prompt, ""])
     image = load_vae(model, device, dtype).encode(image[None].to(device), generator("image", options.seed))[0]
-    free(device)
+    torch.cuda.empty_cache()
     denoiser = load_dit(model, device, dtype)
     win = torch.empty(image.shape[0], (frames - 1) // 4 + 1, *image.shape[2:], device="meta")   # only its shape is read
     latents = generate(denoiser, dict(text=text, image=image, win=win), empty, options, device, "video", options.seed)
     del denoiser
-    free(device)
+    torch.cuda.empty_cache()
     video = to_uint8(load_vae(model, device, dtype).decode(latents)[0])
     write_video(options.out, video, options.fps)
     if options.gif:
@@ -94,17 +94,8 @@ def video_from(model, options):
     print(f"{frames} frames of {height}×{width} in {options.out}" + (" and .gif" if options.gif else ""))
 
 
-def free(device):
-    """Give the memory of deleted networks back before the next is loaded."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
 def main(options):
     """Negatives with --data, else one video."""
-    model, why = default_model(options.model)
-    if placement().rank == 0:
-        print(f"model: {model} ({why})")
     if bool(options.data) == bool(options.image):
         raise UserError("give either --data CACHE (negatives) or --image PICTURE and --prompt (one video)")
     if not 1 <= options.steps <= 1000 or options.negatives < 1:
@@ -112,7 +103,7 @@ def main(options):
                         "and at least 1 negative")
     if Path(options.out).suffix != ".mp4":
         raise UserError(f"--out {options.out}: expected a name that ends in .mp4")
-    negatives(model, options) if options.data else video_from(model, options)
+    negatives(options) if options.data else video_from(options)
 
 
 if __name__ == "__main__":

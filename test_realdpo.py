@@ -1015,7 +1015,7 @@ def test_a_run_logs_every_step_and_starts_at_log_2(straight):
     assert [line["step"] for line in lines] == [0, 1, 2, 3]
     for line in lines:
         assert {"loss", *ERRORS, "margin", "accuracy", "grad_norm", "lr", "seconds", "tokens_per_second"} <= line.keys()
-        held_out = {"eval_margin", "eval_accuracy", *(f"eval_{e}_t{t}" for e in ERRORS for t in train.T_BINS)}
+        held_out = {"eval_margin", "eval_accuracy", *(f"eval_{e}_t{t}" for e in ERRORS for t in train.EVAL_T)}
         assert held_out & line.keys() == (held_out if line["step"] % 2 else set())
     assert lines[0]["loss"] == pytest.approx(math.log(2), abs=1e-6) and lines[0]["margin"] == 0
     assert sorted(p.name for p in (straight / "videos").iterdir()) == ["000002-00000.mp4", "000004-00000.mp4"]
@@ -1025,7 +1025,7 @@ def test_a_run_draws_its_curves(straight):
     picture = ElementTree.parse(straight / "curves.svg").getroot()
     texts, lines = ["".join(x.itertext()) for x in picture.findall("{*}text")], list(picture.findall("{*}polyline"))
     assert {"preference loss (log 2 = 0.69)", "accuracy", "errors", "held-out win error, by t", "held-out lose error, by t", "step 3"} <= set(texts)
-    assert len(lines) == 2 + 2 + 4 + 2 * len(train.T_BINS)
+    assert len(lines) == 2 + 2 + 4 + 2 * len(train.EVAL_T)
     preference = [float(point.split(",")[1]) for point in lines[0].get("points").split()]
     losses = [line["preference"] for line in metrics(straight)]
     assert np.corrcoef(preference, losses)[0, 1] == pytest.approx(-1, abs=0.01)         # upwards on a page, y falls
@@ -1516,7 +1516,7 @@ def test_the_experiment_makes_a_base_a_seed_compares_and_goes_on(tmp_path, monke
         return [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ") and " | rvd" not in line]
 
     assert [row[:2] for row in run(1)][:3] == [["| base", "0"], ["| SFT", "0.0003"], ["| RealDPO", "0.0003"]]
-    bases = [exported(tmp_path / "seed-0" / "base")]
+    bases = [exported(model.resolve(tmp_path / "seed-0" / "base", "transformer"))]             # the shipped one
     made = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("scores.json")}
     rows = run(2)
     assert all(file.stat().st_mtime_ns == time for file, time in made.items()) and len(made) == 5      # negatives', base's, three runs'

@@ -8,7 +8,7 @@ RUN afterwards holds transformer/ (opens here, --model RUN, and in diffusers), m
 The same command continues an interrupted run from its last checkpoint.
 """
 import dataclasses, json, math, os, shutil, signal, threading, time, warnings
-from contextlib import redirect_stdout
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -24,7 +24,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from tqdm import tqdm
 
 import data, model, sample
-from data import Records, command, default_model, generator, placement, whole_file
+from data import Records, command, generator, placement, whole_file
 from model import UserError
 from realdpo import Condition, best_and_worst, ema_update, realdpo_loss, rwr_loss, sft_loss
 
@@ -37,7 +37,7 @@ class Options:
     out: str = "run"                   # folder for the trained transformer, checkpoints and logs
     method: Literal["realdpo", "sft", "dpo", "rwr"] = "realdpo"  # or sft on the real videos; dpo, rwr: scored generated
     temperature: float = 1.0           # of rwr: scores so far apart weigh e times as much
-    epochs: int = 10                   # passes over the records (paper: 10)
+    epochs: int = 0                    # passes over the records; default: 10 (paper), or what --steps come to
     steps: int = 0                     # training steps; default: what the epochs come to
     batch: int = 8                     # samples a step over all GPUs (paper: 8); a sample is one win and N lose videos
     micro_batch: int = 1               # samples a GPU takes at a time; the rest of its share is accumulated
@@ -69,7 +69,7 @@ class Options:
     from_scratch: bool = False         # make the tiny model itself again (an hour or two), into --out
 
 
-TINY = dict(epochs=0, steps=100, micro_batch=8, lr=3e-4, beta=500.0, anchor=100.0, checkpointing="none", stream=False,
+TINY = dict(steps=100, micro_batch=8, lr=3e-4, beta=500.0, anchor=100.0, checkpointing="none", stream=False,
             save_every=50)
 PREFERENCE = ("realdpo", "dpo")         # the methods that compare with a reference
 SCORED = ("dpo", "rwr")                 # the methods that learn from scored generated videos, not from real ones
@@ -97,22 +97,21 @@ def start():
 
 def shard(net, mesh, dtype, compile=False):
     """Split every block's parameters over the ranks (FSDP2), gathered in `dtype`, gradients reduced in fp32."""
-    policy = dict(param_dtype=dtype, reduce_dtype=torch.float32)
+    precision = dict(param_dtype=dtype, reduce_dtype=torch.float32)
     for block in net.transformer_blocks:
         if compile:
             block.compile()                                # in place: names stay
         fully_shard(block, mesh=mesh,
-                    mp_policy=MixedPrecisionPolicy(**policy, cast_forward_inputs=False))    # rope stays fp32
+                    mp_policy=MixedPrecisionPolicy(**precision, cast_forward_inputs=False))    # rope stays fp32
     # Resharding the root too: else its parameters stay gathered after a forward and hide the EMA's updates.
-    fully_shard(net, mesh=mesh, mp_policy=MixedPrecisionPolicy(**policy, output_dtype=torch.float32),
+    fully_shard(net, mesh=mesh, mp_policy=MixedPrecisionPolicy(**precision, output_dtype=torch.float32),
                 reshard_after_forward=True)
 
 
-def load_models(name, place, mesh, options):
+def load_models(options, place, mesh):
     """Policy and reference, equal and sharded, fp32; they compute in the place's dtype."""
-    policy, reference = (
-        model.load_dit(name, place.device, torch.float32, lambda net: shard(net, mesh, place.dtype, options.compile))
-        for _ in range(2))
+    policy, reference = (model.load_dit(options.model, place.device, torch.float32,
+                                        lambda net: shard(net, mesh, place.dtype, options.compile)) for _ in range(2))
     policy.checkpointing = CHECKPOINTING[options.checkpointing]
     return policy.train(), reference.requires_grad_(False)
 
@@ -169,6 +168,43 @@ def loss_of(policy, reference, batch, options):
                         stream=options.stream, **common)
 
 
+stop = threading.Event()                                   # set when this process shall finish its step, save and leave
+
+
+@contextmanager
+def finish_on_signals():
+    """SIGTERM (clusters pre-empt, launchers repeat it) and Ctrl-C end the run after its step; Ctrl-C twice, at once."""
+    def handle(number, _):
+        stop.set()
+        if number == signal.SIGINT:
+            signal.signal(number, before[number])
+
+    stop.clear()
+    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def checkpoints(options):
+    """The whole checkpoints under --out, oldest first."""
+    return sorted((Path(options.out) / "checkpoints").glob("step-??????"))
+
+
+def check_health(metrics, options, step, names):
+    """Stop before the optimizer spoils the weights: where a number is not finite, or the first loss is not log 2."""
+    bad = [key for key, value in metrics.items() if not math.isfinite(value)]
+    if bad:
+        raise UserError(f"step {step}: {', '.join(bad)} not finite, records {' '.join(names)}; nothing was updated; "
+                        f"the last good checkpoint is {(checkpoints(options) or ['none'])[-1]}: "
+                        "start from it with --resume, a lower --lr or --beta and another --out")
+    if options.method in PREFERENCE and step == 0 and abs(metrics["preference"] - math.log(2)) > 1e-6:
+        raise UserError(f"the first preference loss is {metrics['preference']:.8f}, "
+                        f"expected log 2 = {math.log(2):.8f}: the reference is not the policy")
+
+
 def train_step(policy, reference, optimizer, records, options, step, place):
     """One optimizer step. Returns the metrics, averaged over all ranks, and whether some rank was asked to stop."""
     samples = list(enumerate(order(options, len(records), step)))
@@ -198,32 +234,6 @@ def train_step(policy, reference, optimizer, records, options, step, place):
     return metrics, asked > 0
 
 
-def check_health(metrics, options, step, names):
-    """Stop before the optimizer spoils the weights: where a number is not finite, or the first loss is not log 2."""
-    bad = [key for key, value in metrics.items() if not math.isfinite(value)]
-    if bad:
-        raise UserError(f"step {step}: {', '.join(bad)} not finite, records {' '.join(names)}; nothing was updated; "
-                        f"the last good checkpoint is {(checkpoints(options) or ['none'])[-1]}: "
-                        "start from it with --resume, a lower --lr or --beta and another --out")
-    if options.method in PREFERENCE and step == 0 and abs(metrics["preference"] - math.log(2)) > 1e-6:
-        raise UserError(f"the first preference loss is {metrics['preference']:.8f}, "
-                        f"expected log 2 = {math.log(2):.8f}: the reference is not the policy")
-
-
-stop = threading.Event()                                   # set when this process shall finish its step, save and leave
-
-
-def finish_on_signals():
-    """SIGTERM (clusters pre-empt, launchers repeat it) and Ctrl-C end the run after its step; Ctrl-C twice, at once."""
-    def handle(number, _):
-        stop.set()
-        if number == signal.SIGINT:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
-    stop.clear()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, handle)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints: tensors only, in safetensors; a folder has its name only once it is whole
 # ---------------------------------------------------------------------------------------------------------------------
@@ -247,18 +257,19 @@ def save_checkpoint(state, options, step, rank):
     """Write checkpoints/step-N, then forget all but the last `keep`."""
     folder = Path(options.out) / "checkpoints"
     part, final = folder / f"step-{step:06d}.part", folder / f"step-{step:06d}"
-    if rank == 0:
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-    dist.barrier()
     try:
+        if rank == 0:
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir(parents=True)
+            (part / "options.json").write_text(json.dumps({"step": step, **dataclasses.asdict(options)}, indent=1))
+        dist.barrier()
         dcp.save(state, storage_writer=dcp.HuggingFaceStorageWriter(str(part), save_distributed=True), no_dist=alone())
-    except dcp.api.CheckpointException as e:
+    except (OSError, dcp.api.CheckpointException) as e:
         shutil.rmtree(part, ignore_errors=True)
-        raise UserError(f"{part}: cannot be written ({list(e.failures.values())[0][0]}); "
+        reason = list(e.failures.values())[0][0] if isinstance(e, dcp.api.CheckpointException) else e
+        raise UserError(f"{part}: cannot be written ({reason}); "
                         "earlier checkpoints are whole: make room and start again") from None
     if rank == 0:
-        (part / "options.json").write_text(json.dumps({"step": step, **dataclasses.asdict(options)}, indent=1))
         model.replace_folder(part, final)
         for old in checkpoints(options)[:-options.keep]:
             shutil.rmtree(old)
@@ -295,11 +306,6 @@ def load_checkpoint(state, optimizer, folder, options):
     return saved["step"]
 
 
-def checkpoints(options):
-    """The whole checkpoints under --out, oldest first."""
-    return sorted((Path(options.out) / "checkpoints").glob("step-??????"))
-
-
 def find_checkpoint(options):
     """The checkpoint to go on from: the last of --out, else the one that --resume names, else None, a fresh start."""
     found = checkpoints(options)
@@ -317,7 +323,7 @@ def find_checkpoint(options):
 # Looking at it: held-out records, FLOP
 # ---------------------------------------------------------------------------------------------------------------------
 
-T_BINS = (0.1, 0.3, 0.5, 0.7, 0.9)
+EVAL_T = (0.1, 0.3, 0.5, 0.7, 0.9)
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}    # dense bf16 FLOP/s, by what the device's name contains
 
 
@@ -329,7 +335,7 @@ def evaluate(policy, reference, records, options, place):
     for i in range(share):                                 # every rank makes as many forwards: they are collectives
         index = place.rank + i * place.world
         row = records[index % len(records)]
-        for t in T_BINS:
+        for t in EVAL_T:
             noise = torch.randn(row["win"].shape, generator=generator("eval", records.names[index % len(records)], t))
             batch = {k: v[None].to(place.device).float() for k, v in {**row, "noise": noise}.items()}
             _, metrics = realdpo_loss(policy, reference, win=batch["win"], lose=batch["lose"],
@@ -338,17 +344,17 @@ def evaluate(policy, reference, records, options, place):
                                       weighting=options.weighting)
             for key, value in metrics.items():
                 of_all_t = key in ("preference", "margin", "accuracy")
-                name, count = (f"eval_{key}", len(T_BINS)) if of_all_t else (f"eval_{key}_t{t}", 1)
+                name, count = (f"eval_{key}", len(EVAL_T)) if of_all_t else (f"eval_{key}_t{t}", 1)
                 sums[name] = sums.get(name, 0) + value.double() * (index < len(records)) / len(records) / count
     numbers = torch.stack(list(sums.values()))
     dist.all_reduce(numbers)
     return dict(zip(sums, numbers.tolist()))
 
 
-def evaluate_videos(policy, name, records, options, step, place):
+def evaluate_videos(policy, records, options, step, place):
     """The first `eval_videos` held-out records as the policy makes them now: videos/STEP-NAME.mp4."""
-    settings = sample.Options(**(sample.TINY if model.base_of(name) == "tiny" else {}))
-    vae = model.load_vae(name, place.device, place.dtype)
+    settings = sample.Options(**(sample.TINY if model.base_of(options.model) == "tiny" else {}))
+    vae = model.load_vae(options.model, place.device, place.dtype)
     for i in range(math.ceil(min(options.eval_videos, len(records)) / place.world)):
         index = (place.rank + i * place.world) % len(records)
         latents = sample.generate(policy, records[index], records.empty_text(), settings, place.device,
@@ -381,8 +387,8 @@ def step_flops(config, shape, options, n_lose):
 # The run
 # ---------------------------------------------------------------------------------------------------------------------
 
-def check_options(options, records, config, world):
-    """Raise UserError for options that contradict each other, the records or the number of processes."""
+def check_options(options, world):
+    """Raise UserError for options that contradict each other or the number of processes."""
     for name in ("batch", "micro_batch", "ema_every", "save_every", "keep", "eval_every"):
         if getattr(options, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: expected at least 1")
@@ -394,15 +400,31 @@ def check_options(options, records, config, world):
                         f"{local} of --batch {options.batch}")
     if not 0 <= options.t_min < options.t_max <= 1:
         raise UserError(f"--t-min {options.t_min} --t-max {options.t_max}: expected 0 ≤ t-min < t-max ≤ 1")
+    if options.epochs and options.steps or min(options.epochs, options.steps) < 0:
+        raise UserError(f"--epochs {options.epochs} --steps {options.steps}: expected one of them (and --steps 0 with "
+                        "--epochs on the tiny model, which has its own number of steps)")
+
+
+def check_records(records, config):
+    """Raise UserError for records that are not of the model with this config."""
     win, text, lose = (tuple(records[0][k].shape) if k in records[0] else None for k in ("win", "text", "lose"))
     if win[0] != config["out_channels"] or text != (config["max_text_seq_length"], config["text_embed_dim"]):
-        raise UserError(f"--data {options.data}: latents {win} and text {text} are not this model's "
+        raise UserError(f"{records.folder}: latents {win} and text {text} are not this model's "
                         f"({config['out_channels']} channels, "
                         f"text {config['max_text_seq_length']}×{config['text_embed_dim']}); "
                         "encode the videos with the model to be trained")
     if lose and lose[1:] != win:
-        raise UserError(f"--data {options.data}: win latents are {win} and lose latents {lose}; "
-                        f"delete {options.data}/lose and make the negatives again")
+        raise UserError(f"{records.folder}: win latents are {win} and lose latents {lose}; "
+                        f"delete {records.folder}/lose and make the negatives again")
+
+
+def open_log(file, first):
+    """metrics.jsonl, open to append, without the lines of steps that will be done again."""
+    lines = file.read_text().splitlines() if file.exists() else []
+    kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] < first]
+    with whole_file(file) as part:
+        part.write_text("".join(line + "\n" for line in kept))
+    return open(file, "a")
 
 
 class Log:
@@ -414,7 +436,7 @@ class Log:
             self.file = open_log(Path(options.out) / "metrics.jsonl", first)
             try:
                 from torch.utils.tensorboard import SummaryWriter
-                self.board = SummaryWriter(f"{options.out}/tensorboard", purge_step=first)
+                self.board = SummaryWriter(f"{options.out}/tensorboard", purge_step=first, flush_secs=10)
             except ImportError:
                 self.board = None
 
@@ -432,67 +454,16 @@ class Log:
                 self.board.add_scalar(key, value, step)
 
 
-def train(name, options, place, mesh):
-    """Steps until done or asked to stop, checkpoints on the way, the trained transformer at the end.
-
-    Returns whether training is complete.
-    """
-    records = Records(options.data, negatives=options.method != "sft", scores=options.method in SCORED)
-    held_out = Records(options.eval_data) if options.eval_data else None
-    steps, begin = options.steps or math.ceil(options.epochs * len(records) / options.batch), time.time()
-    policy, reference = load_models(name, place, mesh, options)
-    check_options(options, records, policy.net.config, place.world)
-    optimizer = make_optimizer(policy, options)
-    state = training_state(policy, reference, optimizer)
-    checkpoint = find_checkpoint(options)
-    first = load_checkpoint(state, optimizer, checkpoint, options) if checkpoint else 0
-    if place.rank == 0 and first:
-        print(f"continuing from {checkpoint}")
-    flops, tokens = step_flops(policy.net.config, records[0]["win"].shape, options, len(records[0].get("lose", ())))
-    peak = next((p for gpu, p in PEAK.items()
-                 if place.device.type == "cuda" and gpu in torch.cuda.get_device_name()), None)
-    log = Log(options, first, place.rank)
-    finish_on_signals()
-    bar = tqdm(range(first, steps), initial=first, total=steps, desc=options.method, disable=place.rank > 0)
-    for step in bar:
-        tick = time.time()
-        if options.max_minutes and tick - begin > 60 * options.max_minutes:
-            stop.set()
-        metrics, asked = train_step(policy, reference, optimizer, records, options, step, place)
-        metrics["seconds"] = time.time() - tick
-        metrics["tokens_per_second"] = tokens / metrics["seconds"]
-        if peak:
-            metrics["mfu"] = flops / metrics["seconds"] / place.world / peak
-        if held_out and ((step + 1) % options.eval_every == 0 or step + 1 == steps):
-            metrics |= evaluate(policy, reference, held_out, options, place)
-            if options.eval_videos:
-                evaluate_videos(policy, name, held_out, options, step + 1, place)
-        log(step, metrics)
-        if asked or step + 1 == steps or (step + 1) % options.save_every == 0:
-            save_checkpoint(state, options, step + 1, place.rank)
-        if asked and step + 1 < steps:
-            if place.rank == 0:
-                print(f"stopped after step {step}; checkpoint saved in {options.out}/checkpoints, "
-                      "and the same command continues")
-            return False
-    export(policy, name, options, place.rank)
-    if place.rank == 0:
-        draw_curves(Path(options.out))
-    return True
-
-
-COLOURS = ("#c33", "#36c", "#2a2", "#c80", "#90c")
-
-
 def draw_curves(folder):
     """RUN/metrics.jsonl as a picture, RUN/curves.svg: what to look at first (README, "Healthy and unhealthy")."""
+    colours = ("#c33", "#36c", "#2a2", "#c80", "#90c")
     lines, panels, svg = [json.loads(line) for line in open(folder / "metrics.jsonl")], [], []
     for title, series in {
         "preference loss (log 2 = 0.69)": {"preference": "train", "eval_preference": "held out"},
         "accuracy": {"accuracy": "train", "eval_accuracy": "held out"},
         "errors": {name: name for name in ("win", "ref_win", "lose", "ref_lose")},
-        "held-out win error, by t": {f"eval_win_t{t}": f"t = {t}" for t in T_BINS},
-        "held-out lose error, by t": {f"eval_lose_t{t}": f"t = {t}" for t in T_BINS},
+        "held-out win error, by t": {f"eval_win_t{t}": f"t = {t}" for t in EVAL_T},
+        "held-out lose error, by t": {f"eval_lose_t{t}": f"t = {t}" for t in EVAL_T},
     }.items():
         points = {label: [(line["step"], line[key]) for line in lines if key in line] for key, label in series.items()}
         if any(points.values()):
@@ -500,51 +471,108 @@ def draw_curves(folder):
     for i, (title, points) in enumerate(panels):
         low, high = (f(y for p in points.values() for _, y in p) for f in (min, max))
         last, left, top, width, height = max(1, lines[-1]["step"]), 320 * i + 60, 40, 240, 150
-        place = lambda x, y: f"{left + width * x / last:.1f},{top + height * (1 - (y - low) / (high - low or 1)):.1f}"
+        at = lambda x, y: f"{left + width * x / last:.1f},{top + height * (1 - (y - low) / (high - low or 1)):.1f}"
         svg += [f'<text x="{left}" y="20" font-weight="bold">{title}</text>',
                 f'<rect x="{left}" y="{top}" width="{width}" height="{height}" fill="none" stroke="#999"/>',
                 *(f'<text x="{left - 5}" y="{y}" text-anchor="end">{value:.3g}</text>'
                   for y, value in ((top + 10, high), (top + height, low))),
                 f'<text x="{left + width}" y="{top + height + 15}" text-anchor="end">step {last}</text>']
         for k, (label, p) in enumerate(points.items()):
-            path = " ".join(place(*point) for point in p)
-            svg += [f'<polyline points="{path}" fill="none" stroke="{COLOURS[k]}"/>',
-                    f'<text x="{left + 50 * k}" y="{top + height + 32}" fill="{COLOURS[k]}">{label}</text>']
+            path = " ".join(at(*point) for point in p)
+            svg += [f'<polyline points="{path}" fill="none" stroke="{colours[k]}"/>',
+                    f'<text x="{left + 50 * k}" y="{top + height + 32}" fill="{colours[k]}">{label}</text>']
     with whole_file(folder / "curves.svg") as part:
         part.write_text(f'<svg xmlns="http://www.w3.org/2000/svg" width="{320 * len(panels)}" height="230" '
                         'font-family="sans-serif" font-size="11"><rect width="100%" height="100%" fill="white"/>\n'
                         + "\n".join(svg) + "\n</svg>\n")
 
 
-def open_log(file, first):
-    """metrics.jsonl, open to append, without the lines of steps that will be done again."""
-    lines = file.read_text().splitlines() if file.exists() else []
-    kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] < first]
-    with whole_file(file) as part:
-        part.write_text("".join(line + "\n" for line in kept))
-    return open(file, "a")
-
-
-def export(policy, name, options, rank):
+def export(policy, options, rank):
     """The trained transformer in the published layout, in the precision it will run in."""
     model.save_dit(policy, options.out, torch.bfloat16)
     if rank == 0:
-        base = name if not Path(name).is_dir() else str(Path(name).resolve())
+        base = str(Path(options.model).resolve()) if Path(options.model).is_dir() else options.model
         with whole_file(Path(options.out) / "base.json") as part:
             part.write_text(json.dumps({"model": model.base_of(base)}))
+
+
+def train(options, place, mesh):
+    """Steps until done or asked to stop, checkpoints on the way, the trained transformer at the end.
+
+    Returns whether training is complete.
+    """
+    records = Records(options.data, negatives=options.method != "sft", scores=options.method in SCORED)
+    held_out = Records(options.eval_data) if options.eval_data else None
+    steps, begin = options.steps or math.ceil((options.epochs or 10) * len(records) / options.batch), time.time()
+    check_options(options, place.world)
+    config = model.read_dit_config(options.model)
+    for each in (records, held_out) if held_out else (records,):
+        check_records(each, config)
+    policy, reference = load_models(options, place, mesh)
+    optimizer = make_optimizer(policy, options)
+    state = training_state(policy, reference, optimizer)
+    checkpoint = find_checkpoint(options)
+    first = load_checkpoint(state, optimizer, checkpoint, options) if checkpoint else 0
+    if place.rank == 0 and first:
+        print(f"continuing from {checkpoint}")
+    flops, tokens = step_flops(config, records[0]["win"].shape, options, len(records[0].get("lose", ())))
+    peak = next((p for gpu, p in PEAK.items()
+                 if place.device.type == "cuda" and gpu in torch.cuda.get_device_name()), None)
+    log = Log(options, first, place.rank)
+    bar = tqdm(range(first, steps), initial=first, total=steps, desc=options.method, disable=place.rank > 0)
+    with finish_on_signals():
+        for step in bar:
+            tick = time.time()
+            if options.max_minutes and tick - begin > 60 * options.max_minutes:
+                stop.set()
+            metrics, asked = train_step(policy, reference, optimizer, records, options, step, place)
+            metrics["seconds"] = time.time() - tick
+            metrics["tokens_per_second"] = tokens / metrics["seconds"]
+            if peak:
+                metrics["mfu"] = flops / metrics["seconds"] / place.world / peak
+            if held_out and ((step + 1) % options.eval_every == 0 or step + 1 == steps):
+                metrics |= evaluate(policy, reference, held_out, options, place)
+                if options.eval_videos:
+                    evaluate_videos(policy, held_out, options, step + 1, place)
+            log(step, metrics)
+            if asked or step + 1 == steps or (step + 1) % options.save_every == 0:
+                save_checkpoint(state, options, step + 1, place.rank)
+                if place.rank == 0:
+                    draw_curves(Path(options.out))
+            if asked and step + 1 < steps:
+                if place.rank == 0:
+                    print(f"stopped after step {step}; checkpoint saved in {options.out}/checkpoints, "
+                          "and the same command continues")
+                return False
+    export(policy, options, place.rank)
+    return True
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The dry run: the real code on tensors without data
 # ---------------------------------------------------------------------------------------------------------------------
 
-def dry_run(name, options):
+def report_dry_run(options, memory, flops, tokens, parameters, clips=5000, utilisation=0.4):
+    """Print what `dry_run` found, and how long the paper's 5 k clips would take at a stated part of an H100's peak."""
+    print(f"{parameters:,} parameters, {options.gpus} ranks, {options.batch} samples and {tokens:,} tokens a step")
+    print(f"{flops / options.batch / 1e15:.3g} PFLOP a sample, {flops / 1e15:.3g} PFLOP a step")
+    for kind, size in memory.items():
+        print(f"{size / 2 ** 30:7.2f} GiB a rank  {kind}")
+    total = sum(memory.values()) / 2 ** 30
+    print(f"{total:7.2f} GiB a rank  at the peak, which {'fits' if total < 78 else 'does not fit'} "
+          "into the 78 GiB that an 80 GB GPU gives")
+    seconds = flops / options.gpus / (utilisation * PEAK["H100"])
+    steps = options.steps or math.ceil((options.epochs or 10) * clips / options.batch)
+    print(f"{seconds:.3g} s a step at {utilisation:.0%} of an H100's {PEAK['H100'] / 1e12:.0f} TFLOP/s; "
+          f"{steps} steps ({clips} clips) take {steps * seconds / 3600:.3g} h")
+
+
+def dry_run(options):
     """What a run would take on `gpus` ranks: the step on fake tensors, its memory followed by torch's FSDP tracker."""
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
     from torch.testing._internal.distributed.fake_pg import FakeStore
-    config = (model.PUBLISHED_DIT if name == data.HUB_MODEL
-              else model.read_config(model.resolve(name, "transformer"), "transformer", "CogVideoXTransformer3DModel"))
+    config = model.PUBLISHED_DIT if options.model == data.HUB_MODEL else model.read_dit_config(options.model)
     shape = (config["out_channels"], (config["sample_frames"] - 1) // config["temporal_compression_ratio"] + 1,
              config["sample_height"], config["sample_width"])
     if options.gpus < 1 or options.batch % options.gpus:
@@ -584,21 +612,6 @@ def dry_run(name, options):
     dist.destroy_process_group()
 
 
-def report_dry_run(options, memory, flops, tokens, parameters, clips=5000, utilisation=0.4):
-    """Print what `dry_run` found, and how long the paper's 5 k clips would take at a stated part of an H100's peak."""
-    print(f"{parameters:,} parameters, {options.gpus} ranks, {options.batch} samples and {tokens:,} tokens a step")
-    print(f"{flops / options.batch / 1e15:.3g} PFLOP a sample, {flops / 1e15:.3g} PFLOP a step")
-    for kind, size in memory.items():
-        print(f"{size / 2 ** 30:7.2f} GiB a rank  {kind}")
-    total = sum(memory.values()) / 2 ** 30
-    print(f"{total:7.2f} GiB a rank  at the peak, which {'fits' if total < 78 else 'does not fit'} "
-          "into the 78 GiB that an 80 GB GPU gives")
-    seconds = flops / options.gpus / (utilisation * PEAK["H100"])
-    steps = options.steps or math.ceil(options.epochs * clips / options.batch)
-    print(f"{seconds:.3g} s a step at {utilisation:.0%} of an H100's {PEAK['H100'] / 1e12:.0f} TFLOP/s; "
-          f"{steps} steps ({clips} clips) take {steps * seconds / 3600:.3g} h")
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The laptop run: the tiny model on the toy world, by the same road as real videos
 # ---------------------------------------------------------------------------------------------------------------------
@@ -611,21 +624,6 @@ COUNTS = {"real": 48, "held-out": 16}
 def world_of(seed, kind):
     """The seed of a toy world: no two kinds, and no two --seed, draw the same figures."""
     return 10 * seed + KINDS.index(kind)
-
-
-def prepare(out, name, seed, counts, rank, scored=True):
-    """Toy videos, records and negatives under `out`, made by the commands that a user would call. Returns the cache."""
-    for kind, count in counts.items():
-        if rank == 0:
-            data.write_toy_videos(Path(out) / "videos" / kind, count, world_of(seed, kind))
-        dist.barrier()
-        run(data, rank, videos=f"{out}/videos/{kind}", model=name, out=f"{out}/cache/{kind}")
-        dist.barrier()
-    run(sample, rank, data=f"{out}/cache/real", model=name, **sample.TINY)
-    if rank == 0 and scored:
-        score_negatives(Path(out) / "cache" / "real", seed)
-    dist.barrier()
-    return f"{out}/cache/real"
 
 
 def run(module, rank, **options):
@@ -646,6 +644,21 @@ def score_negatives(cache, seed):
               for i, name in enumerate(tqdm(records.names, desc="scoring negatives"))}
     with whole_file(file) as part:
         part.write_text(json.dumps(scores))
+
+
+def prepare(out, name, seed, counts, rank, scores=True):
+    """Toy videos, records and negatives under `out`, made by the commands that a user would call. Returns the cache."""
+    for kind, count in counts.items():
+        if rank == 0:
+            data.write_toy_videos(Path(out) / "videos" / kind, count, world_of(seed, kind))
+        dist.barrier()
+        run(data, rank, videos=f"{out}/videos/{kind}", model=name, out=f"{out}/cache/{kind}")
+        dist.barrier()
+    run(sample, rank, data=f"{out}/cache/real", model=name, **sample.TINY)
+    if rank == 0 and scores:
+        score_negatives(Path(out) / "cache" / "real", seed)
+    dist.barrier()
+    return f"{out}/cache/real"
 
 
 def generated(denoiser, records):
@@ -692,103 +705,6 @@ def show(options, runs):
     for file in (out / "held-out.gif", out / "held-out.mp4"):
         data.write_video(file, grid, data.FPS)
     print(f"first frame | {' | '.join(videos)} | real, two figures a row: {out}/held-out.gif and .mp4")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The experiment: several bases, every method at several rates, one table
-# ---------------------------------------------------------------------------------------------------------------------
-
-# Row of the table: its options, and the learning rates among which the validation figures choose, as many for each.
-# RATE is among all of them. An SFT step costs 3 passes of a video; a RealDPO step 4 · 3 of the policy and 4 of the
-# reference, 16 in all.
-RATE, LOW, HIGH = 3e-4, (1e-5, 5e-5, 3e-4), (1e-4, 3e-4, 1e-3)
-TRIALS = {
-    "SFT": (dict(method="sft"), HIGH),
-    "RealDPO": (dict(), HIGH),
-    "SFT, equal compute": (dict(method="sft", steps=533), HIGH),
-    "RealDPO, no anchor": (dict(anchor=0.0), LOW),
-    "DPO": (dict(method="dpo", anchor=0.0), LOW),
-    "RWR": (dict(method="rwr"), LOW),
-}
-BASE_STEPS = 6000
-SIZES = COUNTS | {"held-out": 64, "validation": 32}
-T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)          # Student's t at 97.5 %, by degrees of freedom
-
-
-def experiment(options, place, mesh):
-    """For each of `experiment` seeds a base of its own, and every trial on the same records, steps and noise; then
-    the table. What is there already is kept; processes may share the work, each with its own seeds (`--seed`)."""
-    if options.experiment > len(T95) + 1:
-        raise UserError(f"--experiment {options.experiment}: at most {len(T95) + 1}")
-    scores = {}
-    for seed in range(options.seed, options.seed + options.experiment):
-        folder = Path(options.out) / f"seed-{seed}"
-        records = prepare(folder, own_base(folder / "base", seed), seed, SIZES, place.rank)
-        scores["base", 0.0, seed] = scored(folder / "base", folder, seed)
-        for row, (changes, rates) in TRIALS.items():
-            for lr in rates:
-                each = dataclasses.replace(options, out=f"{folder}/{row}-{lr:g}", **TINY | changes | dict(
-                    data=records, seed=seed, lr=lr, experiment=0))
-                if not (Path(each.out) / "base.json").exists():
-                    Path(each.out).mkdir(exist_ok=True)
-                    with open(f"{each.out}/log.txt", "a") as log, redirect_stdout(log):
-                        if not train(str(folder / "base"), each, place, mesh):
-                            return
-                scores[row, lr, seed] = scored(each.out, folder, seed)
-    print(table(scores) + f"\n\nheld-out figures, means over the bases; every run is in {options.out}/seed-*/")
-
-
-def own_base(folder, seed):
-    """A model folder with a base of its own, and the shipped autoencoder and text encoder. Seed 0's base is the shipped
-    one too: made in the same way, in twice the steps."""
-    if not list(folder.glob("transformer/*.safetensors")):
-        for part in ("vae", "text_encoder", "tokenizer", *(("scheduler", "transformer") if seed == 0 else ())):
-            shutil.copytree(model.TINY / part, folder / part, dirs_exist_ok=True)
-        if seed != 0:
-            make_base(folder, BASE_STEPS, seed)
-    return str(folder)
-
-
-def scored(run, folder, seed):
-    """{split: {measure: [a number a figure]}} of the model in `run`, kept in its scores.json."""
-    file = Path(run) / "scores.json"
-    if not file.exists():
-        denoiser = model.load_dit(run)
-        scores = {split: judged(generated(denoiser, Records(folder / "cache" / split, negatives=False)),
-                                world_of(seed, split))
-                  for split in ("validation", "held-out")}
-        with whole_file(file) as part:
-            part.write_text(json.dumps(scores))
-    return json.loads(file.read_text())
-
-
-def table(scores):
-    """Markdown: held-out means over seeds, with 95 % intervals of rvd, of each trial at the one rate that all share
-    and at its own best; `scores` {(row, learning rate, seed): `scored`}."""
-    seeds = sorted({seed for *_, seed in scores})
-    mean = lambda row, lr, split, measure: np.array([np.mean(scores[row, lr, s][split][measure]) for s in seeds])
-
-    def interval(values):
-        if len(values) < 2:
-            return f"{values.mean():.2f}"
-        return f"{values.mean():.2f} ± {T95[len(values) - 2] * values.std(ddof=1) / len(values) ** 0.5:.2f}"
-
-    def line(row, lr, sft):
-        rvd = mean(row, lr, "held-out", "rvd")
-        others = (f"{mean(row, lr, 'held-out', m).mean():.2f}"
-                  for m in ("limb_change", "jerkiness", "identity_loss", "action_match", "motion"))
-        better = ((f"{(rvd < other).sum()}/{len(seeds)}", interval(rvd - other))
-                  for other in (mean("base", 0.0, "held-out", "rvd"), sft))
-        return " | ".join([f"| {row}", f"{lr:g}", interval(rvd), *others, *(f"{b} ({d})" for b, d in better)]) + " |"
-
-    best = {row: min(rates, key=lambda lr: mean(row, lr, "validation", "rvd").mean())
-            for row, (_, rates) in TRIALS.items()}
-    lines = ["| | rate | rvd | limb_change | jerkiness | identity_loss | action_match | motion "
-             "| below base | below SFT |", "|---" * 10 + "|"]
-    for chosen in dict.fromkeys(TRIALS, RATE), best:
-        sft = mean("SFT", chosen["SFT"], "held-out", "rvd")
-        lines += [line("base", 0.0, sft), *(line(row, lr, sft) for row, lr in chosen.items())]
-    return "\n".join(lines)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -858,6 +774,12 @@ def make_text_encoder(folder):
     model.save_part(model.T5Encoder(TINY_T5), TINY_T5, folder / "text_encoder", torch.bfloat16, stem="model")
 
 
+def corpus_clip(index, imperfect, seed=0):
+    """Clip `index` of the corpus the base learns from: an imperfect one has faults of a strength of its own."""
+    strength = float(np.random.default_rng([seed, index, 3]).uniform()) if imperfect else 0.0
+    return data.toy_video(world_of(seed, "corpus"), index, strength=strength)
+
+
 def make_vae(folder, steps):
     """A small CogVideoX autoencoder, trained on clean and imperfect figures alike."""
     torch.manual_seed(0)
@@ -883,12 +805,6 @@ def make_vae(folder, steps):
     error = (output.clamp(-1, 1) - held_out).square().mean().item() / 4
     print(f"autoencoder: {-10 * math.log10(error):.1f} dB on 32 held-out clips")
     model.save_part(vae, config, folder / "vae", torch.bfloat16)
-
-
-def corpus_clip(index, imperfect, seed=0):
-    """Clip `index` of the corpus the base learns from: an imperfect one has faults of a strength of its own."""
-    strength = float(np.random.default_rng([seed, index, 3]).uniform()) if imperfect else 0.0
-    return data.toy_video(world_of(seed, "corpus"), index, strength=strength)
 
 
 def make_base(folder, steps, seed=0, imperfect=True, clips=4096):
@@ -938,27 +854,125 @@ def from_scratch(options):
     print(f"the tiny model is in {folder}; put it in the place of {model.TINY} to use it as --model tiny")
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# The experiment: several bases, every method at several rates, one table
+# ---------------------------------------------------------------------------------------------------------------------
+
+# Row of the table: its options, and the learning rates among which the validation figures choose, as many for each.
+# RATE is among all of them. An SFT step costs 3 passes of a video; a RealDPO step 4 · 3 of the policy and 4 of the
+# reference, 16 in all.
+RATE, LOW, HIGH = 3e-4, (1e-5, 5e-5, 3e-4), (1e-4, 3e-4, 1e-3)
+TRIALS = {
+    "SFT": (dict(method="sft"), HIGH),
+    "RealDPO": (dict(), HIGH),
+    "SFT, equal compute": (dict(method="sft", steps=533), HIGH),
+    "RealDPO, no anchor": (dict(anchor=0.0), LOW),
+    "DPO": (dict(method="dpo", anchor=0.0), LOW),
+    "RWR": (dict(method="rwr"), LOW),
+}
+BASE_STEPS = 6000
+SIZES = COUNTS | {"held-out": 64, "validation": 32}
+T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)          # Student's t at 97.5 %, by degrees of freedom
+
+
+def scored(run, folder, seed):
+    """{split: {measure: [a number a figure]}} of the model in `run`, kept in its scores.json."""
+    file = Path(run) / "scores.json"
+    if not file.exists():
+        denoiser = model.load_dit(run)
+        scores = {split: judged(generated(denoiser, Records(folder / "cache" / split, negatives=False)),
+                                world_of(seed, split))
+                  for split in ("validation", "held-out")}
+        with whole_file(file) as part:
+            part.write_text(json.dumps(scores))
+    return json.loads(file.read_text())
+
+
+def table(scores):
+    """Markdown: held-out means over seeds, with 95 % intervals of rvd, of each trial at the one rate that all share
+    and at its own best; `scores` {(row, learning rate, seed): `scored`}."""
+    seeds = sorted({seed for *_, seed in scores})
+    mean = lambda row, lr, split, measure: np.array([np.mean(scores[row, lr, s][split][measure]) for s in seeds])
+
+    def interval(values):
+        if len(values) < 2:
+            return f"{values.mean():.2f}"
+        return f"{values.mean():.2f} ± {T95[len(values) - 2] * values.std(ddof=1) / len(values) ** 0.5:.2f}"
+
+    def line(row, lr, sft):
+        rvd = mean(row, lr, "held-out", "rvd")
+        others = (f"{mean(row, lr, 'held-out', m).mean():.2f}"
+                  for m in ("limb_change", "jerkiness", "identity_loss", "action_match", "motion"))
+        better = ((f"{(rvd < other).sum()}/{len(seeds)}", interval(rvd - other))
+                  for other in (mean("base", 0.0, "held-out", "rvd"), sft))
+        return " | ".join([f"| {row}", f"{lr:g}", interval(rvd), *others, *(f"{b} ({d})" for b, d in better)]) + " |"
+
+    best = {row: min(rates, key=lambda lr: mean(row, lr, "validation", "rvd").mean())
+            for row, (_, rates) in TRIALS.items()}
+    lines = ["| | rate | rvd | limb_change | jerkiness | identity_loss | action_match | motion "
+             "| below base | below SFT |", "|---" * 10 + "|"]
+    for chosen in dict.fromkeys(TRIALS, RATE), best:
+        sft = mean("SFT", chosen["SFT"], "held-out", "rvd")
+        lines += [line("base", 0.0, sft), *(line(row, lr, sft) for row, lr in chosen.items())]
+    return "\n".join(lines)
+
+
+def own_base(folder, seed):
+    """A model folder with a base of its own, and the shipped autoencoder and text encoder. Seed 0's base is the shipped
+    one too: made in the same way, in twice the steps."""
+    with whole_file(folder / "base.json") as part:
+        part.write_text(json.dumps({"model": "tiny"}))     # where it has no part of its own, see model.resolve
+    if seed and not list(folder.glob("transformer/*.safetensors")):
+        make_base(folder, BASE_STEPS, seed)
+    return str(folder)
+
+
+def experiment(options, place, mesh):
+    """For each of `experiment` seeds a base of its own, and every trial on the same records, steps and noise; then
+    the table. What is there already is kept; processes may share the work, each with its own seeds (`--seed`)."""
+    if options.experiment > len(T95) + 1:
+        raise UserError(f"--experiment {options.experiment}: at most {len(T95) + 1}")
+    scores = {}
+    for seed in range(options.seed, options.seed + options.experiment):
+        folder = Path(options.out) / f"seed-{seed}"
+        base = own_base(folder / "base", seed)
+        records = prepare(folder, base, seed, SIZES, place.rank)
+        scores["base", 0.0, seed] = scored(base, folder, seed)
+        for row, (changes, rates) in TRIALS.items():
+            for lr in rates:
+                each = dataclasses.replace(options, out=f"{folder}/{row}-{lr:g}", **TINY | changes | dict(
+                    model=base, data=records, seed=seed, lr=lr, experiment=0))
+                if not (Path(each.out) / "base.json").exists():
+                    Path(each.out).mkdir(exist_ok=True)
+                    with open(f"{each.out}/log.txt", "a") as log, redirect_stdout(log):
+                        if not train(each, place, mesh):
+                            return
+                scores[row, lr, seed] = scored(each.out, folder, seed)
+    print(table(scores) + f"\n\nheld-out figures, means over the bases; every run is in {options.out}/seed-*/")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+# ---------------------------------------------------------------------------------------------------------------------
+
 def main(options):
     """Everything for the tiny model where there is no cache; else train on the cache there is."""
-    name, why = default_model(options.model)
     if options.from_scratch:
         return from_scratch(options)
     if options.dry_run:
-        return dry_run(name, options)
+        return dry_run(options)
     place, mesh = start()
-    if place.rank == 0:
-        print(f"model: {name} ({why})")
     if options.experiment:
         return experiment(options, place, mesh)
-    laptop = name == "tiny" and options.data == Options.data and not Path(options.data).is_dir()
+    laptop = options.model == "tiny" and options.data == Options.data and not Path(options.data).is_dir()
     if laptop:
         options.data = prepare(options.out, "tiny", options.seed, COUNTS, place.rank, options.method in SCORED)
     elif not Path(options.data).is_dir():
         raise UserError(f"--data {options.data}: no such cache; "
-                        f"make it with: python data.py --videos DIR --model {name} --out {options.data}"
-                        f" and: python sample.py --model {name} --data {options.data}")
+                        f"make it with: python data.py --videos DIR --model {options.model} --out {options.data}"
+                        f" and: python sample.py --model {options.model} --data {options.data}")
     runs = rivals(options) if laptop else [options]
-    if all(train(name, each, place, mesh) for each in runs) and place.rank == 0:        # the first one stopped ends it
+    if all(train(each, place, mesh) for each in runs) and place.rank == 0:              # the first one stopped ends it
         show(options, runs) if laptop else print(f"done: {options.out}/curves.svg shows how; try: python sample.py "
                                                  f"--model {options.out} --image first.png --prompt \"…\"")
     dist.destroy_process_group()
