@@ -736,6 +736,8 @@ def cosine(step, steps, lr):
 def optimize(parameters, loss, steps, lr, file, save_every=500):
     """Adam on `loss(generator)` with a progress bar; its state goes to `file` now and then, from which it continues."""
     parameters = list(parameters)
+    torch.set_flush_denormal(True)                         # else Adam's moments of idle weights slow a CPU down
+    model.keep_freed_memory()
     optimizer = torch.optim.AdamW(parameters, lr, betas=(0.9, 0.99), weight_decay=0.0)
     kinds = {"weight": parameters, "exp_avg": [torch.zeros_like(p) for p in parameters],
              "exp_avg_sq": [torch.zeros_like(p) for p in parameters]}
@@ -842,8 +844,6 @@ def make_base(folder, steps, seed=0, imperfect=True, clips=4096):
 
 def from_scratch(options):
     """Make the tiny model in --out, part by part; a part that is there is kept."""
-    torch.set_flush_denormal(True)
-    model.keep_freed_memory()
     folder = Path(options.out)
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "text_encoder").is_dir():
