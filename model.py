@@ -168,8 +168,9 @@ class CausalConv3d(nn.Module):
             if normalise:
                 piece = nnf.silu(normalise(piece, frames), inplace=not torch.is_grad_enabled()).to(x.dtype)
             piece = torch.cat([piece[:, :, :1], piece[:, :, :1], piece] if before is None else [before, piece], dim=2)
-            before = piece[:, :, -2:].clone()              # a view would keep the whole piece alive
+            before = None                                  # freed before the convolution makes copies of its own
             out[:, :, frames] = self.convolve(piece)
+            before = piece[:, :, -2:].clone()              # a view would keep the whole piece alive
         past[self] = before
         return out
 

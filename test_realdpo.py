@@ -1676,8 +1676,8 @@ work = lambda: realdpo_loss(net, ref, win=x, lose=lose, cond=cond, beta=5000, st
 """, (1, 5, 32, 40), 0.66, 1.0),
     "VAE encode": (*ENCODE, (17, 240, 360), 0.60, 0.70),
     "VAE decode": (*DECODE, (17, 240, 360), 0.60, 0.70),
-    "VAE encode, 49 frames": (*ENCODE, (49, 120, 184), 0.60, 0.70),
-    "VAE decode, 49 frames": (*DECODE, (49, 120, 184), 0.60, 0.70),
+    "VAE encode, 49 frames": (*ENCODE, (49, 240, 360), 0.60, 0.70),
+    "VAE decode, 49 frames": (*DECODE, (49, 240, 360), 0.60, 0.70),
     "T5": ("import transformers; net = transformers.T5EncoderModel.from_pretrained(folder + '/text_encoder').eval()\n" + T5_IDS
            + NO_GRAD.format("net(ids)"), "import model; from pathlib import Path\n" + T5_IDS + """
 config = model.read_config(Path(folder), "text_encoder", "T5EncoderModel")

@@ -552,8 +552,9 @@ def train(options, place, mesh):
 # The dry run: the real code on tensors without data
 # ---------------------------------------------------------------------------------------------------------------------
 
-def report_dry_run(options, memory, flops, tokens, parameters, clips=5000, utilisation=0.4):
-    """Print what `dry_run` found, and how long the paper's 5 k clips would take at a stated part of an H100's peak."""
+def report_dry_run(options, memory, forward, flops, tokens, parameters, clips=5000, utilisation=0.4):
+    """Print what `dry_run` found, and how long the paper's 5 k clips would take at a stated part of an H100's peak.
+    `forward`: FLOP of one sequence's forward pass."""
     print(f"{parameters:,} parameters, {options.gpus} ranks, {options.batch} samples and {tokens:,} tokens a step")
     print(f"{flops / options.batch / 1e15:.3g} PFLOP a sample, {flops / 1e15:.3g} PFLOP a step")
     for kind, size in memory.items():
@@ -561,10 +562,11 @@ def report_dry_run(options, memory, flops, tokens, parameters, clips=5000, utili
     total = sum(memory.values()) / 2 ** 30
     print(f"{total:7.2f} GiB a rank  at the peak, which {'fits' if total < 78 else 'does not fit'} "
           "into the 78 GiB that an 80 GB GPU gives")
-    seconds = flops / options.gpus / (utilisation * PEAK["H100"])
+    hours = lambda flops: flops / options.gpus / (utilisation * PEAK["H100"]) / 3600
     steps = options.steps or math.ceil((options.epochs or 10) * clips / options.batch)
-    print(f"{seconds:.3g} s a step at {utilisation:.0%} of an H100's {PEAK['H100'] / 1e12:.0f} TFLOP/s; "
-          f"{steps} steps ({clips} clips) take {steps * seconds / 3600:.3g} h")
+    print(f"at {utilisation:.0%} of an H100's {PEAK['H100'] / 1e12:.0f} TFLOP/s: {3600 * hours(flops):.3g} s a step, "
+          f"{steps} steps ({clips} clips) {hours(steps * flops):.3g} h;\n"
+          f"before that, 3 negatives a clip, 50 steps with guidance: {hours(clips * 3 * 50 * 2 * forward):.3g} h")
 
 
 def dry_run(options):
@@ -607,7 +609,8 @@ def dry_run(options):
               "Adam": found["OptState"], "reference": held,
               "activations": found["Activation"] - (held if options.method in PREFERENCE else 0),
               "temporaries": found["Temp"], "context, NCCL …": 5 * 2 ** 30}             # the last: a guess, 4 to 6
-    report_dry_run(options, memory, *step_flops(config, shape, options, n_lose),
+    *forward, _ = forward_flops(config, shape[1:], config["max_text_seq_length"])
+    report_dry_run(options, memory, sum(forward), *step_flops(config, shape, options, n_lose),
                    sum(p.numel() for p in policy.parameters()))
     dist.destroy_process_group()
 
