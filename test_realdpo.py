@@ -1593,7 +1593,8 @@ def test_the_readme_links_to_what_exists_and_counts_its_lines():
 
 def test_the_readme_gives_commands_and_options_that_parse():
     modules = dict(data=data, sample=sample, train=train)
-    commands = re.findall(r"(?:python|torchrun --nproc_per_node \d+) (data|sample|train)\.py((?: +(?:--?[\w-]+|\"[^\"\n]*\"|[\w./-]+))*)", README)
+    commands = re.findall(r"(?:python|torchrun --nproc_per_node \d+) (data|sample|train)\.py((?: +(?:--?[\w-]+|\"[^\"\n]*\"|[\w./-]+))*)",
+                          README.replace("\\\n", ""))
     assert len(commands) > 15
     for module, arguments in commands:
         data.parse(modules[module].Options, getattr(modules[module], "TINY", {}), shlex.split(arguments))
