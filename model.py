@@ -327,36 +327,24 @@ class VAE(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 
 class AdaptiveNorm(nn.Module):
-    """LayerNorm with a linear map of the time embedding to `chunks` vectors of shift, scale and gate."""
+    """LayerNorm, and a linear map of the time embedding to `chunks` vectors of shift, scale and gate, each (B,1,D)."""
 
     def __init__(self, width, time_width, eps, chunks):
         super().__init__()
         self.linear, self.norm, self.chunks = nn.Linear(time_width, chunks * width), nn.LayerNorm(width, eps), chunks
 
-    def forward(self, x, time):
-        return self.norm(x), self.linear(nnf.silu(time))[:, None].chunk(self.chunks, dim=-1)
+    def forward(self, time, *tokens):
+        return self.linear(nnf.silu(time))[:, None].chunk(self.chunks, dim=-1), *map(self.norm, tokens)
 
 
-def per_kind(function, n_text, text, video, *tokens):
-    """Apply `function(*coefficients, *tokens)` to the text tokens with theirs and to the video tokens with theirs."""
-    # Split, not sliced: the backward pass of a slice is a whole tensor of zeros to copy into and to add.
-    parts = zip(*(x.split([n_text, x.shape[1] - n_text], dim=1) for x in tokens))
-    return torch.cat([function(*kind, *part) for kind, part in zip((text, video), parts)], dim=1)   # (B,S,D)
-
-
-def modulate(shift, scale, x):
-    """What a sub-layer reads: x (B,S,D), shifted and scaled by (B,1,D)."""
+def modulate(x, shift, scale):
+    """(B,S,D), shifted and scaled by (B,1,D)."""
     return torch.addcmul(shift, x, 1 + scale)
-
-
-def add_gated(gate, x, h):
-    """What it adds: x (B,S,D) plus its output h, by a gate (B,1,D)."""
-    return torch.addcmul(x, h, gate)
 
 
 @lru_cache(maxsize=8)
 def rope_table(grid, n_text, head_dim, device):
-    """e^(i·angle) (S, head_dim/2), complex fp32: a quarter of the head turns with time, 3/8 each with height and width.
+    """e^(i·angle) (S,1,head_dim/2), complex fp32: a quarter of the head turns with time, 3/8 each with height and width.
 
     Text tokens stand at angle zero, so the whole sequence is rotated in one go.
     """
@@ -365,11 +353,11 @@ def rope_table(grid, n_text, head_dim, device):
     positions = torch.cartesian_prod(*(torch.arange(n, dtype=torch.float32) for n in grid))                 # (FHW,3)
     angles = torch.cat([positions[:, i, None] * f for i, f in enumerate(frequencies)], dim=1)
     angles = torch.cat([torch.zeros(n_text, angles.shape[1]), angles])                                      # (S,d/2)
-    return torch.polar(torch.ones_like(angles), angles).to(device)
+    return torch.polar(torch.ones_like(angles), angles)[:, None].to(device)
 
 
 def rotate(x, turn):
-    """Turn adjacent pairs of features of x (B,heads,S,d), read as complex numbers, by `rope_table`, in fp32."""
+    """Turn adjacent pairs of features of x (B,S,heads,d), read as complex numbers, by `rope_table`, in fp32."""
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * turn).flatten(-2).to(x.dtype)
 
@@ -384,8 +372,9 @@ class Attention(nn.Module):
         self.to_out, self.heads = nn.ModuleList([nn.Linear(width, width)]), heads
 
     def forward(self, x, rope):
-        q, k, v = (rearrange(to(x), "b s (h d) -> b h s d", h=self.heads) for to in (self.to_q, self.to_k, self.to_v))
-        q, k = rotate(self.norm_q(q), rope), rotate(self.norm_k(k), rope)
+        q, k, v = (rearrange(to(x), "b s (h d) -> b s h d", h=self.heads) for to in (self.to_q, self.to_k, self.to_v))
+        q, k = rotate(self.norm_q(q), rope), rotate(self.norm_k(k), rope)               # as they lie in memory: no copies
+        q, k, v = (rearrange(y, "b s h d -> b h s d") for y in (q, k, v))
         return self.to_out[0](rearrange(nnf.scaled_dot_product_attention(q, k, v), "b h s d -> b s (h d)"))
 
 
@@ -399,14 +388,16 @@ class Block(nn.Module):
         up, down = nn.ModuleDict({"proj": nn.Linear(width, 4 * width)}), nn.Linear(4 * width, width)
         self.ff = nn.ModuleDict({"net": nn.ModuleList([up, nn.Identity(), down])})
 
-    def forward(self, x, time, rope, n_text):
+    def forward(self, text, video, time, rope):
         up, _, down = self.ff["net"]
         feed_forward = lambda h: down(nnf.gelu(up["proj"](h), approximate="tanh"))
         for norm, layer in (self.norm1, lambda h: self.attn1(h, rope)), (self.norm2, feed_forward):
-            h, (shift, scale, gate, text_shift, text_scale, text_gate) = norm(x, time)
-            h = layer(per_kind(modulate, n_text, (text_shift, text_scale), (shift, scale), h))
-            x = per_kind(add_gated, n_text, (text_gate,), (gate,), x, h)                # (B,S,D)
-        return x
+            (shift, scale, gate, text_shift, text_scale, text_gate), text_h, h = norm(time, text, video)
+            h = layer(torch.cat([modulate(text_h, text_shift, text_scale), modulate(h, shift, scale)], dim=1))  # (B,S,D)
+            # Split, not sliced: the backward pass of a slice is a whole tensor of zeros to copy into and to add.
+            text_h, h = h.split([text.shape[1], video.shape[1]], dim=1)
+            text, video = torch.addcmul(text, text_gate, text_h), torch.addcmul(video, gate, h)
+        return text, video                                                              # (B,L,D), (B,FHW,D)
 
 
 ATTENTION = [getattr(torch.ops.aten, f"_scaled_dot_product_{kind}").default
@@ -445,16 +436,17 @@ class DiT(nn.Module):
         p, (_, _, frames, height, width) = self.config["patch_size"], x.shape
         grid, n_text = (frames, height // p, width // p), text.shape[1]
         time = self.time_embedding["linear_2"](nnf.silu(self.time_embedding["linear_1"](time_code)))        # (B,T)
-        x = torch.cat([self.patch_embed["text_proj"](text), self.embed_patches(x)], dim=1)                  # (B,S,D)
-        x = x + self.positions(grid, n_text, x)
+        text, video = self.patch_embed["text_proj"](text), self.embed_patches(x)                # (B,L,D), (B,FHW,D)
+        if self.config["use_learned_positional_embeddings"]:
+            text, video = (x + place for x, place in zip((text, video), self.positions(grid, n_text, text)))
         rope = rope_table(grid, n_text, self.config["attention_head_dim"], x.device)
         for block in self.transformer_blocks:
-            x = (recomputed(block, checkpointing) if checkpointing and torch.is_grad_enabled()
-                 else block)(x, time, rope, n_text)
-        x, (shift, scale) = self.norm_out(self.norm_final(x[:, n_text:]), time)                             # (B,FHW,D)
-        x = self.proj_out(modulate(shift, scale, x))
+            text, video = (recomputed(block, checkpointing) if checkpointing and torch.is_grad_enabled()
+                           else block)(text, video, time, rope)
+        (shift, scale), video = self.norm_out(time, self.norm_final(video))
+        video = self.proj_out(modulate(video, shift, scale))
         f, h, w = grid
-        return rearrange(x, "b (f h w) (c p q) -> b c f (h p) (w q)", f=f, h=h, w=w, p=p, q=p)
+        return rearrange(video, "b (f h w) (c p q) -> b c f (h p) (w q)", f=f, h=h, w=w, p=p, q=p)
 
     def embed_patches(self, x):
         """(B,2C,F,H,W) -> (B,F·H/p·W/p,D), a matrix product: a convolution whose stride is its kernel is no more."""
@@ -463,9 +455,8 @@ class DiT(nn.Module):
         return nnf.linear(patches, proj.weight.flatten(1), proj.bias)
 
     def positions(self, grid, n_text, like):
-        """Rows of the learned table for this grid: a shorter clip takes the first frames', another size has none."""
-        if not self.config["use_learned_positional_embeddings"]:
-            return 0
+        """The text's and the video's rows of the learned table: a shorter clip takes the first frames', another size
+        has none."""
         c, p = self.config, self.config["patch_size"]
         expected, tokens = (c["sample_height"] // p, c["sample_width"] // p), n_text + math.prod(grid)
         if (grid[1:] != expected or n_text != c["max_text_seq_length"]
@@ -473,7 +464,7 @@ class DiT(nn.Module):
             raise UserError(f"{n_text} text tokens and a token grid (frames, height, width) of {grid}; "
                             f"this checkpoint's learned positions are for {c['max_text_seq_length']} and at most "
                             f"{(c['sample_frames'] - 1) // c['temporal_compression_ratio'] + 1} frames of {expected}")
-        return self.patch_embed.pos_embedding[:, :tokens].to(like)
+        return self.patch_embed.pos_embedding[:, :tokens].to(like).split([n_text, tokens - n_text], dim=1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -203,7 +203,7 @@ def test_rope_equals_diffusers_and_leaves_text_alone(diffusers, grid, head_dim):
     from diffusers.models.embeddings import apply_rotary_emb, get_3d_rotary_pos_embed
     theirs = get_3d_rotary_pos_embed(head_dim, ((0, 0), grid[1:]), grid[1:], grid[0])
     q = randn(1, 2, 3 + math.prod(grid), head_dim)
-    turned = model.rotate(q, model.rope_table(grid, 3, head_dim, torch.device("cpu")))
+    turned = model.rotate(q.transpose(1, 2), model.rope_table(grid, 3, head_dim, torch.device("cpu"))).transpose(1, 2)
     assert torch.equal(turned[:, :, :3], q[:, :, :3])
     assert relative(turned[:, :, 3:], apply_rotary_emb(q[:, :, 3:], theirs)) <= 2e-5
 
@@ -1712,7 +1712,7 @@ def test_what_a_5b_block_reads_and_writes(diffusers, backward):
         return block, (tensor(1, tokens - text, width), tensor(1, text, width), tensor(1, 512), (torch.empty(tokens - text, 64, dtype=torch.float32),) * 2)
 
     def ours():
-        return model.Block(width, 48, 512, 1e-5), (tensor(1, tokens, width), tensor(1, 512), torch.empty(tokens, 32, dtype=torch.complex64), text)
+        return model.Block(width, 48, 512, 1e-5), (tensor(1, text, width), tensor(1, tokens - text, width), tensor(1, 512), torch.empty(tokens, 1, 32, dtype=torch.complex64))
 
     def cost(make):
         with FakeTensorMode():
