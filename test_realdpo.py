@@ -1331,6 +1331,8 @@ REFUSED = {                                                # command line: what 
     "train --data {cache} --resume {bad}/nowhere": ["--resume {bad}/nowhere"],
     "train --data {cache} --out {half} --resume none": ["--out {half}"],
     "train --data {cache} --out {half} --batch 4 --warmup 1 --lr 3e-4": ["step-000002", "--lr 0.0001 (now 0.0003)"],
+    "train --data {cache}/. --out {half} --batch 4 --warmup 1 --lr 1e-4": ["step-000002", "was made with --data "],
+    "train --data {cache} --epochs 1 --steps 3": ["--epochs 1 --steps 3", "expected one of them"],
     "train --dry-run --batch 3 --gpus 2": ["--batch 3"],
 }
 

@@ -286,7 +286,7 @@ def load_checkpoint(state, optimizer, folder, options):
     except (OSError, ValueError, TypeError) as e:
         raise UserError(f"{folder / 'options.json'}: cannot be read ({e}); "
                         f"delete {folder} to continue from an earlier one") from e
-    free = {"out", "steps", "epochs", "save_every", "keep", "resume", "max_minutes", "data", "checkpointing",
+    free = {"out", "steps", "epochs", "save_every", "keep", "resume", "max_minutes", "checkpointing",
             "stream", "micro_batch", "compile", "eval_data", "eval_every", "eval_videos", "dry_run", "gpus"}
     different = [f"--{k.replace('_', '-')} {saved.get(k)} (now {v})" for k, v in dataclasses.asdict(options).items()
                  if k not in free and saved.get(k) != v]
