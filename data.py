@@ -43,21 +43,28 @@ def default_model():
     return (HUB_MODEL, "a GPU is here") if torch.cuda.is_available() else ("tiny", "no GPU is here")
 
 
+def flag(name):
+    """What a field of Options is called on the command line: ema_every -> --ema-every."""
+    return "--" + name.replace("_", "-")
+
+
 def parse(options, tiny, argv=None):
     """Command line -> an instance of the dataclass `options`; each field's trailing comment is its help.
 
     `tiny` are the defaults that differ for the tiny model.
     """
     help_of = dict(re.findall(r"^    (\w+):.*?# (.*)$", inspect.getsource(options), re.M))
-    parser = argparse.ArgumentParser(description=options.__doc__, allow_abbrev=False)
+    own = " ".join(f"{name}={value}" for name, value in tiny.items())
+    parser = argparse.ArgumentParser(description=options.__doc__, epilog=own and f"The tiny model has its own: {own}",
+                                     allow_abbrev=False)
     for field in fields(options):
         kind = dict(type=field.type) if field.type is not bool else dict(action=argparse.BooleanOptionalAction)
         if get_origin(field.type) is Literal:
             kind = dict(choices=get_args(field.type))
         shown = f" [{field.default}]" if field.default not in ("", 0) else ""
-        parser.add_argument("--" + field.name.replace("_", "-"), default=field.default,
+        parser.add_argument(flag(field.name), default=field.default,
                             help=help_of[field.name].replace("%", "%%") + shown, **kind)
-    valid = " ".join("--" + f.name.replace("_", "-") for f in fields(options))
+    valid = " ".join(flag(field.name) for field in fields(options))
     parser.error = lambda message: sys.exit(f"error: {message}; the options are {valid}")
     parser.set_defaults(model=default_model()[0])
     if base_of(parser.parse_args(argv).model) == "tiny":

@@ -24,7 +24,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from tqdm import tqdm
 
 import data, model, sample
-from data import Records, command, generator, placement, whole_file
+from data import Records, command, flag, generator, placement, whole_file
 from model import UserError
 from realdpo import Condition, best_and_worst, ema_update, realdpo_loss, rwr_loss, sft_loss
 
@@ -129,6 +129,11 @@ def make_optimizer(policy, options):
 # ---------------------------------------------------------------------------------------------------------------------
 # One step
 # ---------------------------------------------------------------------------------------------------------------------
+
+def number_of_steps(options, count):
+    """--steps, or what --epochs over `count` records come to."""
+    return options.steps or math.ceil((options.epochs or 10) * count / options.batch)
+
 
 def order(options, count, step):
     """Indices of the records of one global batch: a fresh permutation each epoch, a function of (seed, step) alone."""
@@ -288,7 +293,7 @@ def load_checkpoint(state, optimizer, folder, options):
                         f"delete {folder} to continue from an earlier one") from e
     free = {"out", "steps", "epochs", "save_every", "keep", "resume", "max_minutes", "checkpointing",
             "stream", "micro_batch", "compile", "eval_data", "eval_every", "eval_videos", "dry_run", "gpus"}
-    different = [f"--{k.replace('_', '-')} {saved.get(k)} (now {v})" for k, v in dataclasses.asdict(options).items()
+    different = [f"{flag(k)} {saved.get(k)} (now {v})" for k, v in dataclasses.asdict(options).items()
                  if k not in free and saved.get(k) != v]
     if different and folder.parent == Path(options.out) / "checkpoints":
         raise UserError(f"{folder}: was made with {', '.join(different)}; use the same options or another --out")
@@ -391,7 +396,7 @@ def check_options(options, world):
     """Raise UserError for options that contradict each other or the number of processes."""
     for name in ("batch", "micro_batch", "ema_every", "save_every", "keep", "eval_every"):
         if getattr(options, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: expected at least 1")
+            raise UserError(f"{flag(name)} {getattr(options, name)}: expected at least 1")
     if options.batch % world:
         raise UserError(f"--batch {options.batch}: expected a multiple of the {world} processes")
     local = options.batch // world
@@ -503,7 +508,7 @@ def train(options, place, mesh):
     """
     records = Records(options.data, negatives=options.method != "sft", scores=options.method in SCORED)
     held_out = Records(options.eval_data) if options.eval_data else None
-    steps, begin = options.steps or math.ceil((options.epochs or 10) * len(records) / options.batch), time.time()
+    steps, begin = number_of_steps(options, len(records)), time.time()
     check_options(options, place.world)
     config = model.read_dit_config(options.model)
     for each in (records, held_out) if held_out else (records,):
@@ -552,9 +557,10 @@ def train(options, place, mesh):
 # The dry run: the real code on tensors without data
 # ---------------------------------------------------------------------------------------------------------------------
 
-def report_dry_run(options, memory, forward, flops, tokens, parameters, clips=5000, utilisation=0.4):
-    """Print what `dry_run` found, and how long the paper's 5 k clips would take at a stated part of an H100's peak.
-    `forward`: FLOP of one sequence's forward pass."""
+def report_dry_run(options, memory, config, shape, n_lose, parameters, clips=5000, utilisation=0.4):
+    """Print what `dry_run` found, and how long the paper's 5 k clips would take at a stated part of an H100's peak."""
+    products, attention, _ = forward_flops(config, shape[1:], config["max_text_seq_length"])
+    flops, tokens = step_flops(config, shape, options, n_lose)
     print(f"{parameters:,} parameters, {options.gpus} ranks, {options.batch} samples and {tokens:,} tokens a step")
     print(f"{flops / options.batch / 1e15:.3g} PFLOP a sample, {flops / 1e15:.3g} PFLOP a step")
     for kind, size in memory.items():
@@ -563,10 +569,11 @@ def report_dry_run(options, memory, forward, flops, tokens, parameters, clips=50
     print(f"{total:7.2f} GiB a rank  at the peak, which {'fits' if total < 78 else 'does not fit'} "
           "into the 78 GiB that an 80 GB GPU gives")
     hours = lambda flops: flops / options.gpus / (utilisation * PEAK["H100"]) / 3600
-    steps = options.steps or math.ceil((options.epochs or 10) * clips / options.batch)
+    steps = number_of_steps(options, clips)
     print(f"at {utilisation:.0%} of an H100's {PEAK['H100'] / 1e12:.0f} TFLOP/s: {3600 * hours(flops):.3g} s a step, "
           f"{steps} steps ({clips} clips) {hours(steps * flops):.3g} h;\n"
-          f"before that, 3 negatives a clip, 50 steps with guidance: {hours(clips * 3 * 50 * 2 * forward):.3g} h")
+          f"before that, {n_lose} negatives a clip, 50 steps with guidance: "
+          f"{hours(clips * n_lose * 50 * 2 * (products + attention)):.3g} h")
 
 
 def dry_run(options):
@@ -609,9 +616,7 @@ def dry_run(options):
               "Adam": found["OptState"], "reference": held,
               "activations": found["Activation"] - (held if options.method in PREFERENCE else 0),
               "temporaries": found["Temp"], "context, NCCL …": 5 * 2 ** 30}             # the last: a guess, 4 to 6
-    *forward, _ = forward_flops(config, shape[1:], config["max_text_seq_length"])
-    report_dry_run(options, memory, sum(forward), *step_flops(config, shape, options, n_lose),
-                   sum(p.numel() for p in policy.parameters()))
+    report_dry_run(options, memory, config, shape, n_lose, sum(p.numel() for p in policy.parameters()))
     dist.destroy_process_group()
 
 
