@@ -13,6 +13,7 @@ Files are written whole or not at all, so every stage can be killed at any momen
 and started again does what is missing.
 """
 import argparse, csv, hashlib, inspect, json, os, re, sys
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import cache
@@ -298,10 +299,9 @@ def list_clips(folder):
     if not clips:
         raise UserError(f"--videos {folder}: holds no videos; expected NAME.mp4 beside NAME.txt, metadata.jsonl, "
                         "metadata.csv, or video.txt and prompt.txt")
-    names = [clip.name for clip in clips]
-    for name in names:
-        if names.count(name) > 1:
-            raise UserError(f"--videos {folder}: two clips are named {name}; rename one")
+    name, count = Counter(clip.name for clip in clips).most_common(1)[0]
+    if count > 1:
+        raise UserError(f"--videos {folder}: {count} clips are named {name}; rename all but one")
     return clips
 
 

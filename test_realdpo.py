@@ -1054,6 +1054,15 @@ def test_a_run_exports_what_it_trained(straight):
     assert not torch.equal(ours["proj_out.weight"], model.load_dit("tiny").net.proj_out.weight)
 
 
+def test_the_first_loss_is_log_2_as_exactly_as_the_kernels_are():
+    check = lambda off, dtype=torch.float32, **options: train.check_health(
+        {"preference": math.log(2) + off}, train.Options(**options), 0, ["a"], dtype)
+    check(1e-7), check(1e-3, torch.bfloat16), check(1e-3, compile=True), check(1, method="sft")
+    for wrong in (dict(off=1e-3), dict(off=0.05, dtype=torch.bfloat16), dict(off=0.05, compile=True)):
+        with pytest.raises(UserError, match="not the policy"):
+            check(**wrong)
+
+
 def test_a_reference_that_is_not_the_policy_stops_the_run(cache, tmp_path, monkeypatch):
     load_dit, loaded = model.load_dit, []
 
@@ -1359,6 +1368,12 @@ def test_more_processes_than_gpus_are_refused(videos, cache, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "3")
     for name, *rest in (["data", "--videos", str(videos)], ["sample", "--data", str(cache)], ["train", "--data", str(cache)]):
         assert "this machine has 2" in refusal(monkeypatch, name, "--model", "tiny", *rest)
+
+
+def test_one_process_makes_bases(monkeypatch, tmp_path):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for option in (["--experiment", "1"], ["--from-scratch"]):
+        assert "one process" in refusal(monkeypatch, "train", "--model", "tiny", "--out", str(tmp_path), *option)
 
 
 def flip(file, place):
