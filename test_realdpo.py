@@ -1343,6 +1343,9 @@ REFUSED = {                                                # command line: what 
     "train --data {cache}/. --out {half} --batch 4 --warmup 1 --lr 1e-4": ["step-000002", "was made with --data "],
     "train --data {cache} --epochs 1 --steps 3": ["--epochs 1 --steps 3", "expected one of them"],
     "train --dry-run --batch 3 --gpus 2": ["--batch 3"],
+    "train --dry-run --batch 0": ["--batch 0", "at least 1"],
+    "train --dry-run --gpus 0": ["--gpus 0", "at least 1"],
+    "train --data {cache} --steps 0 --batch 0": ["--batch 0", "at least 1"],
 }
 
 

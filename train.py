@@ -396,7 +396,7 @@ def step_flops(config, shape, options, n_lose):
 
 def check_options(options, world):
     """Raise UserError for options that contradict each other or the number of processes."""
-    for name in ("batch", "micro_batch", "ema_every", "save_every", "keep", "eval_every"):
+    for name in ("batch", "micro_batch", "ema_every", "save_every", "keep", "eval_every", "gpus"):
         if getattr(options, name) < 1:
             raise UserError(f"{flag(name)} {getattr(options, name)}: expected at least 1")
     if options.batch % world:
@@ -510,8 +510,8 @@ def train(options, place, mesh):
     """
     records = Records(options.data, negatives=options.method != "sft", scores=options.method in SCORED)
     held_out = Records(options.eval_data) if options.eval_data else None
-    steps, begin = number_of_steps(options, len(records)), time.time()
     check_options(options, place.world)
+    steps, begin = number_of_steps(options, len(records)), time.time()
     config = model.read_dit_config(options.model)
     for each in (records, held_out) if held_out else (records,):
         check_records(each, config)
@@ -583,11 +583,10 @@ def dry_run(options):
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
     from torch.testing._internal.distributed.fake_pg import FakeStore
+    check_options(options, options.gpus)
     config = model.PUBLISHED_DIT if options.model == data.HUB_MODEL else model.read_dit_config(options.model)
     shape = (config["out_channels"], (config["sample_frames"] - 1) // config["temporal_compression_ratio"] + 1,
              config["sample_height"], config["sample_width"])
-    if options.gpus < 1 or options.batch % options.gpus:
-        raise UserError(f"--batch {options.batch}: expected a multiple of --gpus {options.gpus}")
     n_lose, local = 3, options.batch // options.gpus
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=options.gpus)
     mesh = init_device_mesh("cpu", (options.gpus,), mesh_dim_names=("dp",))
@@ -639,7 +638,7 @@ def world_of(seed, kind):
 def run(module, rank, **options):
     """One stage, and the command line that does the same."""
     if rank == 0:
-        print(f"\n$ python {module.__name__}.py " + " ".join(f"--{k} {v}" for k, v in options.items()))
+        print(f"\n$ python {module.__name__}.py " + " ".join(f"{flag(k)} {v}" for k, v in options.items()))
     module.main(module.Options(**options))
 
 
