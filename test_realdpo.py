@@ -1341,7 +1341,7 @@ REFUSED = {                                                # command line: what 
     "train --data {cache} --out {half} --resume none": ["--out {half}"],
     "train --data {cache} --out {half} --batch 4 --warmup 1 --lr 3e-4": ["step-000002", "--lr 0.0001 (now 0.0003)"],
     "train --data {cache}/. --out {half} --batch 4 --warmup 1 --lr 1e-4": ["step-000002", "was made with --data "],
-    "train --data {cache} --epochs 1 --steps 3": ["--epochs 1 --steps 3", "expected one of them"],
+    "train --data {cache} --epochs -1": ["--epochs -1", "at least 0"],
     "train --dry-run --batch 3 --gpus 2": ["--batch 3"],
     "train --dry-run --batch 0": ["--batch 0", "at least 1"],
     "train --dry-run --gpus 0": ["--gpus 0", "at least 1"],
@@ -1584,6 +1584,8 @@ def test_the_tiny_presets_apply_to_what_was_not_given(straight):
     given = parse(["--model", "tiny", "--beta", "7", "--stream", "--method", "sft"])
     assert given == train.Options(**{**train.TINY, "model": "tiny", "beta": 7.0, "stream": True, "method": "sft"})
     assert parse([*other, "--stream", "--no-stream"]).stream is False
+    steps = [train.number_of_steps(parse(args), 20) for args in (other, ["--epochs", "3"], ["--steps", "5"])]
+    assert steps == [25, 8, 5]                             # of 8 samples: ten epochs of 20 records, three, as told
 
 
 @pytest.mark.parametrize("module", [data, sample, train])

@@ -37,7 +37,7 @@ class Options:
     out: str = "run"                   # folder for the trained transformer, checkpoints and logs
     method: Literal["realdpo", "sft", "dpo", "rwr"] = "realdpo"  # or sft on the real videos; dpo, rwr: scored generated
     temperature: float = 1.0           # of rwr: scores so far apart weigh e times as much
-    epochs: int = 0                    # passes over the records; default: 10 (paper), or what --steps come to
+    epochs: int = 0                    # passes over the records, in place of --steps; default: 10 (paper)
     steps: int = 0                     # training steps; default: what the epochs come to
     batch: int = 8                     # samples a step over all GPUs (paper: 8); a sample is one win and N lose videos
     micro_batch: int = 1               # samples a GPU takes at a time; the rest of its share is accumulated
@@ -131,8 +131,10 @@ def make_optimizer(policy, options):
 # ---------------------------------------------------------------------------------------------------------------------
 
 def number_of_steps(options, count):
-    """--steps, or what --epochs over `count` records come to."""
-    return options.steps or math.ceil((options.epochs or 10) * count / options.batch)
+    """What --epochs over `count` records come to; else --steps; else what the paper's ten epochs come to."""
+    if options.steps and not options.epochs:
+        return options.steps
+    return math.ceil((options.epochs or 10) * count / options.batch)
 
 
 def order(options, count, step):
@@ -396,9 +398,10 @@ def step_flops(config, shape, options, n_lose):
 
 def check_options(options, world):
     """Raise UserError for options that contradict each other or the number of processes."""
-    for name in ("batch", "micro_batch", "ema_every", "save_every", "keep", "eval_every", "gpus"):
-        if getattr(options, name) < 1:
-            raise UserError(f"{flag(name)} {getattr(options, name)}: expected at least 1")
+    for name in ("batch", "micro_batch", "ema_every", "save_every", "keep", "eval_every", "gpus", "epochs", "steps"):
+        least = 0 if name in ("epochs", "steps") else 1    # 0: the other one decides
+        if getattr(options, name) < least:
+            raise UserError(f"{flag(name)} {getattr(options, name)}: expected at least {least}")
     if options.batch % world:
         raise UserError(f"--batch {options.batch}: expected a multiple of the {world} processes")
     local = options.batch // world
@@ -407,9 +410,6 @@ def check_options(options, world):
                         f"{local} of --batch {options.batch}")
     if not 0 <= options.t_min < options.t_max <= 1:
         raise UserError(f"--t-min {options.t_min} --t-max {options.t_max}: expected 0 ≤ t-min < t-max ≤ 1")
-    if options.epochs and options.steps or min(options.epochs, options.steps) < 0:
-        raise UserError(f"--epochs {options.epochs} --steps {options.steps}: expected one of them (and --steps 0 with "
-                        "--epochs on the tiny model, which has its own number of steps)")
 
 
 def check_records(records, config):
@@ -950,7 +950,7 @@ def experiment(options, place, mesh):
         for row, (changes, rates) in TRIALS.items():
             for lr in rates:
                 each = dataclasses.replace(options, out=f"{folder}/{row}-{lr:g}", **TINY | changes | dict(
-                    model=base, data=records, seed=seed, lr=lr, experiment=0))
+                    model=base, data=records, seed=seed, lr=lr, epochs=0, experiment=0))
                 if not (Path(each.out) / "base.json").exists():
                     Path(each.out).mkdir(exist_ok=True)
                     with open(f"{each.out}/log.txt", "a") as log, redirect_stdout(log):
