@@ -1623,7 +1623,7 @@ def test_the_readme_gives_commands_and_options_that_parse():
     known = {field.name for module in modules.values() for field in dataclasses.fields(module.Options)}
     for option in re.findall(r"(?<![\w-])--([a-z][\w-]*)", README):
         option = option.replace("-", "_").removeprefix("no_")
-        assert option in known | {"help", "nproc_per_node", "index_url"}, option
+        assert option in known | {"help", "nproc_per_node", "shutdown_timeout", "index_url"}, option
 
 
 def test_every_option_has_a_line_in_the_readme_or_a_test():
