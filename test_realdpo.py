@@ -1230,6 +1230,9 @@ def test_two_ranks_compute_what_one_does_and_may_alternate_with_it(half, straigh
     for step in lines["train_step"]:                     # gathered: policy forward and backward, reference; reduced: half is a rank's own
         assert step["_allgather_base_"] == 3 * weights and step["_reduce_scatter_base_"] == weights / 2 and step["allreduce_"] < 100
     assert len(lines["ema_update"]) == len(lines["train_step"]) and not any(lines["ema_update"])
+    next((tmp_path / "two" / "checkpoints" / "step-000004").glob("shard-00001-*")).unlink()     # a copy that was cut off
+    with pytest.raises(UserError, match="not a whole checkpoint"):
+        run_training(tmp_path / "two", cache, steps=5)
 
 
 def test_a_crash_between_log_and_checkpoint_leaves_no_line_twice(half, straight, cache, looks, tmp_path, monkeypatch):
@@ -1238,6 +1241,7 @@ def test_a_crash_between_log_and_checkpoint_leaves_no_line_twice(half, straight,
     with pytest.raises(KeyboardInterrupt):
         run_training(run, cache, **looks)
     monkeypatch.undo()
+    (run / "checkpoints" / "step-000004.part").rename(run / "checkpoints" / "step-000003.part")        # saved at another step
     assert [line["step"] for line in metrics(run)] == [0, 1, 2, 3]                      # two of them without a checkpoint
     with open(run / "metrics.jsonl", "a") as file:
         file.write('{"step": 4, "lo')

@@ -8,6 +8,7 @@ RUN afterwards holds transformer/ (opens here, --model RUN, and in diffusers), m
 The same command continues an interrupted run from its last checkpoint.
 """
 import dataclasses, json, math, os, shutil, signal, threading, time, warnings
+from collections import Counter
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from functools import cache
@@ -268,11 +269,14 @@ def save_checkpoint(state, options, step, rank):
     part, final = folder / f"step-{step:06d}.part", folder / f"step-{step:06d}"
     try:
         if rank == 0:
-            shutil.rmtree(part, ignore_errors=True)
+            for left in (*folder.glob("step-*.part"), *folder.glob("step-*.old")):      # by runs that were killed in here
+                shutil.rmtree(left, ignore_errors=True)
             part.mkdir(parents=True)
             (part / "options.json").write_text(json.dumps({"step": step, **dataclasses.asdict(options)}, indent=1))
         dist.barrier()
-        dcp.save(state, storage_writer=dcp.HuggingFaceStorageWriter(str(part), save_distributed=True), no_dist=alone())
+        files = {name: 1 + i // 200 for i, name in enumerate(state)}        # a file is in CPU memory thrice as it is made
+        dcp.save(state, storage_writer=dcp.HuggingFaceStorageWriter(str(part), files, save_distributed=True),
+                 no_dist=alone())
     except (OSError, dcp.api.CheckpointException) as e:
         shutil.rmtree(part, ignore_errors=True)
         reason = list(e.failures.values())[0][0] if isinstance(e, dcp.api.CheckpointException) else e
@@ -281,7 +285,7 @@ def save_checkpoint(state, options, step, rank):
     if rank == 0:
         model.replace_folder(part, final)
         for old in checkpoints(options)[:-options.keep]:
-            shutil.rmtree(old)
+            shutil.rmtree(old, ignore_errors=True)         # in use by another: the next save tries again
     dist.barrier()
 
 
@@ -301,9 +305,12 @@ def load_checkpoint(state, optimizer, folder, options):
                  if k not in free and saved.get(k) != v]
     if different and folder.parent == Path(options.out) / "checkpoints":
         raise UserError(f"{folder}: was made with {', '.join(different)}; use the same options or another --out")
-    names = set().union(*(data.read_header(file)[0] for file in folder.glob("*.safetensors")))
-    if names != state.keys():
-        raise UserError(f"{folder}: not a whole checkpoint of this model (tensor {min(names ^ state.keys())}); "
+    numbers = Counter()                                    # each rank's file has its part of each tensor
+    for file in folder.glob("*.safetensors"):
+        numbers.update({name: math.prod(shape) for name, shape in data.read_header(file)[0].items()})
+    wrong = [name for name in {*numbers, *state} if name not in state or numbers[name] != state[name].numel()]
+    if wrong:
+        raise UserError(f"{folder}: not a whole checkpoint of this model (tensor {min(wrong)}); "
                         "delete it to continue from an earlier one")
     try:
         dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(str(folder)), no_dist=alone())
