@@ -511,6 +511,11 @@ def enlarge(video, times):
     return video.repeat(times, axis=1).repeat(times, axis=2)
 
 
+def read_toy_video(path, frames=17, size=32):
+    """A clip from an mp4 of any size: (F,H,W,3) uint8."""
+    return to_uint8(fit(read_frames(path, frames, FPS), size, size))
+
+
 def write_toy_videos(folder, count, seed, strength=0.0, frames=17, size=32):
     """NAME.mp4 beside NAME.txt; each clip is corrupted by a strength between 0 and `strength`. What is there already
     is left alone: the mp4 takes its name last, so where there is one, both files are whole."""

@@ -8,7 +8,7 @@ Parameter names are the published checkpoint's, so loading needs no table and wh
     save_dit(denoiser, "my-model")                                 opens in diffusers
 
 A model is a folder in the published layout (transformer/ vae/ text_encoder/ tokenizer/ scheduler/), a hub id, or
-"tiny", the model of 1.3 million weights in assets/tiny that the tests and the laptop run use.
+"tiny", whose transformer has 0.8 million weights: the one in assets/tiny that the tests and the laptop run use.
 
 Axes: B batch, C channels, F latent frames, H W latent height and width, L text tokens, S all tokens, D width.
 """

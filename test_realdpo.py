@@ -9,6 +9,7 @@ from collections import Counter
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from functools import partial
+from itertools import combinations
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -1448,10 +1449,10 @@ def test_a_full_disk_keeps_records_and_videos_whole(videos, cache, small_disk):
     assert {p.name for p in disk.iterdir()} == {"ballast", "cache"}
 
 
-@pytest.mark.parametrize("kib, steps", [(0, 0), (9_000, 0), (30_000, 1), (41_000, 2)], ids=["metrics", "first checkpoint", "second checkpoint", "export"])
-def test_a_full_disk_keeps_a_run_whole(kib, steps, straight, cache, small_disk):
+@pytest.mark.parametrize("room, steps", [(0, 0), (0.45, 0), (1.5, 1), (2.06, 2)], ids=["metrics", "first checkpoint", "second checkpoint", "export"])
+def test_a_full_disk_keeps_a_run_whole(room, steps, straight, cache, small_disk):
     (disk, leave), run = small_disk, partial(run_training, cache=cache, steps=2, save_every=1)
-    leave(kib)
+    leave(int(room * sum(file.stat().st_size for file in (straight / "checkpoints" / "step-000002").iterdir()) / 1024))      # room for so many checkpoints
     with pytest.raises(UserError, match="cannot be written") as stopped:
         run(disk / "run")
     assert "\n" not in str(stopped.value)
@@ -1510,16 +1511,16 @@ def test_killed_commands_end_with_the_files_of_undisturbed_ones(videos, tmp_path
 
 def test_making_the_tiny_model_goes_on_where_it_stopped(tmp_path):
     def fit(file, stop_at=None):
-        weight, calls = torch.zeros(3, requires_grad=True), []
+        weights, calls = [torch.zeros(shape, requires_grad=True) for shape in (3, (4, 2))], []     # Adam's and Muon's
 
         def loss(rng):
             calls.append(None)
             if len(calls) == stop_at:
                 raise KeyboardInterrupt
-            return (weight - torch.randn(3, generator=rng)).square().sum()
+            return sum((w - torch.randn(w.shape, generator=rng)).square().sum() for w in weights)
 
-        train.optimize([weight], loss, 6, 0.1, tmp_path / file / "part.safetensors", save_every=2)
-        return weight.detach(), len(calls)
+        train.optimize(weights, loss, 6, 0.1, tmp_path / file / "part.safetensors", save_every=2)
+        return torch.cat([w.detach().flatten() for w in weights]), len(calls)
 
     straight, _ = fit("straight")
     with pytest.raises(KeyboardInterrupt):
@@ -1528,10 +1529,26 @@ def test_making_the_tiny_model_goes_on_where_it_stopped(tmp_path):
     assert torch.equal(straight, continued) and calls == 4                              # the last save was after step 2
 
 
+def test_muon_steps_are_orthogonal_and_go_downhill():
+    matrices = torch.randn(3, 8, 5, generator=torch.Generator().manual_seed(0))
+    turned = train.orthogonal(matrices)
+    assert torch.equal(turned.mT, train.orthogonal(matrices.mT))
+    values = torch.linalg.svdvals(turned)
+    assert values.min() > 0.6 and values.max() < 1.3       # the five steps only come near
+    left, _, right = torch.linalg.svd(matrices, full_matrices=False)
+    assert ((left @ right) * turned).sum((1, 2)).min() > 0.85 * 5                       # and not to another orthogonal matrix
+
+    goal, weight, momentum = matrices[0], torch.zeros(8, 5, requires_grad=True), torch.zeros(8, 5)
+    for step in range(100):
+        weight.grad = 2 * (weight.detach() - goal)
+        train.muon([weight], [momentum], 0.1 * (1 - step / 100))
+    assert (weight - goal).norm() < 0.1 * goal.norm()
+
+
 def test_the_experiment_makes_a_base_a_seed_compares_and_goes_on(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train, "make_base", partial(train.make_base, clips=16))
+    make_base = partial(train.make_base, clips=16, unseen=16)
+    monkeypatch.setattr(train, "make_base", lambda folder, steps, seed, imperfect: make_base(folder, 2, seed, imperfect))
     monkeypatch.setattr(train, "SIZES", {"real": 2, "held-out": 1, "validation": 1})
-    monkeypatch.setattr(train, "BASE_STEPS", 2)
     monkeypatch.setattr(train, "TRIALS", {"SFT": (dict(method="sft", steps=1), (3e-4,)), "RealDPO": (dict(steps=1), (1e-5, 3e-4))})
 
     def run(seeds):
@@ -1539,14 +1556,14 @@ def test_the_experiment_makes_a_base_a_seed_compares_and_goes_on(tmp_path, monke
             train.main(train.Options(model="tiny", out=str(tmp_path), experiment=seeds))
         return [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ") and " | rvd" not in line]
 
-    assert [row[:2] for row in run(1)][:3] == [["| base", "0"], ["| SFT", "0.0003"], ["| RealDPO", "0.0003"]]
+    assert [row[:2] for row in run(1)][:4] == [["| clean-trained", "0"], ["| base", "0"], ["| SFT", "0.0003"], ["| RealDPO", "0.0003"]]
     bases = [exported(model.resolve(tmp_path / "seed-0" / "base", "transformer"))]             # the shipped one
-    made = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("scores.json")}
+    made = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("scores*.json")}
     rows = run(2)
-    assert all(file.stat().st_mtime_ns == time for file, time in made.items()) and len(made) == 5      # negatives', base's, three runs'
-    bases.append(exported(tmp_path / "seed-1" / "base"))
-    assert not same_tensors(*bases) and len(rows) == 6 and all("±" in row[2] for row in rows)
-    assert rows[3][2] == rows[0][2] and rows[4][1] == "0.0003" and rows[4][-1].startswith("0/2")
+    assert all(file.stat().st_mtime_ns == time for file, time in made.items()) and len(made) == 6      # negatives', base's, clean-trained's, three runs'
+    bases += [exported(tmp_path / where) for where in ("seed-1/base", "seed-0/clean-trained")]
+    assert not any(same_tensors(*pair) for pair in combinations(bases, 2)) and len(rows) == 8 and all("±" in row[2] for row in rows)
+    assert rows[5][2] == rows[1][2] and rows[6][1] == "0.0003" and rows[6][-1].startswith("0/2")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1578,6 +1595,22 @@ def test_the_measures_tell_real_from_corrupt_and_still():
     assert real["motion"] == pytest.approx(1, abs=0.05) and real["jerkiness"] == pytest.approx(1, abs=0.05)
     assert frozen["rvd"] > corrupt[1]["rvd"] and frozen["motion"] < 0.01
     assert np.isfinite([*frozen.values(), *grey.values()]).all()
+
+
+def test_a_folder_of_videos_is_judged(tmp_path, capsys):
+    world = train.world_of(3, "held-out")
+    for name, strength in (("real", 0.0), ("faulty", 1.0)):
+        data.write_toy_videos(tmp_path / name, 3, world, strength)
+    judge = lambda name: train.main(train.Options(model="tiny", judge=str(tmp_path / name), seed=3))
+    measures = []
+    for name in "real", "faulty":
+        judge(name)
+        measures.append({m: float(v) for m, v in re.findall(r"(\w+) (-?[\d.]+)", capsys.readouterr().out.split(":", 1)[1])})
+    real, faulty = measures
+    assert real["rvd"] < 0.6 < 1 < faulty["rvd"] and real["limb_change"] < faulty["limb_change"] and real["action_match"] == 1
+    (tmp_path / "other").mkdir()
+    with pytest.raises(UserError, match="--judge .*other.*00000.mp4"):
+        judge("other")
 
 
 def test_the_tiny_presets_apply_to_what_was_not_given(straight):

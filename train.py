@@ -66,8 +66,10 @@ class Options:
     seed: int = 0                      # of order, noise and t
     dry_run: bool = False              # only compute what a run would take: memory, FLOP, hours; needs no GPU
     gpus: int = 8                      # ranks of the dry run
+    judge: str = ""                    # only measure a folder of mp4s of the laptop run's held-out figures
     experiment: int = 0                # bases of the README's table to make and compare, into --out (hours)
-    from_scratch: bool = False         # make the tiny model itself again (an hour or two), into --out
+    from_scratch: bool = False         # make the tiny model itself again (an hour), into --out
+    base_steps: int = 6000             # of pre-training, in --experiment and --from-scratch
 
 
 TINY = dict(steps=100, micro_batch=8, lr=3e-4, beta=500.0, anchor=100.0, checkpointing="none", stream=False,
@@ -405,7 +407,8 @@ def step_flops(config, shape, options, n_lose):
 
 def check_options(options, world):
     """Raise UserError for options that contradict each other or the number of processes."""
-    for name in ("batch", "micro_batch", "ema_every", "save_every", "keep", "eval_every", "gpus", "epochs", "steps"):
+    for name in ("batch", "micro_batch", "ema_every", "save_every", "keep", "eval_every", "gpus", "base_steps",
+                 "epochs", "steps"):
         least = 0 if name in ("epochs", "steps") else 1    # 0: the other one decides
         if getattr(options, name) < least:
             raise UserError(f"{flag(name)} {getattr(options, name)}: expected at least {least}")
@@ -694,9 +697,24 @@ def codec():
 
 
 def judged(videos, world):
-    """{measure: [a number a video]} of videos of a world's figures, in order."""
-    scores = [data.judge(video, data.draw_figure(world, i), codec()) for i, video in enumerate(videos)]
+    """{measure: [a number a video]} of (number of a world's figure, video of it) pairs."""
+    scores = [data.judge(video, data.draw_figure(world, number), codec()) for number, video in videos]
     return {measure: [score[measure] for score in scores] for measure in scores[0]}
+
+
+def means(scores):
+    """What `judged` found, in a line."""
+    return "  ".join(f"{measure} {np.mean(values):.2f}" for measure, values in scores.items())
+
+
+def judge_folder(options):
+    """Print the measures of mp4s from any source: NUMBER.mp4 shows the held-out figure of that number."""
+    files = sorted(Path(options.judge).glob("*.mp4"))
+    if not files or not all(file.stem.isdecimal() for file in files):
+        raise UserError(f"--judge {options.judge}: expected a folder of 00000.mp4, 00001.mp4, …, "
+                        "each of the held-out figure of its number")
+    videos = ((int(file.stem), data.read_toy_video(file)) for file in tqdm(files, desc="judging"))
+    print(f"{len(files)} videos (mean):  {means(judged(videos, world_of(options.seed, 'held-out')))}")
 
 
 def rivals(options):
@@ -713,14 +731,17 @@ def show(options, runs):
         [("base", "tiny"), *((each.method, each.out) for each in runs)], desc="held-out figures")}
     print(f"{len(records)} held-out figures (mean):")
     for name, made in videos.items():
-        print(f"  {name:7}  " + "  ".join(f"{m} {np.mean(v):.2f}" for m, v in judged(made, world).items()))
+        print(f"  {name:7}  {means(judged(enumerate(made), world))}")
+        for i, video in enumerate(made):
+            data.write_video(out / "held-out" / name / f"{i:05d}.mp4", data.enlarge(video, 2), data.FPS)
     real = [data.toy_video(world, i)[0] for i in range(8)]
     rows = [np.concatenate([r[:1].repeat(len(r), axis=0), *made, r], axis=2)
             for r, *made in zip(real, *videos.values())]
     grid = data.enlarge(np.concatenate([np.concatenate(rows[:4], axis=1), np.concatenate(rows[4:], axis=1)], axis=2), 3)
     for file in (out / "held-out.gif", out / "held-out.mp4"):
         data.write_video(file, grid, data.FPS)
-    print(f"first frame | {' | '.join(videos)} | real, two figures a row: {out}/held-out.gif and .mp4")
+    print(f"first frame | {' | '.join(videos)} | real, two figures a row: {out}/held-out.gif and .mp4; "
+          f"one by one: {out}/held-out/")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -736,7 +757,7 @@ TINY_VAE = dict(_class_name="AutoencoderKLCogVideoX", in_channels=3, out_channel
                 block_out_channels=[16, 16, 32], latent_channels=8, layers_per_block=1,
                 norm_num_groups=4, norm_eps=1e-6, temporal_compression_ratio=4, sample_height=32, sample_width=32,
                 act_fn="silu", scaling_factor=1.0)
-TINY_DIT = dict(_class_name="CogVideoXTransformer3DModel", num_attention_heads=4, attention_head_dim=32,
+TINY_DIT = dict(_class_name="CogVideoXTransformer3DModel", num_attention_heads=3, attention_head_dim=32,
                 in_channels=16, out_channels=8, time_embed_dim=32, text_embed_dim=32, num_layers=5,
                 sample_width=8, sample_height=8, sample_frames=17, patch_size=2, temporal_compression_ratio=4,
                 max_text_seq_length=16, norm_eps=1e-5, activation_fn="gelu-approximate", timestep_activation_fn="silu",
@@ -749,29 +770,57 @@ def cosine(step, steps, lr):
     return lr * min(1, (step + 1) / 50) * (0.01 + 0.99 * (1 + math.cos(math.pi * step / steps)) / 2)
 
 
-def optimize(parameters, loss, steps, lr, file, save_every=500):
-    """Adam on `loss(generator)` with a progress bar; its state goes to `file` now and then, from which it continues."""
+def orthogonal(x):
+    """Matrices (N,r,c) with their singular values brought near 1, by five Newton-Schulz steps."""
+    if x.shape[1] > x.shape[2]:
+        return orthogonal(x.mT).mT
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(5):
+        gram = x @ x.mT
+        x = 3.4445 * x + (-4.775 * gram + 2.0315 * gram @ gram) @ x
+    return x
+
+
+@torch.no_grad()
+def muon(weights, momenta, lr):
+    """One step of Muon (Jordan 2024): matrices move along orthogonalised momentum, entries by about `lr`. A third of
+    the steps that Adam takes; torch's own computes in bf16, which a CPU has no kernels for."""
+    gradients = [w.grad for w in weights]
+    torch._foreach_lerp_(momenta, gradients, 0.05)
+    ahead = torch._foreach_lerp(gradients, momenta, 0.95)                               # Nesterov's
+    for shape in {w.shape for w in weights}:
+        same = [i for i, w in enumerate(weights) if w.shape == shape]                   # in one batch
+        step = orthogonal(torch.stack([ahead[i] for i in same])) * max(shape) ** 0.5
+        torch._foreach_add_([weights[i] for i in same], list(step), alpha=-lr)
+
+
+def optimize(parameters, loss, steps, lr, file, seed=0, save_every=500):
+    """Muon for matrices and Adam for all else, on `loss(generator)`, with a progress bar; its state goes to `file` now
+    and then, from which it continues."""
     parameters = list(parameters)
     torch.set_flush_denormal(True)                         # else Adam's moments of idle weights slow a CPU down
     model.keep_freed_memory()
-    optimizer = torch.optim.AdamW(parameters, lr, betas=(0.9, 0.99), weight_decay=0.0)
-    kinds = {"weight": parameters, "exp_avg": [torch.zeros_like(p) for p in parameters],
-             "exp_avg_sq": [torch.zeros_like(p) for p in parameters]}
+    matrices, others = ([p for p in parameters if (p.ndim == 2) == matrix] for matrix in (True, False))
+    optimizer = torch.optim.AdamW(others, lr, betas=(0.9, 0.99), weight_decay=0.0)
+    kinds = {"weight": parameters, "momentum": [torch.zeros_like(p) for p in matrices],
+             "exp_avg": [torch.zeros_like(p) for p in others], "exp_avg_sq": [torch.zeros_like(p) for p in others]}
     state, first = {f"{kind}.{i}": t.detach() for kind, ts in kinds.items() for i, t in enumerate(ts)}, 0
     if file.exists():
         first = data.read_header(file)[1]["step"]
         for name, tensor in data.read_tensors(file).items():
             state[name].copy_(tensor)
-    for p, m, v in zip(*kinds.values()):
+    for p, m, v in zip(others, kinds["exp_avg"], kinds["exp_avg_sq"]):
         optimizer.state[p] = dict(step=torch.tensor(float(first)), exp_avg=m, exp_avg_sq=v)
     bar, average = tqdm(range(first, steps), initial=first, total=steps, desc=file.stem), None
     for step in bar:
-        optimizer.param_groups[0]["lr"] = cosine(step, steps, lr)
-        value = loss(generator(file.stem, step))
-        optimizer.zero_grad()
+        value = loss(generator(file.stem, seed, step))
+        for p in parameters:
+            p.grad = None
         value.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
+        nn.utils.clip_grad_norm_(others, 1.0)
+        optimizer.param_groups[0]["lr"] = now = cosine(step, steps, lr)
         optimizer.step()
+        muon(matrices, kinds["momentum"], now)
         average = value.item() if average is None else 0.99 * average + 0.01 * value.item()
         bar.set_postfix(loss=f"{average:.4f}")
         if (step + 1) % save_every == 0:
@@ -793,8 +842,9 @@ def make_text_encoder(folder):
 
 
 def corpus_clip(index, imperfect, seed=0):
-    """Clip `index` of the corpus the base learns from: an imperfect one has faults of a strength of its own."""
-    strength = float(np.random.default_rng([seed, index, 3]).uniform()) if imperfect else 0.0
+    """Clip `index` of the corpus the base learns from: an imperfect one has faults of a strength of its own, and none
+    is without."""
+    strength = float(np.random.default_rng([seed, index, 3]).uniform(0.4, 1)) if imperfect else 0.0
     return data.toy_video(world_of(seed, "corpus"), index, strength=strength)
 
 
@@ -825,14 +875,15 @@ def make_vae(folder, steps):
     model.save_part(vae, config, folder / "vae", torch.bfloat16)
 
 
-def make_base(folder, steps, seed=0, imperfect=True, clips=4096):
+def make_base(folder, steps, seed=0, imperfect=True, clips=4096, unseen=128):
     """Pre-train the transformer by flow matching on a corpus of imperfect figures, as the web is of videos, around the
-    text encoder and autoencoder in `folder`."""
+    text encoder and autoencoder in `folder`; the last line is the loss on more clips, which tells how far from
+    converged it is."""
     (folder / "transformer").mkdir(exist_ok=True)          # the text encoder asks it for the length of a caption
     (folder / "transformer" / "config.json").write_text(json.dumps(TINY_DIT))
     vae, encode_text = model.load_vae(folder), model.load_text_encoder(folder)
     empty, samples = encode_text([""])[0], []
-    for first in tqdm(range(0, clips, 16), desc="encoding the corpus"):
+    for first in tqdm(range(0, clips + unseen, 16), desc="encoding the corpus"):
         drawn, rng = [corpus_clip(first + i, imperfect, seed) for i in range(16)], generator("corpus", seed, first)
         video = torch.stack([data.fit(frames, 32, 32) for frames, _ in drawn])
         samples.append((vae.encode(video, rng), vae.encode(video[:, :, :1], rng), encode_text([c for _, c in drawn])))
@@ -847,15 +898,17 @@ def make_base(folder, steps, seed=0, imperfect=True, clips=4096):
     table = nn.init.normal_(net.patch_embed.pos_embedding, std=0.02).requires_grad_()
     denoiser = model.Denoiser(net, model.FlowPrediction(), FLOW)
 
-    def loss(rng):
-        i = torch.randint(len(win), (16,), generator=rng)
+    def loss(rng, clip=None):
+        i = torch.randint(clips, (16,), generator=rng) if clip is None else clip
         captioned = torch.rand(len(i), 1, 1, generator=rng) > 0.1               # some without a caption, for guidance
         cond = Condition(torch.where(captioned, text[i], empty), image[i])
         return sft_loss(denoiser, win=win[i], cond=cond, t=1 - torch.rand(len(i), generator=rng),
                         noise=torch.randn(win[i].shape, generator=rng), weighting="velocity")[0]
 
-    optimize([*net.parameters(), table], loss, steps, 2e-3, folder / "base.safetensors")
+    optimize([*net.parameters(), table], loss, steps, 2e-3, folder / "base.safetensors", seed)
     model.save_dit(denoiser, folder, torch.bfloat16)
+    with torch.no_grad():
+        print(f"base: loss {loss(generator('unseen'), torch.arange(clips, len(win))):.4f} on clips it has not seen")
 
 
 def from_scratch(options):
@@ -866,7 +919,7 @@ def from_scratch(options):
         make_text_encoder(folder)
     if not (folder / "vae").is_dir():
         make_vae(folder, 3500)
-    make_base(folder, 12_000, options.seed)
+    make_base(folder, options.base_steps, options.seed)
     print(f"the tiny model is in {folder}; put it in the place of {model.TINY} to use it as --model tiny")
 
 
@@ -886,17 +939,16 @@ TRIALS = {
     "DPO": (dict(method="dpo", anchor=0.0), LOW),
     "RWR": (dict(method="rwr"), LOW),
 }
-BASE_STEPS = 6000
 SIZES = COUNTS | {"held-out": 64, "validation": 32}
 T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)          # Student's t at 97.5 %, by degrees of freedom
 
 
 def scored(run, folder, seed):
-    """{split: {measure: [a number a figure]}} of the model in `run`, kept in its scores.json."""
-    file = Path(run) / "scores.json"
+    """{split: {measure: [a number a figure]}} of the model in `run` on a seed's figures, kept in scores-SEED.json."""
+    file = Path(run) / f"scores-{seed}.json"
     if not file.exists():
         denoiser = model.load_dit(run)
-        scores = {split: judged(generated(denoiser, Records(folder / "cache" / split, negatives=False)),
+        scores = {split: judged(enumerate(generated(denoiser, Records(folder / "cache" / split, negatives=False))),
                                 world_of(seed, split))
                   for split in ("validation", "held-out")}
         with whole_file(file) as part:
@@ -929,29 +981,33 @@ def table(scores):
              "| below base | below SFT |", "|---" * 10 + "|"]
     for chosen in dict.fromkeys(TRIALS, RATE), best:
         sft = mean("SFT", chosen["SFT"], "held-out", "rvd")
-        lines += [line("base", 0.0, sft), *(line(row, lr, sft) for row, lr in chosen.items())]
+        rates = {"clean-trained": 0.0, "base": 0.0, **chosen}
+        lines += [line(row, lr, sft) for row, lr in rates.items()]
     return "\n".join(lines)
 
 
-def own_base(folder, seed):
+def own_base(folder, seed, steps, imperfect=True):
     """A model folder with a base of its own, and the shipped autoencoder and text encoder. Seed 0's base is the shipped
-    one too: made in the same way, in twice the steps."""
+    one too: made in the same way."""
     with whole_file(folder / "base.json") as part:
         part.write_text(json.dumps({"model": "tiny"}))     # where it has no part of its own, see model.resolve
-    if seed and not list(folder.glob("transformer/*.safetensors")):
-        make_base(folder, BASE_STEPS, seed)
+    shipped = (seed, steps, imperfect) == (0, Options.base_steps, True)
+    if not shipped and not list(folder.glob("transformer/*.safetensors")):
+        make_base(folder, steps, seed, imperfect)
     return str(folder)
 
 
 def experiment(options, place, mesh):
     """For each of `experiment` seeds a base of its own, and every trial on the same records, steps and noise; then
-    the table. What is there already is kept; processes may share the work, each with its own seeds (`--seed`)."""
+    the first seed's clean-trained model, which shows how much room there was, and the table. What is there already is
+    kept; processes may share the work, each with its own seeds (`--seed`)."""
     if options.experiment > len(T95) + 1:
         raise UserError(f"--experiment {options.experiment}: at most {len(T95) + 1}")
     scores = {}
-    for seed in range(options.seed, options.seed + options.experiment):
-        folder = Path(options.out) / f"seed-{seed}"
-        base = own_base(folder / "base", seed)
+    folders = {seed: Path(options.out) / f"seed-{seed}"
+               for seed in range(options.seed, options.seed + options.experiment)}
+    for seed, folder in folders.items():
+        base = own_base(folder / "base", seed, options.base_steps)
         records = prepare(folder, base, seed, SIZES, place.rank)
         scores["base", 0.0, seed] = scored(base, folder, seed)
         for row, (changes, rates) in TRIALS.items():
@@ -964,6 +1020,9 @@ def experiment(options, place, mesh):
                         if not train(each, place, mesh):
                             return
                 scores[row, lr, seed] = scored(each.out, folder, seed)
+    ceiling = own_base(folders[options.seed] / "clean-trained", options.seed, options.base_steps, imperfect=False)
+    for seed, folder in folders.items():
+        scores["clean-trained", 0.0, seed] = scored(ceiling, folder, seed)
     print(table(scores) + f"\n\nheld-out figures, means over the bases; every run is in {options.out}/seed-*/")
 
 
@@ -975,8 +1034,12 @@ def main(options):
     """Everything for the tiny model where there is no cache; else train on the cache there is."""
     if options.dry_run:
         return dry_run(options)
-    if (options.from_scratch or options.experiment) and placement().world > 1:
-        raise UserError("--from-scratch and --experiment: run as one process; share seeds out by --seed instead")
+    if options.judge:
+        return judge_folder(options)
+    if options.from_scratch or options.experiment:
+        if placement().world > 1:
+            raise UserError("--from-scratch and --experiment: run as one process; share seeds out by --seed instead")
+        check_options(options, 1)
     if options.from_scratch:
         return from_scratch(options)
     place, mesh = start()
