@@ -783,8 +783,8 @@ def orthogonal(x):
 
 @torch.no_grad()
 def muon(weights, momenta, lr):
-    """One step of Muon (Jordan 2024): matrices move along orthogonalised momentum, entries by about `lr`. A third of
-    the steps that Adam takes; torch's own computes in bf16, which a CPU has no kernels for."""
+    """One step of Muon (Jordan 2024): matrices move along orthogonalised momentum, entries by about `lr`. It needs
+    about a third of Adam's steps here; torch's own computes in bf16, which a CPU is slow at."""
     gradients = [w.grad for w in weights]
     torch._foreach_lerp_(momenta, gradients, 0.05)
     ahead = torch._foreach_lerp(gradients, momenta, 0.95)                               # Nesterov's
@@ -842,8 +842,7 @@ def make_text_encoder(folder):
 
 
 def corpus_clip(index, imperfect, seed=0):
-    """Clip `index` of the corpus the base learns from: an imperfect one has faults of a strength of its own, and none
-    is without."""
+    """Clip `index` of the corpus the base learns from; where `imperfect`, each has faults, of a strength of its own."""
     strength = float(np.random.default_rng([seed, index, 3]).uniform(0.4, 1)) if imperfect else 0.0
     return data.toy_video(world_of(seed, "corpus"), index, strength=strength)
 
@@ -898,8 +897,8 @@ def make_base(folder, steps, seed=0, imperfect=True, clips=4096, unseen=128):
     table = nn.init.normal_(net.patch_embed.pos_embedding, std=0.02).requires_grad_()
     denoiser = model.Denoiser(net, model.FlowPrediction(), FLOW)
 
-    def loss(rng, clip=None):
-        i = torch.randint(clips, (16,), generator=rng) if clip is None else clip
+    def loss(rng, i=None):
+        i = torch.randint(clips, (16,), generator=rng) if i is None else i
         captioned = torch.rand(len(i), 1, 1, generator=rng) > 0.1               # some without a caption, for guidance
         cond = Condition(torch.where(captioned, text[i], empty), image[i])
         return sft_loss(denoiser, win=win[i], cond=cond, t=1 - torch.rand(len(i), generator=rng),
