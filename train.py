@@ -972,16 +972,15 @@ def table(scores):
                   for m in ("limb_change", "jerkiness", "identity_loss", "action_match", "motion"))
         better = ((f"{(rvd < other).sum()}/{len(seeds)}", interval(rvd - other))
                   for other in (mean("base", 0.0, "held-out", "rvd"), sft))
-        return " | ".join([f"| {row}", f"{lr:g}", interval(rvd), *others, *(f"{b} ({d})" for b, d in better)]) + " |"
+        return " | ".join([f"| {row}", f"{lr:g}" if lr else "–", interval(rvd), *others, *(f"{b} ({d})" for b, d in better)]) + " |"
 
     best = {row: min(rates, key=lambda lr: mean(row, lr, "validation", "rvd").mean())
             for row, (_, rates) in TRIALS.items()}
     lines = ["| | rate | rvd | limb_change | jerkiness | identity_loss | action_match | motion "
              "| below base | below SFT |", "|---" * 10 + "|"]
-    for chosen in dict.fromkeys(TRIALS, RATE), best:
-        sft = mean("SFT", chosen["SFT"], "held-out", "rvd")
-        rates = {"clean-trained": 0.0, "base": 0.0, **chosen}
-        lines += [line(row, lr, sft) for row, lr in rates.items()]
+    for rows in {"clean-trained": 0.0, "base": 0.0, **dict.fromkeys(TRIALS, RATE)}, best:
+        sft = mean("SFT", rows["SFT"], "held-out", "rvd")
+        lines += [line(row, lr, sft) for row, lr in rows.items()]
     return "\n".join(lines)
 
 
