@@ -1595,6 +1595,9 @@ def test_the_measures_tell_real_from_corrupt_and_still():
     assert real["motion"] == pytest.approx(1, abs=0.05) and real["jerkiness"] == pytest.approx(1, abs=0.05)
     assert frozen["rvd"] > corrupt[1]["rvd"] and frozen["motion"] < 0.01
     assert np.isfinite([*frozen.values(), *grey.values()]).all()
+    codec = train.codec()                                  # a real clip through the autoencoder is real, measured against such
+    coded = [data.judge(codec(data.toy_video(5, i)[0][None])[0], data.draw_figure(5, i), codec) for i in range(3)]
+    assert max(score["rvd"] for score in coded) < 0.1 and max(abs(score["limb_change"]) for score in coded) < 0.5
 
 
 def test_a_folder_of_videos_is_judged(tmp_path, capsys):
