@@ -733,7 +733,7 @@ def show(options, runs):
     for name, made in videos.items():
         print(f"  {name:7}  {means(judged(enumerate(made), world))}")
         for i, video in enumerate(made):
-            data.write_video(out / "held-out" / name / f"{i:05d}.mp4", data.enlarge(video, 2), data.FPS)
+            data.write_toy_video(out / "held-out" / name / f"{i:05d}.mp4", video)
     real = [data.toy_video(world, i)[0] for i in range(8)]
     rows = [np.concatenate([r[:1].repeat(len(r), axis=0), *made, r], axis=2)
             for r, *made in zip(real, *videos.values())]
@@ -876,8 +876,8 @@ def make_vae(folder, steps):
 
 def make_base(folder, steps, seed=0, imperfect=True, clips=4096, unseen=128):
     """Pre-train the transformer by flow matching on a corpus of imperfect figures, as the web is of videos, around the
-    text encoder and autoencoder in `folder`; the last line is the loss on more clips, which tells how far from
-    converged it is."""
+    text encoder and autoencoder in `folder`. Prints the loss on `unseen` clips more: compared with that of another
+    number of steps, it tells how far from converged the base is."""
     (folder / "transformer").mkdir(exist_ok=True)          # the text encoder asks it for the length of a caption
     (folder / "transformer" / "config.json").write_text(json.dumps(TINY_DIT))
     vae, encode_text = model.load_vae(folder), model.load_text_encoder(folder)
@@ -972,7 +972,8 @@ def table(scores):
                   for m in ("limb_change", "jerkiness", "identity_loss", "action_match", "motion"))
         better = ((f"{(rvd < other).sum()}/{len(seeds)}", interval(rvd - other))
                   for other in (mean("base", 0.0, "held-out", "rvd"), sft))
-        return " | ".join([f"| {row}", f"{lr:g}" if lr else "–", interval(rvd), *others, *(f"{b} ({d})" for b, d in better)]) + " |"
+        return " | ".join([f"| {row}", f"{lr:g}" if lr else "–", interval(rvd), *others,
+                           *(f"{count} ({difference})" for count, difference in better)]) + " |"
 
     best = {row: min(rates, key=lambda lr: mean(row, lr, "validation", "rvd").mean())
             for row, (_, rates) in TRIALS.items()}
