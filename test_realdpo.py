@@ -1510,7 +1510,7 @@ def test_killed_commands_end_with_the_files_of_undisturbed_ones(videos, tmp_path
 
 
 def test_making_the_tiny_model_goes_on_where_it_stopped(tmp_path):
-    def fit(file, stop_at=None):
+    def fit(file, stop_at=None, steps=6):
         weights, calls = [torch.zeros(shape, requires_grad=True) for shape in (3, (4, 2))], []     # Adam's and Muon's
 
         def loss(rng):
@@ -1519,7 +1519,7 @@ def test_making_the_tiny_model_goes_on_where_it_stopped(tmp_path):
                 raise KeyboardInterrupt
             return sum((w - torch.randn(w.shape, generator=rng)).square().sum() for w in weights)
 
-        train.optimize(weights, loss, 6, 0.1, tmp_path / file / "part.safetensors", save_every=2)
+        train.optimize(weights, loss, steps, 0.1, tmp_path / file / "part.safetensors", save_every=2)
         return torch.cat([w.detach().flatten() for w in weights]), len(calls)
 
     straight, _ = fit("straight")
@@ -1527,6 +1527,8 @@ def test_making_the_tiny_model_goes_on_where_it_stopped(tmp_path):
         fit("cut", stop_at=4)
     continued, calls = fit("cut")
     assert torch.equal(straight, continued) and calls == 4                              # the last save was after step 2
+    with pytest.raises(UserError, match=r"part.safetensors: was made with other settings: steps 6 \(now 12\)"):
+        fit("cut", steps=12)
 
 
 def test_muon_steps_are_orthogonal_and_go_downhill():

@@ -796,8 +796,8 @@ def muon(weights, momenta, lr):
 
 def optimize(parameters, loss, steps, lr, file, seed=0, save_every=500):
     """Muon for matrices and Adam for all else, on `loss(generator)`, with a progress bar; its state goes to `file` now
-    and then, from which it continues."""
-    parameters = list(parameters)
+    and then, from which it continues. Raises UserError where that was made with another seed or number of steps."""
+    parameters, made_by = list(parameters), {"fingerprint": dict(steps=steps, seed=seed)}
     torch.set_flush_denormal(True)                         # else Adam's moments of idle weights slow a CPU down
     model.keep_freed_memory()
     matrices, others = ([p for p in parameters if (p.ndim == 2) == matrix] for matrix in (True, False))
@@ -806,7 +806,9 @@ def optimize(parameters, loss, steps, lr, file, seed=0, save_every=500):
              "exp_avg": [torch.zeros_like(p) for p in others], "exp_avg_sq": [torch.zeros_like(p) for p in others]}
     state, first = {f"{kind}.{i}": t.detach() for kind, ts in kinds.items() for i, t in enumerate(ts)}, 0
     if file.exists():
-        first = data.read_header(file)[1]["step"]
+        saved = data.read_header(file)[1]
+        data.check_metadata(file, saved, made_by)
+        first = saved["step"]
         for name, tensor in data.read_tensors(file).items():
             state[name].copy_(tensor)
     for p, m, v in zip(others, kinds["exp_avg"], kinds["exp_avg_sq"]):
@@ -824,7 +826,7 @@ def optimize(parameters, loss, steps, lr, file, seed=0, save_every=500):
         average = value.item() if average is None else 0.99 * average + 0.01 * value.item()
         bar.set_postfix(loss=f"{average:.4f}")
         if (step + 1) % save_every == 0:
-            data.write_tensors(file, state, step=step + 1)
+            data.write_tensors(file, state, step=step + 1, **made_by)
 
 
 def make_text_encoder(folder):
