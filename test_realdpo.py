@@ -1553,9 +1553,9 @@ def test_the_experiment_makes_a_base_a_seed_compares_and_goes_on(tmp_path, monke
     monkeypatch.setattr(train, "SIZES", {"real": 2, "held-out": 1, "validation": 1})
     monkeypatch.setattr(train, "TRIALS", {"SFT": (dict(method="sft", steps=1), (3e-4,)), "RealDPO": (dict(steps=1), (1e-5, 3e-4))})
 
-    def run(seeds):
+    def run(seeds, **options):
         with as_a_process():
-            train.main(train.Options(model="tiny", out=str(tmp_path), experiment=seeds))
+            train.main(train.Options(model="tiny", out=str(tmp_path), experiment=seeds, **options))
         return [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ") and " | rvd" not in line]
 
     assert [row[:2] for row in run(1)][:4] == [["| clean-trained", "–"], ["| base", "–"], ["| SFT", "0.0003"], ["| RealDPO", "0.0003"]]
@@ -1566,6 +1566,8 @@ def test_the_experiment_makes_a_base_a_seed_compares_and_goes_on(tmp_path, monke
     bases += [exported(tmp_path / where) for where in ("seed-1/base", "seed-0/clean-trained")]
     assert not any(same_tensors(*pair) for pair in combinations(bases, 2)) and len(rows) == 6 and all("±" in row[2] for row in rows)
     assert rows[4] == rows[2] and rows[4][1] == "0.0003" and rows[4][-1].startswith("0/2")
+    with pytest.raises(UserError, match=r"base.json: was made with other settings: steps 6000 \(now 5\)"):
+        run(2, base_steps=5)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -989,9 +989,12 @@ def table(scores):
 
 def own_base(folder, seed, steps, imperfect=True):
     """A model folder with a base of its own, and the shipped autoencoder and text encoder. Seed 0's base is the shipped
-    one too: made in the same way."""
-    with whole_file(folder / "base.json") as part:
-        part.write_text(json.dumps({"model": "tiny"}))     # where it has no part of its own, see model.resolve
+    one too: made in the same way. Raises UserError where there is one of another number of steps."""
+    file, made_by = folder / "base.json", dict(model="tiny", fingerprint=dict(steps=steps))
+    if file.exists():
+        data.check_metadata(file, model.read_json(file), made_by)
+    with whole_file(file) as part:
+        part.write_text(json.dumps(made_by))               # for the parts it does not have, see model.resolve
     shipped = (seed, steps, imperfect) == (0, Options.base_steps, True)
     if not shipped and not list(folder.glob("transformer/*.safetensors")):
         make_base(folder, steps, seed, imperfect)
