@@ -163,7 +163,8 @@ def read_frames(path, frames, fps):
     if not Path(path).is_file():
         raise UserError(f"{path}: no such video")
     try:
-        with imageio.get_reader(path, "ffmpeg") as reader:
+        # Else ffmpeg offers to be stopped by a key, now and then in the middle of a line that imageio waits for.
+        with imageio.get_reader(path, "ffmpeg", input_params=["-nostdin"]) as reader:
             rate, taken = reader.get_meta_data()["fps"], []
             for i, frame in enumerate(reader):
                 while len(taken) < frames and i >= int(len(taken) * rate / fps + 0.5):      # a slow video repeats frames

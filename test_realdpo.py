@@ -15,6 +15,7 @@ from xml.etree import ElementTree
 
 import huggingface_hub
 import imageio.v2 as imageio
+import imageio_ffmpeg
 import numpy as np
 import pytest
 import sentencepiece
@@ -959,6 +960,15 @@ def test_the_authors_first_frames_and_negatives_are_used(videos, cache, tmp_path
     distance = lambda a, b: (a - b).square().mean().item()
     assert record["lose"].shape == (3, 8, 5, 8, 8) and distance(record["win"], usual["win"]) < 0.1 < distance(record["image"], usual["image"])
     assert distance(record["lose"][0], record["win"]) < 0.1 * min(distance(lose, record["win"]) for lose in record["lose"][1:])
+
+
+def test_reading_a_video_does_not_wait_for_a_line_that_ffmpegs_threads_may_break(videos, tmp_path, monkeypatch):
+    wrapper, ffmpeg = tmp_path / "ffmpeg", imageio_ffmpeg.get_ffmpeg_exe()
+    # Without -nostdin "Press [q] …" may stand in the middle of the line; here no line comes at all then.
+    wrapper.write_text(f'#!/bin/sh\ncase " $* " in *" -nostdin "*) exec "{ffmpeg}" "$@";; esac\nexec "{ffmpeg}" "$@" 2>/dev/null\n')
+    wrapper.chmod(0o755)
+    monkeypatch.setattr("imageio_ffmpeg._io.get_ffmpeg_exe", lambda: str(wrapper))
+    assert data.read_frames(videos / f"{NAMES[0]}.mp4", 17, 8).shape[0] == 17
 
 
 def test_skip_bad_leaves_clips_out_and_lists_them(videos, tmp_path, capsys):
