@@ -1112,9 +1112,10 @@ def test_every_sample_has_its_own_noise_and_t_and_an_epoch_every_record_once(cac
 
 @pytest.mark.parametrize("options", [dict(micro_batch=1), dict(micro_batch=2, stream=True), dict(checkpointing="full"), dict(checkpointing="selective")], ids=str)
 def test_how_a_batch_is_computed_changes_no_gradient(options, straight, cache, tmp_path):
-    for ours, theirs in zip(run_training(tmp_path / "run", cache, **options, steps=2), metrics(straight)):
+    # Adam's first update divides every gradient by itself, those too that are only rounding.
+    for ours, theirs, close in zip(run_training(tmp_path / "run", cache, **options, steps=2), metrics(straight), (1e-5, 1e-4)):
         for name in ("loss", "grad_norm", *ERRORS):
-            assert ours[name] == pytest.approx(theirs[name], rel=1e-5), name
+            assert ours[name] == pytest.approx(theirs[name], rel=close), name
 
 
 def test_supervised_training_needs_no_negatives(videos, tmp_path):
