@@ -167,7 +167,7 @@ def read_frames(path, frames, fps):
         with imageio.get_reader(path, "ffmpeg", input_params=["-nostdin"]) as reader:
             rate, taken = reader.get_meta_data()["fps"], []
             for i, frame in enumerate(reader):
-                while len(taken) < frames and i >= int(len(taken) * rate / fps + 0.5):      # a slow video repeats frames
+                while len(taken) < frames and i >= int(len(taken) * rate / fps + 0.5):    # a slow video repeats frames
                     taken.append(frame)
                 if len(taken) == frames:
                     return np.stack(taken)

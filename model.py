@@ -16,6 +16,7 @@ import ctypes, json, math, shutil
 from functools import lru_cache, partial
 from pathlib import Path
 
+import huggingface_hub
 import torch
 import torch.nn as nn
 import torch.nn.functional as nnf
@@ -344,7 +345,7 @@ def modulate(x, shift, scale):
 
 @lru_cache(maxsize=8)
 def rope_table(grid, n_text, head_dim, device):
-    """e^(i·angle) (S,1,head_dim/2), complex fp32: a quarter of the head turns with time, 3/8 each with height and width.
+    """e^(i·angle) (S,1,head_dim/2), complex fp32: a quarter of a head turns with time, 3/8 with height, 3/8 with width.
 
     Text tokens stand at angle zero, so the whole sequence is rotated in one go.
     """
@@ -373,7 +374,7 @@ class Attention(nn.Module):
 
     def forward(self, x, rope):
         q, k, v = (rearrange(to(x), "b s (h d) -> b s h d", h=self.heads) for to in (self.to_q, self.to_k, self.to_v))
-        q, k = rotate(self.norm_q(q), rope), rotate(self.norm_k(k), rope)               # as they lie in memory: no copies
+        q, k = rotate(self.norm_q(q), rope), rotate(self.norm_k(k), rope)            # as they lie in memory: no copies
         q, k, v = (rearrange(y, "b s h d -> b h s d") for y in (q, k, v))
         return self.to_out[0](rearrange(nnf.scaled_dot_product_attention(q, k, v), "b h s d -> b s (h d)"))
 
@@ -393,7 +394,7 @@ class Block(nn.Module):
         feed_forward = lambda h: down(nnf.gelu(up["proj"](h), approximate="tanh"))
         for norm, layer in (self.norm1, lambda h: self.attn1(h, rope)), (self.norm2, feed_forward):
             (shift, scale, gate, text_shift, text_scale, text_gate), text_h, h = norm(time, text, video)
-            h = layer(torch.cat([modulate(text_h, text_shift, text_scale), modulate(h, shift, scale)], dim=1))  # (B,S,D)
+            h = layer(torch.cat([modulate(text_h, text_shift, text_scale), modulate(h, shift, scale)], 1))    # (B,S,D)
             # Split, not sliced: the backward pass of a slice is a whole tensor of zeros to copy into and to add.
             text_h, h = h.split([text.shape[1], video.shape[1]], dim=1)
             text, video = torch.addcmul(text, text_gate, text_h), torch.addcmul(video, gate, h)
@@ -614,7 +615,6 @@ def resolve(path, *parts):
     if not folder.is_dir():
         if str(path) == "tiny" or str(path).count("/") != 1 or str(path).startswith((".", "/")):
             raise UserError(f"{folder}: no such model folder, and not a hub id (owner/name)")
-        import huggingface_hub
         try:
             patterns = [part if "." in part else f"{part}/*" for part in parts]
             return Path(huggingface_hub.snapshot_download(str(path), allow_patterns=patterns))
@@ -734,19 +734,6 @@ def is_first():
     return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
 
 
-def plan_shards(tensors, itemsize, stem, shard_bytes):
-    """[(file name, tensor names)]: files of at most `shard_bytes`, named as published ones are."""
-    plan, size = [[]], 0
-    for name, tensor in tensors.items():
-        nbytes = tensor.numel() * itemsize(tensor)
-        if size and size + nbytes > shard_bytes:
-            plan, size = plan + [[]], 0
-        plan[-1].append(name)
-        size += nbytes
-    return [(f"{stem}.safetensors" if len(plan) == 1 else f"{stem}-{i + 1:05d}-of-{len(plan):05d}.safetensors", names)
-            for i, names in enumerate(plan)]
-
-
 def replace_folder(new, old):
     """Put the complete folder `new` in the place of `old`."""
     aside = old.with_name(old.name + ".old")
@@ -765,13 +752,15 @@ def save_part(net, config, where, dtype=None, stem="diffusion_pytorch_model", co
     at which published checkpoints are split) beside its own shard. Raises UserError where there is no room.
     """
     tensors, part = net.state_dict() if net else {}, where.with_name(where.name + ".part")
-    plan = plan_shards(tensors, lambda t: (dtype or t.dtype).itemsize, stem, shard_bytes)
+    plan = huggingface_hub.split_torch_state_dict_into_shards(
+        {name: torch.empty(t.shape, dtype=dtype or t.dtype, device="meta") for name, t in tensors.items()},
+        filename_pattern=stem + "{suffix}.safetensors", max_shard_size=shard_bytes)
     try:
         if is_first():
             shutil.rmtree(part, ignore_errors=True)        # left by a run that was killed while writing
             part.mkdir(parents=True)
             (part / config_name).write_text(json.dumps(config, indent=2) + "\n")
-        for file, names in plan:
+        for file, names in plan.filename_to_tensors.items():
             gathered = {}
             for name in names:
                 tensor = tensors[name].to(dtype or tensors[name].dtype)
@@ -781,10 +770,8 @@ def save_part(net, config, where, dtype=None, stem="diffusion_pytorch_model", co
             if gathered:
                 save_file(gathered, part / file, metadata={"format": "pt"})
         if is_first():
-            if len(plan) > 1:
-                index = {"metadata": {"total_size": sum(t.numel() * (dtype or t.dtype).itemsize
-                                                        for t in tensors.values())},
-                         "weight_map": {name: file for file, names in plan for name in names}}
+            if plan.is_sharded:
+                index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
                 (part / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2))
             replace_folder(part, where)
     except (OSError, SafetensorError) as e:

@@ -271,12 +271,12 @@ def save_checkpoint(state, options, step, rank):
     part, final = folder / f"step-{step:06d}.part", folder / f"step-{step:06d}"
     try:
         if rank == 0:
-            for left in (*folder.glob("step-*.part"), *folder.glob("step-*.old")):      # by runs that were killed in here
+            for left in (*folder.glob("step-*.part"), *folder.glob("step-*.old")):   # by runs that were killed in here
                 shutil.rmtree(left, ignore_errors=True)
             part.mkdir(parents=True)
             (part / "options.json").write_text(json.dumps({"step": step, **dataclasses.asdict(options)}, indent=1))
         dist.barrier()
-        files = {name: 1 + i // 200 for i, name in enumerate(state)}        # a file is in CPU memory thrice as it is made
+        files = {name: 1 + i // 200 for i, name in enumerate(state)}     # a file is in CPU memory thrice as it is made
         dcp.save(state, storage_writer=dcp.HuggingFaceStorageWriter(str(part), files, save_distributed=True),
                  no_dist=alone())
     except (OSError, dcp.api.CheckpointException) as e:
@@ -369,16 +369,22 @@ def evaluate(policy, reference, records, options, place):
     return dict(zip(sums, numbers.tolist()))
 
 
+def generated(denoiser, path, records, which, device="cpu", dtype=torch.float32):
+    """A denoiser's videos (F,H,W,3) uint8 of the records numbered `which`, through the autoencoder of the model at
+    `path`, from noise that depends on the number alone."""
+    settings = sample.Options(**(sample.TINY if model.base_of(path) == "tiny" else {}))
+    vae, empty = model.load_vae(path, device, dtype), records.empty_text()
+    for i in which:
+        latents = sample.generate(denoiser, records[i], empty, settings, device, "held-out", i, progress=False)
+        yield data.to_uint8(vae.decode(latents)[0])
+
+
 def evaluate_videos(policy, records, options, step, place):
     """The first `eval_videos` held-out records as the policy makes them now: videos/STEP-NAME.mp4."""
-    settings = sample.Options(**(sample.TINY if model.base_of(options.model) == "tiny" else {}))
-    vae = model.load_vae(options.model, place.device, place.dtype)
-    for i in range(math.ceil(min(options.eval_videos, len(records)) / place.world)):
-        index = (place.rank + i * place.world) % len(records)
-        latents = sample.generate(policy, records[index], records.empty_text(), settings, place.device,
-                                  "eval", records.names[index], progress=False)
-        data.write_video(Path(options.out) / "videos" / f"{step:06d}-{records.names[index]}.mp4",
-                         data.to_uint8(vae.decode(latents)[0]), settings.fps)
+    rounds = math.ceil(min(options.eval_videos, len(records)) / place.world)
+    mine = [(place.rank + i * place.world) % len(records) for i in range(rounds)]       # as many on every rank
+    for i, video in zip(mine, generated(policy, options.model, records, mine, place.device, place.dtype)):
+        data.write_video(Path(options.out) / "videos" / f"{step:06d}-{records.names[i]}.mp4", video, sample.Options.fps)
 
 
 def forward_flops(config, grid, n_text):
@@ -680,14 +686,6 @@ def prepare(out, name, seed, counts, rank, scores=True):
     return f"{out}/cache/real"
 
 
-def generated(denoiser, records):
-    """A video (F,H,W,3) uint8 for each record, from noise that depends on its number alone."""
-    vae, empty, settings = model.load_vae("tiny"), records.empty_text(), sample.Options(**sample.TINY)
-    for i, record in enumerate(records):
-        latents = sample.generate(denoiser, record, empty, settings, "cpu", "held-out", i, progress=False)
-        yield data.to_uint8(vae.decode(latents)[0])
-
-
 @cache
 def codec():
     """What `continuations` asks for: videos as the tiny autoencoder gives them back."""
@@ -727,8 +725,9 @@ def show(options, runs):
     """Held-out figures of the base and of `runs` (Options each), as a GIF and an mp4, and what the metrics say."""
     records, out = Records(f"{options.out}/cache/held-out", negatives=False), Path(options.out)
     world = world_of(options.seed, "held-out")
-    videos = {name: list(generated(model.load_dit(folder), records)) for name, folder in tqdm(
-        [("base", "tiny"), *((each.method, each.out) for each in runs)], desc="held-out figures")}
+    columns = [("base", "tiny"), *((each.method, each.out) for each in runs)]
+    videos = {name: list(generated(model.load_dit(path), path, records, range(len(records))))
+              for name, path in tqdm(columns, desc="held-out figures")}
     print(f"{len(records)} held-out figures (mean):")
     for name, made in videos.items():
         print(f"  {name:7}  {means(judged(enumerate(made), world))}")
@@ -949,8 +948,8 @@ def scored(run, folder, seed):
     file = Path(run) / f"scores-{seed}.json"
     if not file.exists():
         denoiser = model.load_dit(run)
-        scores = {split: judged(enumerate(generated(denoiser, Records(folder / "cache" / split, negatives=False))),
-                                world_of(seed, split))
+        scores = {split: judged(enumerate(generated(denoiser, run, Records(folder / "cache" / split, negatives=False),
+                                                    range(SIZES[split]))), world_of(seed, split))
                   for split in ("validation", "held-out")}
         with whole_file(file) as part:
             part.write_text(json.dumps(scores))
