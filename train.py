@@ -470,8 +470,9 @@ class Log:
                 self.file.flush()
             except OSError as e:
                 raise UserError(f"{self.file.name}: cannot be written ({e}); make room, then start again") from e
-            for held_out in (False, True):                 # a line of their own for the held-out numbers
-                shown = "  ".join(f"{k} {v:.4g}" for k, v in metrics.items() if k.startswith("eval") == held_out)
+            for held_out in (False, True):                 # a line of their own for the held-out numbers, not by t
+                shown = "  ".join(f"{k} {v:.4g}" for k, v in metrics.items()
+                                  if k.startswith("eval") == held_out and "_t0." not in k)
                 tqdm.write(f"step {step:4d}  {shown}") if shown else None
             for key, value in metrics.items() if self.board else ():
                 self.board.add_scalar(key, value, step)
