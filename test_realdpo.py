@@ -1,7 +1,8 @@
-"""What holds: the method against formulas written out, the networks against the libraries they reimplement, the commands
-from end to end on four toy clips and the tiny model.
+"""What holds: the method against formulas written out, the networks against the libraries they reimplement, the
+commands from end to end on four toy clips and the tiny model.
 
-    pytest                             everything, in about two minutes on two cores; needs diffusers and transformers for the oracles
+    pytest                             everything, in about two minutes on two cores; needs diffusers and transformers
+                                       for the oracles
     CHAOS=20 pytest -m chaos -s        kills every stage at random instants
 """
 import ast, copy, dataclasses, io, json, math, os, random, re, shlex, shutil, signal, subprocess, sys, time
@@ -72,27 +73,34 @@ def rewrite(file, **changes):
 # Small models: CogVideoX's configs with narrow widths, and odd text for the tokenizer
 # ---------------------------------------------------------------------------------------------------------------------
 
-DIT = dict(_class_name="CogVideoXTransformer3DModel", num_attention_heads=2, attention_head_dim=16, num_layers=2, in_channels=8, out_channels=4,
-           patch_size=2, time_embed_dim=24, text_embed_dim=12, max_text_seq_length=7, sample_frames=17, sample_height=4, sample_width=6,
-           temporal_compression_ratio=4, norm_eps=1e-5, use_rotary_positional_embeddings=True, use_learned_positional_embeddings=True)
-VAE = dict(_class_name="AutoencoderKLCogVideoX", block_out_channels=[8, 16, 16, 24], layers_per_block=1, latent_channels=6, norm_num_groups=4,
-           in_channels=3, out_channels=3, norm_eps=1e-6, temporal_compression_ratio=4, scaling_factor=0.7)
-T5 = dict(architectures=["T5EncoderModel"], vocab_size=160, d_model=12, d_kv=8, d_ff=32, num_layers=3, num_heads=2, feed_forward_proj="gated-gelu",
-          relative_attention_num_buckets=32, relative_attention_max_distance=128, layer_norm_epsilon=1e-6)
-SCHEDULER = dict(_class_name="CogVideoXDDIMScheduler", beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", num_train_timesteps=1000,
-                 prediction_type="v_prediction", rescale_betas_zero_snr=True, set_alpha_to_one=True, snr_shift_scale=1.0,
+DIT = dict(_class_name="CogVideoXTransformer3DModel", num_attention_heads=2, attention_head_dim=16, num_layers=2,
+           in_channels=8, out_channels=4, patch_size=2, time_embed_dim=24, text_embed_dim=12, max_text_seq_length=7,
+           sample_frames=17, sample_height=4, sample_width=6, temporal_compression_ratio=4, norm_eps=1e-5,
+           use_rotary_positional_embeddings=True, use_learned_positional_embeddings=True)
+VAE = dict(_class_name="AutoencoderKLCogVideoX", block_out_channels=[8, 16, 16, 24], layers_per_block=1,
+           latent_channels=6, norm_num_groups=4, in_channels=3, out_channels=3, norm_eps=1e-6,
+           temporal_compression_ratio=4, scaling_factor=0.7)
+T5 = dict(architectures=["T5EncoderModel"], vocab_size=160, d_model=12, d_kv=8, d_ff=32, num_layers=3, num_heads=2,
+          feed_forward_proj="gated-gelu", relative_attention_num_buckets=32, relative_attention_max_distance=128,
+          layer_norm_epsilon=1e-6)
+SCHEDULER = dict(_class_name="CogVideoXDDIMScheduler", beta_start=0.00085, beta_end=0.012,
+                 beta_schedule="scaled_linear", num_train_timesteps=1000, prediction_type="v_prediction",
+                 rescale_betas_zero_snr=True, set_alpha_to_one=True, snr_shift_scale=1.0,
                  timestep_spacing="trailing", clip_sample=False)
-CONFIG, SCHEDULE, WEIGHTS = "transformer/config.json", "scheduler/scheduler_config.json", "transformer/diffusion_pytorch_model.safetensors"
+CONFIG, SCHEDULE, WEIGHTS = ("transformer/config.json", "scheduler/scheduler_config.json",
+                             "transformer/diffusion_pytorch_model.safetensors")
 INDEX = WEIGHTS + ".index.json"
-PROMPTS = ["a figure waves its left arm", "", "🤸🏽‍♀️ jumps 🎉", "cafe\u0301 nai\u0308ve Z\u0351\u036ba\u0310lgo\u0321", "شخص يلوح بيده اليسرى", "一个人挥动左手，然后坐下",
-           "zero\u200bwidth\u200d\ufeff\u2060 marks", "ﬁne ligatures, ½, Ⅷ and ™", " \t\n ", "</s> <pad> \x00", "over-long " * 300]
+PROMPTS = ["a figure waves its left arm", "", "🤸🏽‍♀️ jumps 🎉", "cafe\u0301 nai\u0308ve Z\u0351\u036ba\u0310lgo\u0321",
+           "شخص يلوح بيده اليسرى", "一个人挥动左手，然后坐下", "zero\u200bwidth\u200d\ufeff\u2060 marks",
+           "ﬁne ligatures, ½, Ⅷ and ™", " \t\n ", "</s> <pad> \x00", "over-long " * 300]
 
 
 def trained_tokenizer():
     """A SentencePiece model with T5's special ids, which knows the letters of the first prompts only."""
     writer = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(PROMPTS[:5]), model_writer=writer, vocab_size=T5["vocab_size"],
-                                             hard_vocab_limit=False, pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=3)
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(PROMPTS[:5]), model_writer=writer,
+                                             vocab_size=T5["vocab_size"], hard_vocab_limit=False,
+                                             pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=3)
     return writer.getvalue()
 
 
@@ -132,7 +140,8 @@ def public(config):
 def inputs(batch=1, frames=5, height=4, width=6, seed=0, c=DIT):
     """x_t, and a condition with its own text and image a sample."""
     latents, text = (batch, c["out_channels"]), (batch, c["max_text_seq_length"], c["text_embed_dim"])
-    return randn(*latents, frames, height, width, seed=seed), Condition(randn(*text, seed=seed + 1), randn(*latents, 1, height, width, seed=seed + 2))
+    return (randn(*latents, frames, height, width, seed=seed),
+            Condition(randn(*text, seed=seed + 1), randn(*latents, 1, height, width, seed=seed + 2)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -146,7 +155,8 @@ def diffusers():
 
 @pytest.fixture
 def make_oracle(diffusers, tmp_path):
-    """make_oracle(scheduler changes, **transformer changes) -> diffusers' transformer and scheduler, our denoiser of the same files."""
+    """make_oracle(scheduler changes, **transformer changes) -> diffusers' transformer and scheduler, our denoiser of
+    the same files."""
     def make(scheduler={}, **changes):
         net = scramble(diffusers.CogVideoXTransformer3DModel(**public(DIT) | changes))
         scheduler = diffusers.CogVideoXDDIMScheduler.from_config(SCHEDULER | scheduler)
@@ -158,7 +168,8 @@ def make_oracle(diffusers, tmp_path):
 
 @torch.no_grad()
 def oracle_output(net, z, cond, k):
-    """diffusers' transformer on latents z (B,C,F,H,W) at training steps k (B,), with the rotary table its pipeline makes."""
+    """diffusers' transformer on latents z (B,C,F,H,W) at training steps k (B,), with the rotary table its pipeline
+    makes."""
     from diffusers.models.embeddings import get_3d_rotary_pos_embed
     frames, *grid = z.shape[2], *(n // net.config.patch_size for n in z.shape[3:])
     rope = get_3d_rotary_pos_embed(net.config.attention_head_dim, ((0, 0), grid), grid, frames)
@@ -177,7 +188,8 @@ def oracle_output(net, z, cond, k):
     (dict(num_attention_heads=3, attention_head_dim=64, num_layers=1), 2, 2, (4, 6), [250, 750]),
     (dict(num_layers=5, sample_height=8, sample_width=2, sample_frames=9), 1, 3, (8, 2), [20]),
     (dict(use_learned_positional_embeddings=False), 1, 4, (8, 10), [600]),
-    (dict(in_channels=32, out_channels=16, text_embed_dim=20, max_text_seq_length=1, time_embed_dim=8), 2, 5, (4, 6), [3, 3]),
+    (dict(in_channels=32, out_channels=16, text_embed_dim=20, max_text_seq_length=1, time_embed_dim=8),
+     2, 5, (4, 6), [3, 3]),
 ])
 def test_denoiser_equals_diffusers(make_oracle, changes, batch, frames, size, steps):
     net, scheduler, denoiser = make_oracle(**changes)
@@ -277,7 +289,8 @@ def test_saved_transformer_opens_in_diffusers_and_here(diffusers, make_oracle, t
     if shard_bytes:
         model.save_part(denoiser.net, denoiser.net.config, saved / "transformer", dtype, shard_bytes=shard_bytes)
     assert (len(list(saved.rglob("*.safetensors"))) > 2) == bool(shard_bytes)
-    opened, info = diffusers.CogVideoXTransformer3DModel.from_pretrained(saved / "transformer", output_loading_info=True, torch_dtype=dtype)
+    opened, info = diffusers.CogVideoXTransformer3DModel.from_pretrained(
+        saved / "transformer", output_loading_info=True, torch_dtype=dtype)
     opened_scheduler = diffusers.CogVideoXDDIMScheduler.from_pretrained(saved / "scheduler")
     assert not any(info.values()), info                    # missing, unexpected and mismatched keys
     assert public(opened.config) == public(net.config) and public(opened_scheduler.config) == public(scheduler.config)
@@ -290,36 +303,47 @@ def test_saved_transformer_opens_in_diffusers_and_here(diffusers, make_oracle, t
 # The published sizes, without memory
 # ---------------------------------------------------------------------------------------------------------------------
 
-FULL_DIT = DIT | dict(num_attention_heads=48, attention_head_dim=64, num_layers=42, in_channels=32, out_channels=16, time_embed_dim=512,
-                      text_embed_dim=4096, max_text_seq_length=226, sample_frames=49, sample_height=60, sample_width=90)
-FULL_VAE = VAE | dict(block_out_channels=[128, 256, 256, 512], layers_per_block=3, latent_channels=16, norm_num_groups=32)
+FULL_DIT = DIT | dict(num_attention_heads=48, attention_head_dim=64, num_layers=42, in_channels=32, out_channels=16,
+                      time_embed_dim=512, text_embed_dim=4096, max_text_seq_length=226,
+                      sample_frames=49, sample_height=60, sample_width=90)
+FULL_VAE = VAE | dict(block_out_channels=[128, 256, 256, 512], layers_per_block=3, latent_channels=16,
+                      norm_num_groups=32)
 FULL_T5 = T5 | dict(vocab_size=32128, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64)
 PUBLISHED_SHAPES = {
     model.DiT: {
-        "patch_embed.pos_embedding": (1, 17776, 3072), "patch_embed.proj.weight": (3072, 32, 2, 2), "patch_embed.text_proj.weight": (3072, 4096),
-        "time_embedding.linear_1.weight": (512, 3072), "time_embedding.linear_2.weight": (512, 512), "norm_final.bias": (3072,),
-        "norm_out.linear.weight": (6144, 512), "norm_out.norm.weight": (3072,), "proj_out.weight": (64, 3072), "proj_out.bias": (64,),
+        "patch_embed.pos_embedding": (1, 17776, 3072), "patch_embed.proj.weight": (3072, 32, 2, 2),
+        "patch_embed.text_proj.weight": (3072, 4096),
+        "time_embedding.linear_1.weight": (512, 3072), "time_embedding.linear_2.weight": (512, 512),
+        "norm_final.bias": (3072,), "norm_out.linear.weight": (6144, 512), "norm_out.norm.weight": (3072,),
+        "proj_out.weight": (64, 3072), "proj_out.bias": (64,),
         "transformer_blocks.0.norm1.linear.weight": (18432, 512), "transformer_blocks.41.norm2.norm.bias": (3072,),
         "transformer_blocks.0.attn1.norm_q.weight": (64,), "transformer_blocks.0.attn1.norm_k.bias": (64,),
         "transformer_blocks.0.attn1.to_q.weight": (3072, 3072), "transformer_blocks.0.attn1.to_out.0.bias": (3072,),
-        "transformer_blocks.0.ff.net.0.proj.weight": (12288, 3072), "transformer_blocks.0.ff.net.2.weight": (3072, 12288)},
+        "transformer_blocks.0.ff.net.0.proj.weight": (12288, 3072),
+        "transformer_blocks.0.ff.net.2.weight": (3072, 12288)},
     model.VAE: {
-        "encoder.conv_out.conv.weight": (32, 512, 3, 3, 3), "encoder.down_blocks.0.downsamplers.0.conv.weight": (128, 128, 3, 3),
-        "encoder.down_blocks.1.resnets.0.conv_shortcut.weight": (256, 128, 1, 1, 1), "encoder.mid_block.resnets.1.norm2.weight": (512,),
+        "encoder.conv_out.conv.weight": (32, 512, 3, 3, 3),
+        "encoder.down_blocks.0.downsamplers.0.conv.weight": (128, 128, 3, 3),
+        "encoder.down_blocks.1.resnets.0.conv_shortcut.weight": (256, 128, 1, 1, 1),
+        "encoder.mid_block.resnets.1.norm2.weight": (512,),
         "decoder.up_blocks.2.upsamplers.0.conv.weight": (256, 256, 3, 3), "decoder.norm_out.norm_layer.weight": (128,),
         "decoder.up_blocks.3.resnets.3.norm1.conv_y.conv.weight": (128, 16, 1, 1, 1)},
     model.T5Encoder: {
-        "shared.weight": (32128, 4096), "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight": (32, 64),
-        "encoder.block.23.layer.1.DenseReluDense.wi_1.weight": (10240, 4096), "encoder.final_layer_norm.weight": (4096,)}}
+        "shared.weight": (32128, 4096),
+        "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight": (32, 64),
+        "encoder.block.23.layer.1.DenseReluDense.wi_1.weight": (10240, 4096),
+        "encoder.final_layer_norm.weight": (4096,)}}
 
 
-@pytest.mark.parametrize("network, config, names, parameters, buffers", [(model.DiT, FULL_DIT, 1025, 5_570_479_680, 54_607_872),
-                                                                         (model.VAE, FULL_VAE, 436, 215_583_907, 0),
-                                                                         (model.T5Encoder, FULL_T5, 219, 4_762_310_656, 0)])
+@pytest.mark.parametrize("network, config, names, parameters, buffers", [
+    (model.DiT, FULL_DIT, 1025, 5_570_479_680, 54_607_872),
+    (model.VAE, FULL_VAE, 436, 215_583_907, 0),
+    (model.T5Encoder, FULL_T5, 219, 4_762_310_656, 0)])
 def test_published_names_shapes_and_counts(network, config, names, parameters, buffers):
     with torch.device("meta"):
         net = network(config)
-    shapes, count = {name: tuple(x.shape) for name, x in net.state_dict().items()}, lambda tensors: sum(x.numel() for x in tensors)
+    shapes, count = ({name: tuple(x.shape) for name, x in net.state_dict().items()},
+                     lambda tensors: sum(x.numel() for x in tensors))
     assert (len(shapes), count(net.parameters()), count(net.buffers())) == (names, parameters, buffers)
     assert {name: shapes.get(name) for name in PUBLISHED_SHAPES[network]} == PUBLISHED_SHAPES[network]
 
@@ -337,7 +361,8 @@ class Toy(nn.Module):
         vector_to_parameters(0.5 * randn(72, seed=seed), self.parameters())
 
     def forward(self, x_t, cond, t):
-        h = self.mix(x_t.movedim(1, -1)) + realdpo.per_sample(t.float(), x_t) * self.read(cond.text.mean(1))[:, None, None, None]
+        h = (self.mix(x_t.movedim(1, -1))
+             + realdpo.per_sample(t.float(), x_t) * self.read(cond.text.mean(1))[:, None, None, None])
         return torch.tanh(h).movedim(-1, 1) + 0.3 * cond.image
 
     time_grid = model.FlowPrediction.time_grid
@@ -346,11 +371,13 @@ class Toy(nn.Module):
 def preference(batch, n):
     """Everything realdpo_loss is given, β apart."""
     win, cond = inputs(batch, frames=3)
-    return dict(win=win, lose=randn(batch, n, *win.shape[1:], seed=4), cond=cond, t=torch.linspace(0.9, 0.1, batch), noise=randn(*win.shape, seed=5))
+    return dict(win=win, lose=randn(batch, n, *win.shape[1:], seed=4), cond=cond, t=torch.linspace(0.9, 0.1, batch),
+                noise=randn(*win.shape, seed=5))
 
 
 def appendix_c(model, ref_model, x_w, x_l, c, timestep_k, noise, beta, weight):
-    """The paper's listing for one pair, line by line, where `weight` is 1. Returns the alignment term and the four errors."""
+    """The paper's listing for one pair, line by line, where `weight` is 1. Returns the alignment term and the four
+    errors."""
     noisy_x_w = (1 - timestep_k) * x_w + timestep_k * noise
     noisy_x_l = (1 - timestep_k) * x_l + timestep_k * noise
     model_w_loss = weight * (x_w - model(noisy_x_w, c, timestep_k)).norm().pow(2)
@@ -372,25 +399,29 @@ def test_loss_and_gradient_equal_appendix_c(batch, n, weighting, anchor, stream)
     for b in range(batch):
         one, weight = slice(b, b + 1), 1 if weighting == "x0" else t[b] ** -2
         for k in range(n):                                 # the paper's errors are sums, ours means: β_sum = β / numel
-            pairs.append(appendix_c(policy, reference, win[one], lose[one, k], Condition(*(x[one] for x in cond)), t[one], noise[one], beta / numel, weight))
+            pairs.append(appendix_c(policy, reference, win[one], lose[one, k], Condition(*(x[one] for x in cond)),
+                                    t[one], noise[one], beta / numel, weight))
     z, *errors = torch.stack(pairs, dim=1)
     errors = [e.mean() / numel for e in errors]
     expected = -torch.log(torch.sigmoid(z)).mean() + anchor * errors[0]
     gradient = parameters_to_vector(torch.autograd.grad(expected, list(policy.parameters())))
 
-    loss, metrics = realdpo.realdpo_loss(policy, reference, **given, beta=beta, weighting=weighting, anchor=anchor, stream=stream)
+    loss, metrics = realdpo.realdpo_loss(policy, reference, **given, beta=beta, weighting=weighting, anchor=anchor,
+                                         stream=stream)
     if not stream:
         loss.backward()
     torch.testing.assert_close(loss, expected)
     assert relative(parameters_to_vector(p.grad for p in policy.parameters()), gradient) <= 2e-5
     assert all(p.grad is None for p in reference.parameters())
-    for name, value in zip(("margin", "accuracy", "win", "lose", "ref_win", "ref_lose"), (z.mean(), (z > 0).float().mean(), *errors)):
+    for name, value in zip(("margin", "accuracy", "win", "lose", "ref_win", "ref_lose"),
+                           (z.mean(), (z > 0).float().mean(), *errors)):
         torch.testing.assert_close(metrics[name], value.detach(), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_first_loss_is_exactly_log_2(denoiser, stream):
-    loss, metrics = realdpo.realdpo_loss(denoiser, copy.deepcopy(denoiser), **preference(2, 3), beta=5000.0, stream=stream)
+    loss, metrics = realdpo.realdpo_loss(denoiser, copy.deepcopy(denoiser), **preference(2, 3), beta=5000.0,
+                                         stream=stream)
     assert loss.item() == torch.tensor(2.0).log().item()
     assert metrics["margin"] == 0 and metrics["win"] == metrics["ref_win"] > 0
 
@@ -414,7 +445,8 @@ def test_noising_goes_from_data_to_noise_in_fp32():
 
 def test_drawn_t_is_uniform_and_never_zero(monkeypatch):
     seen, win = [], torch.zeros(20_000, 1, 1, 1, 1)
-    draw = lambda: realdpo.sft_loss(lambda x_t, cond, t: seen.append((x_t, t)) or x_t, win=win, cond=Condition(win, win))
+    draw = lambda: realdpo.sft_loss(lambda x_t, cond, t: seen.append((x_t, t)) or x_t,
+                                    win=win, cond=Condition(win, win))
     torch.manual_seed(0)
     draw()
     (x_t, t), = seen
@@ -428,7 +460,8 @@ def test_drawn_t_is_uniform_and_never_zero(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_ema_equals_its_closed_form_and_the_next_reference_forward_uses_it(dtype):
-    policy, reference, closed, vector = Toy(1).to(dtype), Toy(2), Toy(2), lambda net: parameters_to_vector(net.parameters()).detach().float().clone()
+    policy, reference, closed, vector = (Toy(1).to(dtype), Toy(2), Toy(2),
+                                         lambda net: parameters_to_vector(net.parameters()).detach().float().clone())
     expected, trail = 0.9 ** 4 * vector(reference), []
     for i in range(4):
         trail.append(vector(scramble(policy, seed=i)))
@@ -470,7 +503,8 @@ def solve(denoiser, steps, solver="euler"):
     return realdpo.sample(denoiser, noise, cond, steps=steps, guidance=1, solver=solver, progress=False)
 
 
-PREDICTIONS = pytest.mark.parametrize("prediction", [model.FlowPrediction(), model.VPrediction(SCHEDULER)], ids=["flow", "cogvideox"])
+PREDICTIONS = pytest.mark.parametrize("prediction", [model.FlowPrediction(), model.VPrediction(SCHEDULER)],
+                                      ids=["flow", "cogvideox"])
 
 
 @PREDICTIONS
@@ -481,10 +515,12 @@ def test_euler_converges_to_the_flow_of_a_gaussian(prediction):
 
 
 def distances(denoiser, noise, cond):
-    """How far multistep with 25 evaluations and Euler with 50 end from the exact path, which 1000 steps stand for: RMS, relative."""
+    """How far multistep with 25 evaluations and Euler with 50 end from the exact path, which 1000 steps stand for:
+    RMS, relative."""
     solve = partial(realdpo.sample, denoiser, noise, cond, guidance=1, progress=False)
     exact = solve(steps=1000)
-    return [((x - exact).square().mean() / exact.square().mean()).sqrt().item() for x in (solve(steps=25, solver="multistep"), solve(steps=50))]
+    return [((x - exact).square().mean() / exact.square().mean()).sqrt().item()
+            for x in (solve(steps=25, solver="multistep"), solve(steps=50))]
 
 
 @PREDICTIONS
@@ -529,7 +565,8 @@ def content(name, change):
     return lambda folder: (folder / name).write_bytes(change((folder / name).read_bytes()))
 
 
-BREAKAGES = {                                              # {loader: {what happened to the folder: (how, what the message says besides its name)}}
+# {loader: {what happened to the folder: (how, what the message says besides its name)}}
+BREAKAGES = {
     model.load_dit: {
         "no such folder": (shutil.rmtree, "no such model folder"),
         "no transformer": (lambda f: shutil.rmtree(f / "transformer"), "has no transformer"),
@@ -541,7 +578,8 @@ BREAKAGES = {                                              # {loader: {what happ
         "unknown class": (entries(CONFIG, _class_name="UNet3DConditionModel"), "UNet3DConditionModel"),
         "config without heads": (entries(CONFIG, num_attention_heads=...), "num_attention_heads"),
         "config without channels": (entries(CONFIG, out_channels=...), "out_channels"),
-        "2b": (entries(CONFIG, use_rotary_positional_embeddings=False, use_learned_positional_embeddings=False), "use_rotary.*2b"),
+        "2b": (entries(CONFIG, use_rotary_positional_embeddings=False, use_learned_positional_embeddings=False),
+               "use_rotary.*2b"),
         "1.5": (entries(CONFIG, patch_size_t=2, patch_bias=False, ofs_embed_dim=512), r"patch_size_t is 2.*1\.5"),
         "text to video": (entries(CONFIG, in_channels=4), "in_channels is 4.*text-to-video"),
         "unknown scheduler": (entries(SCHEDULE, _class_name="PNDMScheduler"), "PNDMScheduler"),
@@ -552,13 +590,19 @@ BREAKAGES = {                                              # {loader: {what happ
         "empty weights": (content(WEIGHTS, lambda b: b""), WEIGHTS),
         "weights cut in the header": (content(WEIGHTS, lambda b: b[:100]), WEIGHTS),
         "weights cut in the last tensor": (content(WEIGHTS, lambda b: b[:-1]), WEIGHTS),
-        "another shape": (entries(WEIGHTS, **{"proj_out.bias": torch.zeros(15)}), r"proj_out.bias is \(15,\), expected \(16,\)"),
-        "a tensor missing": (entries(WEIGHTS, **{"transformer_blocks.1.attn1.norm_k.bias": ...}), "transformer_blocks.1.attn1.norm_k.bias is missing"),
-        "a tensor too many": (entries(WEIGHTS, **{"ofs_embedding.bias": torch.zeros(2)}), "ofs_embedding.bias is not expected"),
-        "two files and no index": (lambda f: shutil.copy(f / WEIGHTS, f / "transformer/other.safetensors"), "2 .safetensors files and no index"),
+        "another shape": (entries(WEIGHTS, **{"proj_out.bias": torch.zeros(15)}),
+                          r"proj_out.bias is \(15,\), expected \(16,\)"),
+        "a tensor missing": (entries(WEIGHTS, **{"transformer_blocks.1.attn1.norm_k.bias": ...}),
+                             "transformer_blocks.1.attn1.norm_k.bias is missing"),
+        "a tensor too many": (entries(WEIGHTS, **{"ofs_embedding.bias": torch.zeros(2)}),
+                              "ofs_embedding.bias is not expected"),
+        "two files and no index": (lambda f: shutil.copy(f / WEIGHTS, f / "transformer/other.safetensors"),
+                                   "2 .safetensors files and no index"),
         "index is not JSON": (lambda f: (f / INDEX).write_text("{"), INDEX),
         "index without a map": (lambda f: (f / INDEX).write_text("{}"), INDEX),
-        "index of an absent file": (lambda f: (f / INDEX).write_text('{"weight_map": {"proj_out.bias": "gone.safetensors"}}'), "gone.safetensors")},
+        "index of an absent file": (
+            lambda f: (f / INDEX).write_text('{"weight_map": {"proj_out.bias": "gone.safetensors"}}'),
+            "gone.safetensors")},
     model.load_vae: {
         "unknown convolution": (entries("vae/config.json", use_quant_conv=True), "use_quant_conv"),
         "config without a scale": (entries("vae/config.json", scaling_factor=...), "scaling_factor"),
@@ -594,7 +638,8 @@ def test_flipped_header_byte_never_loads_other_weights(copied, denoiser, flip):
 
 
 @pytest.mark.parametrize("frames, height, width, channels, message", [
-    (5, 8, 6, 4, r"\(5, 4, 3\).*\(2, 3\)"), (5, 4, 10, 4, r"\(5, 2, 5\).*\(2, 3\)"), (6, 4, 6, 4, "at most 5 frames"),         # not in the learned table
+    # not in the learned table
+    (5, 8, 6, 4, r"\(5, 4, 3\).*\(2, 3\)"), (5, 4, 10, 4, r"\(5, 2, 5\).*\(2, 3\)"), (6, 4, 6, 4, "at most 5 frames"),
     (5, 5, 6, 4, r"\(1, 4, 5, 5, 6\).*divisible by 2"), (5, 4, 6, 5, r"\(1, 5, 5, 4, 6\).*\(B,4,F,H,W\)")])
 def test_denoiser_refuses_latents_it_was_not_made_for(denoiser, frames, height, width, channels, message):
     with pytest.raises(model.UserError, match=message):
@@ -602,8 +647,10 @@ def test_denoiser_refuses_latents_it_was_not_made_for(denoiser, frames, height, 
 
 
 @pytest.mark.parametrize("call, message", [
-    (lambda folder: realdpo.realdpo_loss(Toy(1), Toy(2), **preference(2, 3) | dict(lose=torch.zeros(2, 4, 3, 4, 6)), beta=1), r"lose \(2, 4, 3, 4, 6\)"),
-    (lambda folder: realdpo.realdpo_loss(Toy(1), Toy(2), **preference(2, 3) | dict(lose=torch.zeros(2, 1, 4, 2, 4, 6)), beta=1), r"lose \(2, 1, 4, 2, 4, 6\)"),
+    (lambda folder: realdpo.realdpo_loss(Toy(1), Toy(2), **preference(2, 3) | dict(lose=torch.zeros(2, 4, 3, 4, 6)),
+                                         beta=1), r"lose \(2, 4, 3, 4, 6\)"),
+    (lambda folder: realdpo.realdpo_loss(Toy(1), Toy(2), **preference(2, 3) | dict(lose=torch.zeros(2, 1, 4, 2, 4, 6)),
+                                         beta=1), r"lose \(2, 1, 4, 2, 4, 6\)"),
     (lambda folder: realdpo.realdpo_loss(Toy(1), Toy(2), **preference(2, 3), beta=1, weighting="snr"), "snr"),
     (lambda folder: realdpo.sample(Toy(1), *inputs(), steps=2, guidance=1, solver="heun"), "heun"),
     (lambda folder: realdpo.sample(Toy(1), *inputs(), steps=2, guidance=6), "guidance 6 needs uncond"),
@@ -636,7 +683,8 @@ def hub(folder, tmp_path, monkeypatch):
 @pytest.mark.parametrize("load, needed", [
     (model.load_dit, {CONFIG, WEIGHTS, SCHEDULE}),
     (model.load_vae, {"vae/config.json", "vae/diffusion_pytorch_model.safetensors"}),
-    (model.load_text_encoder, {"text_encoder/config.json", "text_encoder/model.safetensors", "tokenizer/spiece.model", CONFIG})])
+    (model.load_text_encoder, {"text_encoder/config.json", "text_encoder/model.safetensors", "tokenizer/spiece.model",
+                               CONFIG})])
 def test_hub_is_asked_only_for_the_needed_parts(hub, load, needed):
     load("owner/name")
     assert set(hub) == needed
@@ -675,11 +723,13 @@ def test_source_never_unpickles(file):
             imported |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
         if isinstance(node, ast.Attribute | ast.keyword):
             used.add(ast.unparse(node) if isinstance(node, ast.Attribute) else node.arg)
-    assert not {name.split(".")[0] for name in imported} & {"pickle", "_pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
+    assert not {name.split(".")[0] for name in imported} & {"pickle", "_pickle", "cloudpickle", "dill", "joblib",
+                                                            "shelve", "marshal"}
     assert not (imported | used) & {"torch.load", "allow_pickle"}
 
 
-@pytest.mark.parametrize("load, part", [(model.load_dit, "transformer"), (model.load_vae, "vae"), (model.load_text_encoder, "text_encoder")])
+@pytest.mark.parametrize("load, part", [(model.load_dit, "transformer"), (model.load_vae, "vae"),
+                                        (model.load_text_encoder, "text_encoder")])
 def test_no_loader_opens_a_pickle(copied, tmp_path, load, part):
     marker, (weights,) = tmp_path / "executed", (copied / part).glob("*.safetensors")
     payload = f"cbuiltins\nopen\n(S{str(marker)!r}\nS'w'\ntR.".encode()     # unpickled, it creates the marker
@@ -687,7 +737,8 @@ def test_no_loader_opens_a_pickle(copied, tmp_path, load, part):
         (copied / part / name).write_bytes(payload)
     load(copied)                                           # beside good weights, pickles are not touched
     index = '{"weight_map": {"w": "pytorch_model.bin"}}'
-    for harm in (lambda: weights.write_bytes(payload), weights.unlink, lambda: Path(f"{weights}.index.json").write_text(index)):
+    for harm in (lambda: weights.write_bytes(payload), weights.unlink,
+                 lambda: Path(f"{weights}.index.json").write_text(index)):
         harm()
         with pytest.raises(model.UserError, match=part):
             load(copied)
@@ -702,7 +753,8 @@ def test_no_loader_opens_a_pickle(copied, tmp_path, load, part):
 
 REPO = Path(data.__file__).parent
 NAMES = ["00000", "00001", "00002", "00003"]
-SHORT = dict(model="tiny", steps=4, batch=4, micro_batch=4, lr=1e-4, warmup=1, beta=25.0, checkpointing="none", stream=False, save_every=9)
+SHORT = dict(model="tiny", steps=4, batch=4, micro_batch=4, lr=1e-4, warmup=1, beta=25.0, checkpointing="none",
+             stream=False, save_every=9)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -715,7 +767,8 @@ def encode(videos, out, **options):
 
 
 def add_negatives(cache, **options):
-    sample.main(sample.Options(**{**dict(model="tiny", data=str(cache), negatives=2, steps=2, guidance=1.0), **options}))
+    sample.main(sample.Options(**{**dict(model="tiny", data=str(cache), negatives=2, steps=2, guidance=1.0),
+                                  **options}))
     return cache
 
 
@@ -740,7 +793,8 @@ def run_training(out, cache, **options):
 
 
 def spy_on_losses(monkeypatch, change=lambda count, loss: loss):
-    """A list that fills with the tensors of every loss that training takes; `change` may turn the count-th into another."""
+    """A list that fills with the tensors of every loss that training takes; `change` may turn the count-th into
+    another."""
     loss, calls = train.realdpo_loss, []
 
     def spy(*models, **tensors):
@@ -760,7 +814,8 @@ def metrics(out):
 
 def checkpoint(out, step):
     """All tensors of a checkpoint that one rank wrote."""
-    return {k: v for file in (Path(out) / "checkpoints" / f"step-{step:06d}").glob("*.safetensors") for k, v in load_file(file).items()}
+    return {k: v for file in (Path(out) / "checkpoints" / f"step-{step:06d}").glob("*.safetensors")
+            for k, v in load_file(file).items()}
 
 
 def exported(folder):
@@ -773,7 +828,8 @@ def same_tensors(a, b):
 
 def contents(folder, what=Path.read_bytes):
     """{file: its bytes} of a folder, without what killed processes left half-written."""
-    return {str(p.relative_to(folder)): what(p) for p in sorted(Path(folder).rglob("*")) if p.is_file() and ".part" not in str(p)}
+    return {str(p.relative_to(folder)): what(p) for p in sorted(Path(folder).rglob("*"))
+            if p.is_file() and ".part" not in str(p)}
 
 
 def refusal(monkeypatch, name, *arguments):
@@ -782,7 +838,7 @@ def refusal(monkeypatch, name, *arguments):
     monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
     with pytest.raises(SystemExit) as stopped, as_a_process():
         data.command(module.main, module.Options, getattr(module, "TINY", {}))
-    message = stopped.value.code                           # a string: Python prints it to stderr and exits with status 1
+    message = stopped.value.code                       # a string: Python prints it to stderr and exits with status 1
     assert isinstance(message, str) and message.startswith("error: ") and "\n" not in message, message
     return message
 
@@ -850,7 +906,7 @@ def test_fit_covers_the_target_and_cuts_at_the_centre(size):
     out = data.fit(picture, 32, 32)
     assert out.shape == (3, 1, 32, 32) and out.min() >= -1 and out.max() <= 1
     green = torch.tensor([-1.0, 1.0, -1.0])[:, None, None, None]
-    assert torch.equal(out[..., 2:-2, 2:-2], green.expand(3, 1, 28, 28))                # 2: as far as bicubic mixes at the edge
+    assert torch.equal(out[..., 2:-2, 2:-2], green.expand(3, 1, 28, 28))       # 2: as far as bicubic mixes at the edge
 
 
 def test_fit_keeps_a_picture_of_the_right_size_and_averages_a_larger_one():
@@ -862,7 +918,8 @@ def test_fit_keeps_a_picture_of_the_right_size_and_averages_a_larger_one():
 
 @pytest.mark.parametrize("fps", [24, 8, 30, 12.5, 4])
 def test_frames_are_taken_evenly_at_the_target_rate(tmp_path, fps):
-    numbered = np.repeat(np.arange(50, dtype=np.uint8) * 5, 32 * 32 * 3).reshape(50, 32, 32, 3)          # a frame's brightness is its number
+    # a frame's brightness is its number
+    numbered = np.repeat(np.arange(50, dtype=np.uint8) * 5, 32 * 32 * 3).reshape(50, 32, 32, 3)
     data.write_video(tmp_path / "a.mp4", numbered, fps)
     count = min(17, int(49 * 8 / fps) + 1)
     found = (data.read_frames(tmp_path / "a.mp4", count, 8).mean((1, 2, 3)) / 5).round()
@@ -890,16 +947,19 @@ def lay_out(folder, form, clips):
 
 
 def test_names_of_records_stay_in_the_cache(tmp_path):
-    assert data.find_extras(tmp_path, "/abs/v.mp4", "").name == "abs_v" and data.find_extras(tmp_path, "../a/v.mp4", "").name == "a_v"
+    assert (data.find_extras(tmp_path, "/abs/v.mp4", "").name == "abs_v"
+            and data.find_extras(tmp_path, "../a/v.mp4", "").name == "a_v")
 
 
 def test_every_form_of_folder_gives_the_same_records(videos, tmp_path):
     captions, expected = ["a figure waves, slowly", ""], None
     for form in ("authors", "jsonl", "csv", "sidecar"):
-        folder = lay_out(tmp_path / form, form, [(videos / f"{name}.mp4", caption) for name, caption in zip(NAMES, captions)])
+        folder = lay_out(tmp_path / form, form,
+                         [(videos / f"{name}.mp4", caption) for name, caption in zip(NAMES, captions)])
         records = data.Records(encode(folder, tmp_path / f"{form}-cache"), negatives=False)
         assert records.names == ["videos_00000", "videos_00001"]
-        assert [data.read_header(records.folder / "win" / f"{name}.safetensors")[1]["caption"] for name in records.names] == captions
+        assert [data.read_header(records.folder / "win" / f"{name}.safetensors")[1]["caption"]
+                for name in records.names] == captions
         expected = expected or list(records)
         assert all(same_tensors(ours, theirs) for ours, theirs in zip(records, expected))
 
@@ -907,8 +967,10 @@ def test_every_form_of_folder_gives_the_same_records(videos, tmp_path):
 def test_a_record_holds_bf16_latents_text_and_what_made_it(videos, cache):
     shapes, metadata = data.read_header(cache / "win" / "00000.safetensors")
     assert shapes == {"win": (8, 5, 8, 8), "image": (8, 1, 8, 8), "text": (16, 32)}
-    assert metadata["caption"] == (videos / "00000.txt").read_text().strip() and metadata["source"] == str(videos / "00000.mp4")
-    assert {"frames": 17, "height": 32, "width": 32, "fps": 8, "vae": data.digest(model.TINY / "vae")}.items() <= metadata["fingerprint"].items()
+    assert (metadata["caption"] == (videos / "00000.txt").read_text().strip()
+            and metadata["source"] == str(videos / "00000.mp4"))
+    assert ({"frames": 17, "height": 32, "width": 32, "fps": 8, "vae": data.digest(model.TINY / "vae")}.items()
+            <= metadata["fingerprint"].items())
     record, encode_text = data.Records(cache)[0], model.load_text_encoder("tiny")
     assert record["lose"].shape == (2, 8, 5, 8, 8) and {v.dtype for v in record.values()} == {torch.bfloat16}
     assert torch.equal(record["text"], encode_text([metadata["caption"]])[0].bfloat16())
@@ -932,15 +994,18 @@ def test_image_latents_come_from_the_first_frame_alone(videos, monkeypatch):
     for rest in (frames[1:], 255 - frames[1:]):
         monkeypatch.setattr(data, "read_frames", lambda *_: np.concatenate([frames[:1], rest]))
         records.append(data.encode_clip(clip, vae, (17, 32, 32), data.Options(), "cpu")[0])
-    assert torch.equal(records[0]["image"], records[1]["image"]) and not torch.equal(records[0]["win"], records[1]["win"])
-    assert not torch.equal(records[0]["image"][:, 0], records[0]["win"][:, 0])          # GroupNorm spans time: no slice of the clip's
+    assert (torch.equal(records[0]["image"], records[1]["image"])
+            and not torch.equal(records[0]["win"], records[1]["win"]))
+    # GroupNorm spans time: no slice of the clip's
+    assert not torch.equal(records[0]["image"][:, 0], records[0]["win"][:, 0])
 
 
 def test_image_noise_keeps_several_encodings_and_training_draws_one(videos, tmp_path, monkeypatch):
     out = add_negatives(encode(videos, tmp_path / "cache", image_noise=2))
     records = [{k: v.float() for k, v in record.items()} for record in data.Records(out)]
     assert records[0]["noised"].shape == (2, 8, 1, 8, 8)
-    losses, which = spy_on_losses(monkeypatch), lambda x, candidates: [torch.equal(x, y) for y in candidates].index(True)
+    losses, which = (spy_on_losses(monkeypatch),
+                     lambda x, candidates: [torch.equal(x, y) for y in candidates].index(True))
     for micro_batch in (1, 4):                             # whatever else is in the batch
         run_training(tmp_path / f"run-{micro_batch}", out, micro_batch=micro_batch, steps=2)
     drawn = []
@@ -956,16 +1021,20 @@ def test_the_authors_first_frames_and_negatives_are_used(videos, cache, tmp_path
     (folder / "negative_samples" / "00000").mkdir(parents=True)
     for k in range(3):                                     # the first is the win itself
         shutil.copy(videos / f"0000{k}.mp4", folder / "negative_samples" / "00000" / f"{k}.mp4")
-    record, usual = ({k: v.float() for k, v in data.Records(c)[0].items()} for c in (encode(folder, tmp_path / "cache", given_negatives=True), cache))
+    record, usual = ({k: v.float() for k, v in data.Records(c)[0].items()}
+                     for c in (encode(folder, tmp_path / "cache", given_negatives=True), cache))
     distance = lambda a, b: (a - b).square().mean().item()
-    assert record["lose"].shape == (3, 8, 5, 8, 8) and distance(record["win"], usual["win"]) < 0.1 < distance(record["image"], usual["image"])
-    assert distance(record["lose"][0], record["win"]) < 0.1 * min(distance(lose, record["win"]) for lose in record["lose"][1:])
+    assert (record["lose"].shape == (3, 8, 5, 8, 8)
+            and distance(record["win"], usual["win"]) < 0.1 < distance(record["image"], usual["image"]))
+    assert (distance(record["lose"][0], record["win"])
+            < 0.1 * min(distance(lose, record["win"]) for lose in record["lose"][1:]))
 
 
 def test_reading_a_video_does_not_wait_for_a_line_that_ffmpegs_threads_may_break(videos, tmp_path, monkeypatch):
     wrapper, ffmpeg = tmp_path / "ffmpeg", imageio_ffmpeg.get_ffmpeg_exe()
     # Without -nostdin "Press [q] …" may stand in the middle of the line; here no line comes at all then.
-    wrapper.write_text(f'#!/bin/sh\ncase " $* " in *" -nostdin "*) exec "{ffmpeg}" "$@";; esac\nexec "{ffmpeg}" "$@" 2>/dev/null\n')
+    wrapper.write_text(f'#!/bin/sh\ncase " $* " in *" -nostdin "*) exec "{ffmpeg}" "$@";; esac\n'
+                       f'exec "{ffmpeg}" "$@" 2>/dev/null\n')
     wrapper.chmod(0o755)
     monkeypatch.setattr("imageio_ffmpeg._io.get_ffmpeg_exe", lambda: str(wrapper))
     assert data.read_frames(videos / f"{NAMES[0]}.mp4", 17, 8).shape[0] == 17
@@ -988,20 +1057,22 @@ def test_skip_bad_leaves_clips_out_and_lists_them(videos, tmp_path, capsys):
 def test_negatives_depend_only_on_seed_record_and_index(own_cache, monkeypatch):
     files = contents(own_cache / "lose")
     shutil.rmtree(own_cache / "lose")
-    for rank in "10":                                      # two ranks, one after the other: they never wait for each other
+    for rank in "10":                                  # two ranks, one after the other: they never wait for each other
         monkeypatch.setenv("RANK", rank), monkeypatch.setenv("WORLD_SIZE", "2")
         add_negatives(own_cache)
     assert contents(own_cache / "lose") == files
     monkeypatch.undo()
     shutil.rmtree(own_cache / "lose"), (own_cache / "win" / "00000.safetensors").unlink()
     add_negatives(own_cache, negatives=1)                  # beside other records, and fewer of them
-    one, two = (load(file)["lose"] for file in (contents(own_cache / "lose")["00001.safetensors"], files["00001.safetensors"]))
-    torch.testing.assert_close(one[0], two[0], atol=0.02, rtol=0.02)                    # a batch of another size rounds differently
+    one, two = (load(file)["lose"]
+                for file in (contents(own_cache / "lose")["00001.safetensors"], files["00001.safetensors"]))
+    torch.testing.assert_close(one[0], two[0], atol=0.02, rtol=0.02)       # a batch of another size rounds differently
     assert not torch.equal(two[0], two[1])
 
 
 def make_video(out, picture, **options):
-    sample.main(sample.Options(**{**dict(model="tiny", image=str(picture), prompt="a figure marches in place slowly", out=str(out), steps=2, guidance=2.0), **options}))
+    sample.main(sample.Options(**{**dict(model="tiny", image=str(picture), prompt="a figure marches in place slowly",
+                                         out=str(out), steps=2, guidance=2.0), **options}))
     return np.stack(imageio.mimread(out, memtest=False))
 
 
@@ -1011,7 +1082,8 @@ def test_one_picture_and_one_sentence_become_an_mp4_and_a_gif(picture, straight,
     assert np.array_equal(make_video(tmp_path / "b.mp4", picture), video)
     assert not np.array_equal(make_video(tmp_path / "c.mp4", picture, seed=1), video)
     assert make_video(tmp_path / "d.mp4", picture, prompt="", frames=9).shape == (9, 32, 32, 3)
-    assert make_video(tmp_path / "e.mp4", picture, model=str(straight)).shape == video.shape         # a training run is a model, too
+    # a training run is a model, too
+    assert make_video(tmp_path / "e.mp4", picture, model=str(straight)).shape == video.shape
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1035,7 +1107,8 @@ def test_a_run_logs_every_step_and_starts_at_log_2(straight):
 def test_a_run_draws_its_curves(straight):
     picture = ElementTree.parse(straight / "curves.svg").getroot()
     texts, lines = ["".join(x.itertext()) for x in picture.findall("{*}text")], list(picture.findall("{*}polyline"))
-    assert {"preference loss (log 2 = 0.69)", "accuracy", "errors", "held-out win error, by t", "held-out lose error, by t", "step 3"} <= set(texts)
+    assert {"preference loss (log 2 = 0.69)", "accuracy", "errors", "held-out win error, by t",
+            "held-out lose error, by t", "step 3"} <= set(texts)
     assert len(lines) == 2 + 2 + 4 + 2 * len(train.EVAL_T)
     preference = [float(point.split(",")[1]) for point in lines[0].get("points").split()]
     losses = [line["preference"] for line in metrics(straight)]
@@ -1054,7 +1127,8 @@ def test_the_reference_moves_by_ema_in_fp32(straight):
 
 
 def test_forwards_of_the_sharded_reference_see_its_updates(cache, tmp_path):
-    lines = run_training(tmp_path / "run", cache, ema_decay=0.0, steps=3)               # after every step, the reference is the policy
+    # after every step, the reference is the policy
+    lines = run_training(tmp_path / "run", cache, ema_decay=0.0, steps=3)
     assert [line["margin"] for line in lines] == [0, 0, 0] and lines[0]["win"] != lines[1]["win"]
 
 
@@ -1095,7 +1169,8 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(straight, cache, tmp_
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda *a, **k: (updates.append(1), update(*a, **k)))
     with pytest.raises(UserError) as stopped:
         run_training(tmp_path / "run", cache, save_every=2)
-    assert all(part in str(stopped.value) for part in ("step 2", *NAMES, "step-000002")) and "\n" not in str(stopped.value)
+    assert (all(part in str(stopped.value) for part in ("step 2", *NAMES, "step-000002"))
+            and "\n" not in str(stopped.value))
     assert len(updates) == 2 and len(metrics(tmp_path / "run")) == 2
     assert same_tensors(checkpoint(tmp_path / "run", 2), checkpoint(straight, 2))
 
@@ -1110,10 +1185,12 @@ def test_every_sample_has_its_own_noise_and_t_and_an_epoch_every_record_once(cac
     assert len({win.sum().item() for win in wins[:4]}) == len({win.sum().item() for win in wins[4:]}) == 4
 
 
-@pytest.mark.parametrize("options", [dict(micro_batch=1), dict(micro_batch=2, stream=True), dict(checkpointing="full"), dict(checkpointing="selective")], ids=str)
+@pytest.mark.parametrize("options", [dict(micro_batch=1), dict(micro_batch=2, stream=True),
+                                     dict(checkpointing="full"), dict(checkpointing="selective")], ids=str)
 def test_how_a_batch_is_computed_changes_no_gradient(options, straight, cache, tmp_path):
     # Adam's first update divides every gradient by itself, those too that are only rounding.
-    for ours, theirs, close in zip(run_training(tmp_path / "run", cache, **options, steps=2), metrics(straight), (1e-5, 1e-4)):
+    for ours, theirs, close in zip(run_training(tmp_path / "run", cache, **options, steps=2), metrics(straight),
+                                   (1e-5, 1e-4)):
         for name in ("loss", "grad_norm", *ERRORS):
             assert ours[name] == pytest.approx(theirs[name], rel=close), name
 
@@ -1126,8 +1203,9 @@ def test_supervised_training_needs_no_negatives(videos, tmp_path):
 
 def test_scored_methods_learn_from_generated_videos_by_their_scores(own_cache, tmp_path, monkeypatch):
     records = data.Records(own_cache)
-    best = [i % 2 for i in range(len(records))]            # of two negatives each, the even records' first is the better
-    (own_cache / "scores.json").write_text(json.dumps({name: [1.0 - b, float(b)] for name, b in zip(records.names, best)}))
+    best = [i % 2 for i in range(len(records))]        # of two negatives each, the even records' first is the better
+    (own_cache / "scores.json").write_text(
+        json.dumps({name: [1.0 - b, float(b)] for name, b in zip(records.names, best)}))
     lose = torch.stack([records[i]["lose"].float() for i in range(len(records))])
     scores = torch.stack([data.Records(own_cache, scores=True)[i]["scores"] for i in range(len(records))])
     good, bad = realdpo.best_and_worst(lose, scores)
@@ -1142,7 +1220,8 @@ def test_scored_methods_learn_from_generated_videos_by_their_scores(own_cache, t
 
 def test_reward_weighted_regression_is_a_weighted_mean_of_errors():
     videos, cond = randn(2, 3, 4, 1, 2, 2), Condition(randn(2, 1, 1), randn(2, 4, 1, 2, 2))
-    t, noise, scores = torch.tensor([0.3, 0.8]), randn(2, 4, 1, 2, 2, seed=1), torch.tensor([[0.0, 1.0, -2.0], [5.0, 5.0, 5.0]])
+    t, noise, scores = (torch.tensor([0.3, 0.8]), randn(2, 4, 1, 2, 2, seed=1),
+                        torch.tensor([[0.0, 1.0, -2.0], [5.0, 5.0, 5.0]]))
     half = lambda x, cond, t: 0.5 * x
     errors = torch.stack([realdpo.error(half, videos[:, k], noise, t, cond, "x0") for k in range(3)], dim=1)
     share = torch.exp(scores / 0.5) / torch.exp(scores / 0.5).sum(1, keepdim=True)
@@ -1153,7 +1232,8 @@ def test_reward_weighted_regression_is_a_weighted_mean_of_errors():
 @pytest.mark.parametrize("method", ["realdpo", "sft"])
 def test_the_dry_run_counts_parameters_and_memory(method, monkeypatch, capsys):
     report, found = train.report_dry_run, {}
-    monkeypatch.setattr(train, "report_dry_run", lambda options, memory, *rest: (found.update(memory), report(options, memory, *rest)))
+    monkeypatch.setattr(train, "report_dry_run",
+                        lambda options, memory, *rest: (found.update(memory), report(options, memory, *rest)))
     with as_a_process():
         train.main(train.Options(model="tiny", dry_run=True, gpus=1, batch=1, method=method, stream=False))
     count = sum(v.numel() for k, v in exported(model.TINY).items() if k != "patch_embed.pos_embedding")   # a buffer
@@ -1171,10 +1251,11 @@ def test_two_and_two_steps_are_four_bit_for_bit(half, straight, cache, looks, tm
     resume = str(half / "checkpoints" / "step-000002")
     assert len(run_training(tmp_path / "other", cache, resume=resume)) == 2
     assert len(run_training(tmp_path / "other", cache, resume=resume)) == 2             # again: nothing is left to do
-    assert run_training(tmp_path / "gentle", cache, resume=resume, lr=1e-5)[0]["lr"] == 1e-5            # after a NaN, say
+    assert run_training(tmp_path / "gentle", cache, resume=resume, lr=1e-5)[0]["lr"] == 1e-5  # after a NaN, say
     assert {name.split(".")[0] for name in checkpoint(straight, 4)} == {"model", "ref", "exp_avg", "exp_avg_sq"}
     for run in ("run", "other"):
-        assert same_tensors(checkpoint(tmp_path / run, 4), checkpoint(straight, 4)) and same_tensors(exported(tmp_path / run), exported(straight))
+        assert (same_tensors(checkpoint(tmp_path / run, 4), checkpoint(straight, 4))
+                and same_tensors(exported(tmp_path / run), exported(straight)))
 
 
 class Count(TorchDispatchMode):
@@ -1186,7 +1267,8 @@ class Count(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        self.bytes[function.name().split("::")[1]] += sum(x.nbytes for x in tree_leaves(self.of(function, args, result)) if isinstance(x, torch.Tensor))
+        self.bytes[function.name().split("::")[1]] += sum(
+            x.nbytes for x in tree_leaves(self.of(function, args, result)) if isinstance(x, torch.Tensor))
         return result
 
 
@@ -1198,7 +1280,8 @@ def carried(function, args, result):
 def touched(function, args, result):
     """What a kernel reads and writes. A number that was expanded is read once."""
     whole = lambda x: isinstance(x, torch.Tensor) and 0 not in x.stride()
-    return [x for x in tree_leaves((args, result)) if whole(x)] if function.namespace == "aten" and not function.is_view else ()
+    return ([x for x in tree_leaves((args, result)) if whole(x)]
+            if function.namespace == "aten" and not function.is_view else ())
 
 
 def watched(function, file):
@@ -1228,21 +1311,25 @@ def one_of_two(rank, runs, folder):
 
 def test_two_ranks_compute_what_one_does_and_may_alternate_with_it(half, straight, cache, looks, tmp_path):
     shutil.copytree(half, tmp_path / "hop")
-    runs = [dict(out=tmp_path / "two", cache=cache, **looks), dict(out=tmp_path / "hop", cache=cache, steps=3), dict(out=tmp_path / "odd", cache=cache, batch=3)]
+    runs = [dict(out=tmp_path / "two", cache=cache, **looks), dict(out=tmp_path / "hop", cache=cache, steps=3),
+            dict(out=tmp_path / "odd", cache=cache, batch=3)]
     mp.spawn(one_of_two, nprocs=2, args=(runs, tmp_path))
     for out, lines in (("two", metrics(tmp_path / "two")), ("hop", run_training(tmp_path / "hop", cache, **looks))):
         for ours, theirs in zip(lines, metrics(straight), strict=True):
             assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-6, rel=0)
             assert {k: v for k, v in ours.items() if k in theirs} == pytest.approx(theirs, abs=1e-6, rel=1e-5), out
         for name, ours in exported(tmp_path / out).items():
-            torch.testing.assert_close(ours, exported(straight)[name], rtol=2 ** -7, atol=1e-5)          # 2⁻⁷: bf16's last bit
+            torch.testing.assert_close(ours, exported(straight)[name], rtol=2 ** -7, atol=1e-5)  # 2⁻⁷: bf16's last bit
     assert all("--batch 3" in (tmp_path / f"error-2-{rank}").read_text() for rank in range(2))
     weights = 4 * sum(p.numel() for p in model.load_dit("tiny").parameters())            # fp32 on a CPU
-    lines = {name: [json.loads(line) for line in (tmp_path / f"{name}-0").read_text().splitlines()] for name in ("train_step", "ema_update")}
-    for step in lines["train_step"]:                     # gathered: policy forward and backward, reference; reduced: half is a rank's own
-        assert step["_allgather_base_"] == 3 * weights and step["_reduce_scatter_base_"] == weights / 2 and step["allreduce_"] < 100
+    lines = {name: [json.loads(line) for line in (tmp_path / f"{name}-0").read_text().splitlines()]
+             for name in ("train_step", "ema_update")}
+    # gathered: policy forward and backward, reference; reduced: half is a rank's own
+    for step in lines["train_step"]:
+        assert (step["_allgather_base_"] == 3 * weights and step["_reduce_scatter_base_"] == weights / 2
+                and step["allreduce_"] < 100)
     assert len(lines["ema_update"]) == len(lines["train_step"]) and not any(lines["ema_update"])
-    next((tmp_path / "two" / "checkpoints" / "step-000004").glob("shard-00001-*")).unlink()     # a copy that was cut off
+    next((tmp_path / "two" / "checkpoints" / "step-000004").glob("shard-00001-*")).unlink()  # a copy that was cut off
     with pytest.raises(UserError, match="not a whole checkpoint"):
         run_training(tmp_path / "two", cache, steps=5)
 
@@ -1253,12 +1340,14 @@ def test_a_crash_between_log_and_checkpoint_leaves_no_line_twice(half, straight,
     with pytest.raises(KeyboardInterrupt):
         run_training(run, cache, **looks)
     monkeypatch.undo()
-    (run / "checkpoints" / "step-000004.part").rename(run / "checkpoints" / "step-000003.part")        # saved at another step
-    assert [line["step"] for line in metrics(run)] == [0, 1, 2, 3]                      # two of them without a checkpoint
+    # saved at another step
+    (run / "checkpoints" / "step-000004.part").rename(run / "checkpoints" / "step-000003.part")
+    assert [line["step"] for line in metrics(run)] == [0, 1, 2, 3]                 # two of them without a checkpoint
     with open(run / "metrics.jsonl", "a") as file:
         file.write('{"step": 4, "lo')
     assert run_training(run, cache, **looks) == metrics(straight)
-    assert {p.name for p in (run / "checkpoints").iterdir()} == {"step-000002", "step-000004"}       # nor half a checkpoint
+    # nor half a checkpoint
+    assert {p.name for p in (run / "checkpoints").iterdir()} == {"step-000002", "step-000004"}
 
 
 def test_the_last_two_checkpoints_stay_and_none_goes_before_the_next_is_whole(cache, tmp_path, monkeypatch):
@@ -1302,8 +1391,11 @@ def rewrite_records(files, change=lambda tensor: tensor, **metadata):
 def bad(videos, cache, tmp_path_factory):
     """A folder of everything that is wrong."""
     bad, clip = tmp_path_factory.mktemp("bad"), (videos / "00000.mp4").read_bytes()
-    for name, files in {"empty": {"a.txt": b"a"}, "no-caption": {"a.mp4": clip}, "cut": {"a.mp4": clip[:len(clip) // 2], "a.txt": b"a"},
-                        "text": {"a.mp4": b"not a video", "a.txt": b"a"}, "pictures": {"a.png": b"not a picture"}}.items():
+    for name, files in {"empty": {"a.txt": b"a"},
+                        "no-caption": {"a.mp4": clip},
+                        "cut": {"a.mp4": clip[:len(clip) // 2], "a.txt": b"a"},
+                        "text": {"a.mp4": b"not a video", "a.txt": b"a"},
+                        "pictures": {"a.png": b"not a picture"}}.items():
         (bad / name).mkdir()
         for file, content in files.items():
             (bad / name / file).write_bytes(content)
@@ -1327,7 +1419,7 @@ REFUSED = {                                                # command line: what 
     "data --videos {bad}/short": ["00000.mp4", "5 of the 17 frames"],
     "data --videos {videos} --frames 16": ["--frames 16", "8k + 1"],
     "data --videos {videos} --height 30": ["--height 30", "8"],
-    "data --videos {videos} --width 48": ["--width 48", "32"],                          # this model's learned positions: 32 × 32 only
+    "data --videos {videos} --width 48": ["--width 48", "32"],         # this model's learned positions: 32 × 32 only
     "data --videos {videos} --fps 0": ["--fps 0"],
     "data --videos {videos} --model {bad}/headless": ["headless", "transformer/"],
     "data --videos {videos} --model {bad}/nowhere": ["nowhere", "no such model folder"],
@@ -1367,9 +1459,11 @@ REFUSED = {                                                # command line: what 
 
 @pytest.mark.parametrize("line, words", REFUSED.items(), ids=REFUSED)
 def test_a_mistake_ends_in_one_line(line, words, bad, videos, cache, half, picture, tmp_path, monkeypatch):
-    places, before = dict(bad=bad, videos=videos, cache=cache, half=half, picture=picture, tmp=tmp_path, tiny=model.TINY), contents(bad)
+    places, before = dict(bad=bad, videos=videos, cache=cache, half=half, picture=picture, tmp=tmp_path,
+                          tiny=model.TINY), contents(bad)
     name, *arguments = line.format(**places).split()
-    defaults = ["--model", "tiny"] + ([] if name == "sample" else ["--out", str(tmp_path / "out")])      # what is given again wins
+    # what is given again wins
+    defaults = ["--model", "tiny"] + ([] if name == "sample" else ["--out", str(tmp_path / "out")])
     message = refusal(monkeypatch, name, *defaults, *arguments)
     assert all(word.format(**places) in message for word in words), message
     assert contents(bad) == before
@@ -1377,7 +1471,8 @@ def test_a_mistake_ends_in_one_line(line, words, bad, videos, cache, half, pictu
 
 def test_a_mistake_is_one_line_on_stderr_and_status_1(bad):
     commands = [["data.py", "--videos", bad / "nowhere"], ["train.py", "--data", bad / "channels"]]
-    for process in [subprocess.Popen([sys.executable, REPO / name, *rest, "--model", "tiny"], cwd=bad, stderr=subprocess.PIPE, text=True) for name, *rest in commands]:
+    for process in [subprocess.Popen([sys.executable, REPO / name, *rest, "--model", "tiny"],
+                                     cwd=bad, stderr=subprocess.PIPE, text=True) for name, *rest in commands]:
         assert re.fullmatch(r"error: .*\n", process.communicate()[1]) and process.returncode == 1
 
 
@@ -1385,7 +1480,8 @@ def test_more_processes_than_gpus_are_refused(videos, cache, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("LOCAL_RANK", "3")
-    for name, *rest in (["data", "--videos", str(videos)], ["sample", "--data", str(cache)], ["train", "--data", str(cache)]):
+    for name, *rest in (["data", "--videos", str(videos)], ["sample", "--data", str(cache)],
+                        ["train", "--data", str(cache)]):
         assert "this machine has 2" in refusal(monkeypatch, name, "--model", "tiny", *rest)
 
 
@@ -1417,9 +1513,11 @@ def test_a_damaged_file_is_refused_by_name(kind, damage, own_cache, half, tmp_pa
     if kind == "options.json" and "head" in damage or kind != "checkpoint" and "shards" in damage:
         pytest.skip("has none")
     run, step = shutil.copytree(half, tmp_path / "run"), tmp_path / "run" / "checkpoints" / "step-000002"
-    file = {"checkpoint": next(step.glob("*.safetensors")), "options.json": step / "options.json"}.get(kind, own_cache / kind / "00001.safetensors")
+    file = {"checkpoint": next(step.glob("*.safetensors")),
+            "options.json": step / "options.json"}.get(kind, own_cache / kind / "00001.safetensors")
     DAMAGES[damage](file)
-    message = refusal(monkeypatch, "train", *f"--model tiny --data {own_cache} --out {run} --batch 4 --warmup 1 --lr 1e-4".split())
+    message = refusal(monkeypatch, "train",
+                      *f"--model tiny --data {own_cache} --out {run} --batch 4 --warmup 1 --lr 1e-4".split())
     assert str(file) in message or str(step) in message
 
 
@@ -1450,7 +1548,8 @@ def test_a_full_disk_keeps_records_and_videos_whole(videos, cache, small_disk):
         with pytest.raises(UserError, match=r"safetensors: cannot be written .*No space left") as stopped:
             command()
         made = contents(disk / "cache")
-        assert "\n" not in str(stopped.value) and made and made.items() < contents(cache).items()        # whole or not at all
+        # whole or not at all
+        assert "\n" not in str(stopped.value) and made and made.items() < contents(cache).items()
         leave(512)
         command()
     assert contents(disk / "cache") == contents(cache)
@@ -1460,10 +1559,12 @@ def test_a_full_disk_keeps_records_and_videos_whole(videos, cache, small_disk):
     assert {p.name for p in disk.iterdir()} == {"ballast", "cache"}
 
 
-@pytest.mark.parametrize("room, steps", [(0, 0), (0.45, 0), (1.5, 1), (2.06, 2)], ids=["metrics", "first checkpoint", "second checkpoint", "export"])
+@pytest.mark.parametrize("room, steps", [(0, 0), (0.45, 0), (1.5, 1), (2.06, 2)],
+                         ids=["metrics", "first checkpoint", "second checkpoint", "export"])
 def test_a_full_disk_keeps_a_run_whole(room, steps, straight, cache, small_disk):
     (disk, leave), run = small_disk, partial(run_training, cache=cache, steps=2, save_every=1)
-    leave(int(room * sum(file.stat().st_size for file in (straight / "checkpoints" / "step-000002").iterdir()) / 1024))      # room for so many checkpoints
+    # room for so many checkpoints
+    leave(int(room * sum(file.stat().st_size for file in (straight / "checkpoints" / "step-000002").iterdir()) / 1024))
     with pytest.raises(UserError, match="cannot be written") as stopped:
         run(disk / "run")
     assert "\n" not in str(stopped.value)
@@ -1480,12 +1581,14 @@ def test_a_full_disk_keeps_a_run_whole(room, steps, straight, cache, small_disk)
 STAGES = {                                                 # command: what a kill waits for, beside a random while
     "data.py --videos {videos} --model tiny --out cache": ["cache/win/.*"],
     "sample.py --data cache --model tiny --negatives 2 --steps 2 --guidance 1": ["cache/lose/.*"],
-    "train.py --data cache --model tiny --out run --steps 6 --batch 4 --micro-batch 4 --save-every 1": ["run/checkpoints/*.part", "run/*.part", "run/metrics.jsonl"],
+    "train.py --data cache --model tiny --out run --steps 6 --batch 4 --micro-batch 4 --save-every 1":
+        ["run/checkpoints/*.part", "run/*.part", "run/metrics.jsonl"],
 }
 
 
 def kill(process, folder, moment, delay):
-    """SIGKILL `delay` seconds after something like `moment` appears in the folder, unless the process is done by then."""
+    """SIGKILL `delay` seconds after something like `moment` appears in the folder, unless the process is done by
+    then."""
     while moment and process.poll() is None and not any(folder.glob(moment)):
         time.sleep(0.001)
     try:
@@ -1508,7 +1611,8 @@ def test_killed_commands_end_with_the_files_of_undisturbed_ones(videos, tmp_path
     calm.mkdir(), storm.mkdir()
     for command, moments in STAGES.items():
         name, *arguments = command.format(videos=videos).split()
-        start = partial(subprocess.Popen, [sys.executable, REPO / name, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        start = partial(subprocess.Popen, [sys.executable, REPO / name, *arguments],
+                        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         begin = time.time()
         assert start(cwd=calm).wait() == 0
         seconds = time.time() - begin
@@ -1549,7 +1653,7 @@ def test_muon_steps_are_orthogonal_and_go_downhill():
     values = torch.linalg.svdvals(turned)
     assert values.min() > 0.6 and values.max() < 1.3       # the five steps only come near
     left, _, right = torch.linalg.svd(matrices, full_matrices=False)
-    assert ((left @ right) * turned).sum((1, 2)).min() > 0.85 * 5                       # and not to another orthogonal matrix
+    assert ((left @ right) * turned).sum((1, 2)).min() > 0.85 * 5              # and not to another orthogonal matrix
 
     goal, weight, momentum = matrices[0], torch.zeros(8, 5, requires_grad=True), torch.zeros(8, 5)
     for step in range(100):
@@ -1560,22 +1664,28 @@ def test_muon_steps_are_orthogonal_and_go_downhill():
 
 def test_the_experiment_makes_a_base_a_seed_compares_and_goes_on(tmp_path, monkeypatch, capsys):
     make_base = partial(train.make_base, clips=16, unseen=16)
-    monkeypatch.setattr(train, "make_base", lambda folder, steps, seed, imperfect: make_base(folder, 2, seed, imperfect))
+    monkeypatch.setattr(train, "make_base",
+                        lambda folder, steps, seed, imperfect: make_base(folder, 2, seed, imperfect))
     monkeypatch.setattr(train, "SIZES", {"real": 2, "held-out": 1, "validation": 1})
-    monkeypatch.setattr(train, "TRIALS", {"SFT": (dict(method="sft", steps=1), (3e-4,)), "RealDPO": (dict(steps=1), (1e-5, 3e-4))})
+    monkeypatch.setattr(train, "TRIALS", {"SFT": (dict(method="sft", steps=1), (3e-4,)),
+                                          "RealDPO": (dict(steps=1), (1e-5, 3e-4))})
 
     def run(seeds, **options):
         with as_a_process():
             train.main(train.Options(model="tiny", out=str(tmp_path), experiment=seeds, **options))
-        return [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ") and " | rvd" not in line]
+        return [line.split(" | ") for line in capsys.readouterr().out.splitlines()
+                if line.startswith("| ") and " | rvd" not in line]
 
-    assert [row[:2] for row in run(1)][:4] == [["| clean-trained", "–"], ["| base", "–"], ["| SFT", "0.0003"], ["| RealDPO", "0.0003"]]
+    assert [row[:2] for row in run(1)][:4] == [["| clean-trained", "–"], ["| base", "–"],
+                                               ["| SFT", "0.0003"], ["| RealDPO", "0.0003"]]
     bases = [exported(model.resolve(tmp_path / "seed-0" / "base", "transformer"))]             # the shipped one
     made = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("scores*.json")}
     rows = run(2)
-    assert all(file.stat().st_mtime_ns == time for file, time in made.items()) and len(made) == 6      # negatives', base's, clean-trained's, three runs'
+    # negatives', base's, clean-trained's, three runs'
+    assert all(file.stat().st_mtime_ns == time for file, time in made.items()) and len(made) == 6
     bases += [exported(tmp_path / where) for where in ("seed-1/base", "seed-0/clean-trained")]
-    assert not any(same_tensors(*pair) for pair in combinations(bases, 2)) and len(rows) == 6 and all("±" in row[2] for row in rows)
+    assert (not any(same_tensors(*pair) for pair in combinations(bases, 2)) and len(rows) == 6
+            and all("±" in row[2] for row in rows))
     assert rows[4] == rows[2] and rows[4][1] == "0.0003" and rows[4][-1].startswith("0/2")
     with pytest.raises(UserError, match=r"base.json: was made with other settings: steps 6000 \(now 5\)"):
         run(2, base_steps=5)
@@ -1593,7 +1703,8 @@ def test_a_toy_clip_depends_on_seed_and_index_and_survives_mp4(videos):
     faulty = data.toy_video(0, 1, strength=1.0)[0]
     assert np.array_equal(first[0], faulty[0]) and not np.array_equal(first, faulty)    # its first frame is right
     stored = [data.read_toy_video(videos / f"{name}.mp4") for name in NAMES]
-    assert np.mean([data.judge(clip, data.draw_figure(0, i))["rvd"] for i, clip in enumerate(stored)]) < 0.2       # a quarter of the faults: 2
+    # a quarter of the faults: 2
+    assert np.mean([data.judge(clip, data.draw_figure(0, i))["rvd"] for i, clip in enumerate(stored)]) < 0.2
 
 
 def test_the_measures_tell_real_from_corrupt_and_still():
@@ -1610,7 +1721,7 @@ def test_the_measures_tell_real_from_corrupt_and_still():
     assert real["motion"] == pytest.approx(1, abs=0.05) and real["jerkiness"] == pytest.approx(1, abs=0.05)
     assert frozen["rvd"] > corrupt[1]["rvd"] and frozen["motion"] < 0.01
     assert np.isfinite([*frozen.values(), *grey.values()]).all()
-    codec = train.codec()                                  # a real clip through the autoencoder is real, measured against such
+    codec = train.codec()                          # a real clip through the autoencoder is real, measured against such
     coded = [data.judge(codec(data.toy_video(5, i)[0][None])[0], data.draw_figure(5, i), codec) for i in range(3)]
     assert max(score["rvd"] for score in coded) < 0.1 and max(abs(score["limb_change"]) for score in coded) < 0.5
 
@@ -1623,9 +1734,11 @@ def test_a_folder_of_videos_is_judged(tmp_path, capsys):
     measures = []
     for name in "real", "faulty":
         judge(name)
-        measures.append({m: float(v) for m, v in re.findall(r"(\w+) (-?[\d.]+)", capsys.readouterr().out.split(":", 1)[1])})
+        measures.append({m: float(v)
+                         for m, v in re.findall(r"(\w+) (-?[\d.]+)", capsys.readouterr().out.split(":", 1)[1])})
     real, faulty = measures
-    assert real["rvd"] < 0.6 < 1 < faulty["rvd"] and real["limb_change"] < faulty["limb_change"] and real["action_match"] == 1
+    assert (real["rvd"] < 0.6 < 1 < faulty["rvd"] and real["limb_change"] < faulty["limb_change"]
+            and real["action_match"] == 1)
     (tmp_path / "other").mkdir()
     with pytest.raises(UserError, match="--judge .*other.*00000.mp4"):
         judge("other")
@@ -1648,7 +1761,7 @@ def test_every_option_has_a_help_line(module, capsys):
     with pytest.raises(SystemExit):
         data.parse(module.Options, {}, ["--help"])
     text = capsys.readouterr().out
-    for field in dataclasses.fields(module.Options):       # the name, its values, and on the same line or the next a text
+    for field in dataclasses.fields(module.Options):   # the name, its values, and on the same line or the next a text
         assert re.search(rf"^  --{field.name.replace('_', '-')}\b[^\n]*?(\n {{20,}}|  +)[^-\s]", text, re.M), field.name
 
 
@@ -1670,8 +1783,8 @@ def test_the_readme_links_to_what_exists_and_counts_its_lines():
 
 def test_the_readme_gives_commands_and_options_that_parse():
     modules = dict(data=data, sample=sample, train=train)
-    commands = re.findall(r"(?:python|torchrun --nproc_per_node \d+) (data|sample|train)\.py((?: +(?:--?[\w-]+|\"[^\"\n]*\"|[\w./-]+))*)",
-                          README.replace("\\\n", ""))
+    commands = re.findall(r"(?:python|torchrun --nproc_per_node \d+) (data|sample|train)\.py"
+                          r"((?: +(?:--?[\w-]+|\"[^\"\n]*\"|[\w./-]+))*)", README.replace("\\\n", ""))
     assert len(commands) > 15
     for module, arguments in commands:
         data.parse(modules[module].Options, getattr(modules[module], "TINY", {}), shlex.split(arguments))
@@ -1685,17 +1798,20 @@ def test_every_option_has_a_line_in_the_readme_or_a_test():
     tests = Path(__file__).read_text()
     for module in data, sample, train:
         for field in dataclasses.fields(module.Options):
-            assert re.search(rf"--(no-)?{field.name.replace('_', '-')}\b", README) or re.search(rf"\b{field.name}=", tests), field.name
+            assert (re.search(rf"--(no-)?{field.name.replace('_', '-')}\b", README)
+                    or re.search(rf"\b{field.name}=", tests)), field.name
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Time and memory against the libraries: pytest -m bench -s
 # ---------------------------------------------------------------------------------------------------------------------
 
-WIDE_DIT = DIT | dict(num_attention_heads=8, attention_head_dim=64, num_layers=6, in_channels=32, out_channels=16, time_embed_dim=512, text_embed_dim=256,
-                      max_text_seq_length=226, use_learned_positional_embeddings=False)
-QUARTER_VAE = VAE | dict(block_out_channels=[32, 64, 64, 128], layers_per_block=3, latent_channels=16, norm_num_groups=32,
-                         down_block_types=["CogVideoXDownBlock3D"] * 4, up_block_types=["CogVideoXUpBlock3D"] * 4)
+WIDE_DIT = DIT | dict(num_attention_heads=8, attention_head_dim=64, num_layers=6, in_channels=32, out_channels=16,
+                      time_embed_dim=512, text_embed_dim=256, max_text_seq_length=226,
+                      use_learned_positional_embeddings=False)
+QUARTER_VAE = VAE | dict(block_out_channels=[32, 64, 64, 128], layers_per_block=3, latent_channels=16,
+                         norm_num_groups=32, down_block_types=["CogVideoXDownBlock3D"] * 4,
+                         up_block_types=["CogVideoXUpBlock3D"] * 4)
 DEEP_T5 = T5 | dict(model_type="t5", vocab_size=1000, d_model=256, d_kv=64, d_ff=640, num_layers=24, num_heads=4)
 
 # Each side runs in a process of its own: what it imports and prepares, then `work`, of which the second call is timed.
@@ -1725,7 +1841,8 @@ b, f, h, w = numbers
 cond, t = Condition(torch.randn(b, 226, 256), torch.randn(b, 16, 1, h, w)), torch.full((b,), 0.5)
 x = torch.randn(b, 16, f, h, w)
 """
-THEIR_VAE = "import diffusers; vae = diffusers.AutoencoderKLCogVideoX.from_pretrained(folder + '/vae').eval(); f, h, w = numbers\n"
+THEIR_VAE = ("import diffusers; vae = diffusers.AutoencoderKLCogVideoX.from_pretrained(folder + '/vae').eval(); "
+             "f, h, w = numbers\n")
 OUR_VAE = "import model; vae = model.load_vae(folder); f, h, w = numbers\n"
 VIDEO, LATENTS = "x = torch.rand(1, 3, f, h, w) * 2 - 1\n", "x = torch.randn(1, 16, (f - 1) // 4 + 1, h // 8, w // 8)\n"
 NO_GRAD = "work = torch.no_grad()(lambda: {})"
@@ -1734,10 +1851,11 @@ ENCODE = THEIR_VAE + VIDEO + NO_GRAD.format("vae.encode(x)"), OUR_VAE + VIDEO + 
 DECODE = THEIR_VAE + LATENTS + NO_GRAD.format("vae.decode(x)"), OUR_VAE + LATENTS + "work = lambda: vae.decode(x)"
 T5_IDS = "ids = torch.randint(3, 1000, (8, 226))\n"
 
-RACES = {                                                  # theirs, ours, sizes, most time and memory as a part of theirs
+RACES = {                                              # theirs, ours, sizes, most time and memory as a part of theirs
     "DiT forward": (*FORWARD, (1, 5, 32, 40), 1.00, 1.0),
     "DiT forward, two short clips": (*FORWARD, (2, 3, 16, 24), 1.00, 1.0),
-    "DiT forward and backward": (THEIR_DIT + "work = lambda: forward(net, x).sum().backward()", OUR_DIT + "work = lambda: net(x, cond, t).sum().backward()",
+    "DiT forward and backward": (THEIR_DIT + "work = lambda: forward(net, x).sum().backward()",
+                                 OUR_DIT + "work = lambda: net(x, cond, t).sum().backward()",
                                  (1, 5, 32, 40), 0.95, 1.0),
     # The authors' algorithm: each negative with two policy and two reference forwards and a backward pass of its own.
     "RealDPO step": (THEIR_DIT + """
@@ -1749,15 +1867,16 @@ def work():
         with torch.no_grad(): reference = error(ref, x) - error(ref, x + 1)
         (-nnf.logsigmoid(-2500 * (difference - reference)) / 3).backward()
 """, OUR_DIT + """
-ref = model.load_dit(folder).requires_grad_(False); net.checkpointing = "selective"; lose = torch.randn(b, 3, 16, f, h, w)
+ref = model.load_dit(folder).requires_grad_(False); net.checkpointing = "selective"
+lose = torch.randn(b, 3, 16, f, h, w)
 work = lambda: realdpo_loss(net, ref, win=x, lose=lose, cond=cond, beta=5000, stream=True)
 """, (1, 5, 32, 40), 0.66, 1.0),
     "VAE encode": (*ENCODE, (17, 240, 360), 0.60, 0.70),
     "VAE decode": (*DECODE, (17, 240, 360), 0.60, 0.70),
     "VAE encode, 49 frames": (*ENCODE, (49, 240, 360), 0.60, 0.70),
     "VAE decode, 49 frames": (*DECODE, (49, 240, 360), 0.60, 0.70),
-    "T5": ("import transformers; net = transformers.T5EncoderModel.from_pretrained(folder + '/text_encoder').eval()\n" + T5_IDS
-           + NO_GRAD.format("net(ids)"), "import model; from pathlib import Path\n" + T5_IDS + """
+    "T5": ("import transformers; net = transformers.T5EncoderModel.from_pretrained(folder + '/text_encoder').eval()\n"
+           + T5_IDS + NO_GRAD.format("net(ids)"), "import model; from pathlib import Path\n" + T5_IDS + """
 config = model.read_config(Path(folder), "text_encoder", "T5EncoderModel")
 net = model.materialize(model.T5Encoder, config, Path(folder, "text_encoder"), "cpu", torch.float32).eval()
 """ + NO_GRAD.format("net(ids)"), (), 1.0, 1.0),
@@ -1769,9 +1888,11 @@ net = model.materialize(model.T5Encoder, config, Path(folder, "text_encoder"), "
 def test_25_steps_of_the_multistep_solver_against_50_of_euler(which):
     clips = [data.toy_video(3, i) for i in range(4)]
     video = torch.stack([data.fit(frames, 32, 32) for frames, _ in clips])
-    cond = Condition(model.load_text_encoder("tiny")([caption for _, caption in clips]), model.load_vae("tiny").encode(video[:, :, :1]))
+    cond = Condition(model.load_text_encoder("tiny")([caption for _, caption in clips]),
+                     model.load_vae("tiny").encode(video[:, :, :1]))
     torch.manual_seed(0)
-    denoiser = model.load_dit("tiny") if which == "tiny" else model.Denoiser(model.DiT(train.TINY_DIT), model.VPrediction(SCHEDULER), None)
+    denoiser = (model.load_dit("tiny") if which == "tiny"
+                else model.Denoiser(model.DiT(train.TINY_DIT), model.VPrediction(SCHEDULER), None))
     multistep, euler = distances(denoiser, randn(4, 8, 5, 8, 8), cond)
     print(f"\n{which}: multistep, 25 evaluations: {multistep:.4f}; Euler, 50: {euler:.4f}")
     assert multistep <= euler
@@ -1785,11 +1906,14 @@ def test_what_a_5b_block_reads_and_writes(diffusers, backward):
     tokens, text, width = 17_776, 226, 3072
 
     def theirs():
-        block = CogVideoXBlock(dim=width, num_attention_heads=48, attention_head_dim=64, time_embed_dim=512, attention_bias=True)
-        return block, (tensor(1, tokens - text, width), tensor(1, text, width), tensor(1, 512), (torch.empty(tokens - text, 64, dtype=torch.float32),) * 2)
+        block = CogVideoXBlock(dim=width, num_attention_heads=48, attention_head_dim=64, time_embed_dim=512,
+                               attention_bias=True)
+        return block, (tensor(1, tokens - text, width), tensor(1, text, width), tensor(1, 512),
+                       (torch.empty(tokens - text, 64, dtype=torch.float32),) * 2)
 
     def ours():
-        return model.Block(width, 48, 512, 1e-5), (tensor(1, text, width), tensor(1, tokens - text, width), tensor(1, 512), torch.empty(tokens, 1, 32, dtype=torch.complex64))
+        return model.Block(width, 48, 512, 1e-5), (tensor(1, text, width), tensor(1, tokens - text, width),
+                                                   tensor(1, 512), torch.empty(tokens, 1, 32, dtype=torch.complex64))
 
     def cost(make):
         with FakeTensorMode():
@@ -1805,7 +1929,8 @@ def test_what_a_5b_block_reads_and_writes(diffusers, backward):
         (flops, ours), (expected, theirs) = cost(ours), cost(theirs)
     finally:
         torch.set_default_dtype(torch.float32)
-    print(f"\n5B block, {'forward and backward' if backward else 'forward'}: {flops:.2f} : {expected:.2f} TFLOP of matrix products, {ours:.1f} : {theirs:.1f} GB = {ours / theirs:.2f}")
+    print(f"\n5B block, {'forward and backward' if backward else 'forward'}: {flops:.2f} : {expected:.2f} TFLOP of "
+          f"matrix products, {ours:.1f} : {theirs:.1f} GB = {ours / theirs:.2f}")
     assert flops == pytest.approx(expected, rel=0.001) and ours <= theirs
 
 
@@ -1822,7 +1947,8 @@ def race(folder, theirs, ours, sizes):
         assert done.returncode == 0, done.stderr
         return [float(x) for x in done.stdout.split()[-2:]]
 
-    rounds = np.array([(run(theirs), run(ours)) for _ in range(int(os.environ.get("BENCH", 5)))])           # (rounds, side, measure)
+    # (rounds, side, measure)
+    rounds = np.array([(run(theirs), run(ours)) for _ in range(int(os.environ.get("BENCH", 5)))])
     return *np.median(rounds, axis=0), np.median(rounds[:, 1] / rounds[:, 0], axis=0)
 
 
@@ -1832,5 +1958,6 @@ def test_time_and_memory_against_the_libraries(name, wide):
     pytest.importorskip("transformers" if name == "T5" else "diffusers")
     *sides, sizes, most_time, most_memory = RACES[name]
     theirs, ours, (time_ratio, memory_ratio) = race(wide, *sides, sizes)
-    print(f"\n{name:30} {ours[0]:6.2f} s : {theirs[0]:6.2f} s = {time_ratio:.2f}   {ours[1]:5.0f} : {theirs[1]:5.0f} MiB = {memory_ratio:.2f}")
+    print(f"\n{name:30} {ours[0]:6.2f} s : {theirs[0]:6.2f} s = {time_ratio:.2f}   "
+          f"{ours[1]:5.0f} : {theirs[1]:5.0f} MiB = {memory_ratio:.2f}")
     assert time_ratio <= most_time and memory_ratio <= most_memory
