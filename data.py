@@ -14,7 +14,7 @@ and started again does what is missing.
 """
 import argparse, csv, hashlib, inspect, json, os, re, sys
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from functools import cache
 from itertools import product
@@ -125,7 +125,8 @@ def whole_file(path):
     except (OSError, SafetensorError) as e:
         raise UserError(f"{path}: cannot be written ({e}); make room or choose another place, then start again") from e
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):                            # there is none, or `path` lies under a file
+            part.unlink()
 
 
 def write_tensors(path, tensors, **metadata):
@@ -341,8 +342,8 @@ class Records:
         self.folder, self.scores = Path(folder), None
         self.names = sorted(p.stem for p in (self.folder / "win").glob("*.safetensors"))
         if not self.names:
-            raise UserError(f"--data {folder}: holds no records; "
-                            f"make them with: python data.py --videos DIR --out {folder}")
+            raise UserError(f"{folder}: holds no records; make them with: python data.py --videos DIR --out {folder}"
+                            f" and: python sample.py --data {folder}")
         self.kinds = ["win", "lose"] if negatives else ["win"]
         for kind in self.kinds:
             first = None

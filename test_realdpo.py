@@ -1445,6 +1445,8 @@ REFUSED = {                                                # command line: what 
     "train --data {cache} --method grpo": ["--method", "grpo", "sft"],
     "train --data {cache} --t-min 0.8 --t-max 0.2": ["--t-min 0.8"],
     "train --data {cache} --eval-data {bad}/no-negatives": ["lose/00000.safetensors"],
+    "train --data {cache} --eval-data {bad}/empty": ["{bad}/empty: holds no records"],
+    "data --videos {videos} --out {bad}/text/a.txt": ["{bad}/text/a.txt", "cannot be written"],
     "train --data {cache} --resume {bad}/nowhere": ["--resume {bad}/nowhere"],
     "train --data {cache} --out {half} --resume none": ["--out {half}"],
     "train --data {cache} --out {half} --batch 4 --warmup 1 --lr 3e-4": ["step-000002", "--lr 0.0001 (now 0.0003)"],

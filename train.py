@@ -422,8 +422,8 @@ def check_options(options, world):
         raise UserError(f"--batch {options.batch}: expected a multiple of the {world} processes")
     local = options.batch // world
     if local % min(local, options.micro_batch):
-        raise UserError(f"--micro-batch {options.micro_batch}: expected a divisor of a process's share, "
-                        f"{local} of --batch {options.batch}")
+        raise UserError(f"--micro-batch {options.micro_batch}: expected a divisor of a process's share, {local} of "
+                        f"--batch {options.batch}, such as {math.gcd(local, options.micro_batch)}")
     if not 0 <= options.t_min < options.t_max <= 1:
         raise UserError(f"--t-min {options.t_min} --t-max {options.t_max}: expected 0 ≤ t-min < t-max ≤ 1")
 
@@ -564,8 +564,9 @@ def train(options, place, mesh):
                 if place.rank == 0:
                     draw_curves(Path(options.out))
             if asked and step + 1 < steps:
+                bar.close()                                # so that what follows is the last line
                 if place.rank == 0:
-                    print(f"stopped after step {step}; checkpoint saved in {options.out}/checkpoints, "
+                    print(f"stopped after {step + 1} steps; checkpoint saved in {options.out}/checkpoints, "
                           "and the same command continues")
                 return False
     export(policy, options, place.rank)
@@ -601,6 +602,7 @@ def dry_run(options):
     from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
     from torch.testing._internal.distributed.fake_pg import FakeStore
     check_options(options, options.gpus)
+    print("two steps on tensors without data; at 5B this takes some minutes")
     config = model.PUBLISHED_DIT if options.model == data.HUB_MODEL else model.read_dit_config(options.model)
     shape = (config["out_channels"], (config["sample_frames"] - 1) // config["temporal_compression_ratio"] + 1,
              config["sample_height"], config["sample_width"])
