@@ -12,12 +12,11 @@ and prompt.txt, a line a clip. A record is a safetensors file that holds all tra
 Files are written whole or not at all, so every stage can be killed at any moment,
 and started again does what is missing.
 """
-import argparse, csv, hashlib, inspect, json, os, re, sys
+import argparse, csv, hashlib, json, os, sys
 from collections import Counter
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, fields
-from functools import cache
-from itertools import product
+from dataclasses import MISSING, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args, get_origin
 
@@ -30,7 +29,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from model import UserError, base_of, load_text_encoder, load_vae, read_config, read_dit_config, resolve
+from model import UserError, defaults_of, load_text_encoder, load_vae, read_config, read_dit_config, resolve
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What all commands share: options, devices, seeds, files written whole
@@ -44,60 +43,80 @@ def default_model():
     return (HUB_MODEL, "a GPU is here") if torch.cuda.is_available() else ("tiny", "no GPU is here")
 
 
+def option(default=MISSING, help="", group=None):
+    """A field of an Options class. Without a default it is a positional argument. `group` is the heading of the
+    section of --help that begins with this option."""
+    return field(default=default, metadata=dict(help=help, group=group))
+
+
 def flag(name):
     """What a field of Options is called on the command line: ema_every -> --ema-every."""
     return "--" + name.replace("_", "-")
 
 
-def parse(options, tiny, argv=None):
-    """Command line -> an instance of the dataclass `options`; each field's trailing comment is its help.
+def add_argument(parser, field):
+    """Add the command-line argument of one field of an Options class."""
+    help, kind = field.metadata["help"].replace("%", "%%"), {}
+    if field.default is MISSING:
+        return parser.add_argument(field.name, help=help, type=field.type)
+    if field.default not in ("", 0):
+        help += f" [{field.default}]"
+    if field.type is bool:
+        kind["action"] = argparse.BooleanOptionalAction
+    elif get_origin(field.type) is Literal:
+        kind.update(choices=get_args(field.type), metavar="NAME")
+    else:
+        kind.update(type=field.type, metavar=field.type.__name__.upper())
+    return parser.add_argument(flag(field.name), help=help, default=field.default, **kind)
 
-    `tiny` are the defaults that differ for the tiny model.
-    """
-    help_of = dict(re.findall(r"^    (\w+):.*?# (.*)$", inspect.getsource(options), re.M))
-    own = " ".join(f"{name}={value}" for name, value in tiny.items())
-    parser = argparse.ArgumentParser(description=options.__doc__, epilog=own and f"The tiny model has its own: {own}",
-                                     allow_abbrev=False)
+
+def parse(options, name, argv=None):
+    """Command line of NAME.py -> an instance of the dataclass `options`. A model may bring defaults of its own."""
+    names = [field.name for field in fields(options)]
+    parser = argparse.ArgumentParser(
+        description=options.__doc__, allow_abbrev=False,
+        formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=28, width=118))
+    section = parser
     for field in fields(options):
-        kind = dict(type=field.type) if field.type is not bool else dict(action=argparse.BooleanOptionalAction)
-        if get_origin(field.type) is Literal:
-            kind = dict(choices=get_args(field.type))
-        shown = f" [{field.default}]" if field.default not in ("", 0) else ""
-        parser.add_argument(flag(field.name), default=field.default,
-                            help=help_of[field.name].replace("%", "%%") + shown, **kind)
-    valid = " ".join(flag(field.name) for field in fields(options))
+        if field.metadata["group"]:
+            section = parser.add_argument_group(field.metadata["group"])
+        add_argument(section, field)
+    valid = " ".join(flag(name) for name in names)
     parser.error = lambda message: sys.exit(f"error: {message}; the options are {valid}")
-    parser.set_defaults(model=default_model()[0])
-    if base_of(parser.parse_args(argv).model) == "tiny":
-        parser.set_defaults(**tiny)
+    if "model" in names:
+        parser.set_defaults(model=default_model()[0])
+        model = parser.parse_known_args(argv)[0].model
+        parser.set_defaults(**defaults_of(model, name))
     return options(**vars(parser.parse_args(argv)))
 
 
-class Place(NamedTuple):
-    """Where a process stands: one of `world` equals, each with a device and the dtype its networks compute in."""
+class Process(NamedTuple):
+    """One of `world_size` equal processes, with its device and the dtype its networks compute in."""
     rank: int
-    world: int
+    world_size: int
     device: torch.device
     dtype: torch.dtype
 
 
-def placement():
-    """The Place of this process, alone or under torchrun. Raises UserError where more GPUs are asked for than exist."""
-    rank, world, local = (int(os.environ.get(name, default))
-                          for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+def this_process():
+    """This process, alone or under torchrun. Raises UserError where more GPUs are asked for than exist."""
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if not torch.cuda.is_available():
-        return Place(rank, world, torch.device("cpu"), torch.float32)
-    if local >= torch.cuda.device_count():
-        raise UserError(f"--nproc_per_node asks for a GPU number {local}, this machine has {torch.cuda.device_count()}")
+        return Process(rank, world_size, torch.device("cpu"), torch.float32)
+    local, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if local >= gpus:
+        raise UserError(f"--nproc_per_node asks for a GPU number {local}, this machine has {gpus}")
     torch.cuda.set_device(local)
-    return Place(rank, world, torch.device("cuda", local), torch.bfloat16)
+    return Process(rank, world_size, torch.device("cuda", local), torch.bfloat16)
 
 
-def command(main, options, tiny={}):
-    """Run `main(options)`; a user's mistake ends in one line and status 1, an interruption in how to go on."""
+def command(main, options, name):
+    """Run `main(options)` of NAME.py; a user's mistake ends in one line and status 1, an interruption in how to go on."""
+    for stream in sys.stdout, sys.stderr:
+        stream.reconfigure(errors="replace")               # a console that cannot print ω prints ?
     try:
-        options, (default, why) = parse(options, tiny), default_model()
-        if placement().rank == 0:
+        options, (default, why) = parse(options, name), default_model()
+        if hasattr(options, "model") and this_process().rank == 0:
             print(f"model: {options.model} ({why if options.model == default else '--model'})")
         main(options)
     except UserError as e:
@@ -387,255 +406,23 @@ class Records:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The toy world: figures in motion, of which every right answer is known
-# ---------------------------------------------------------------------------------------------------------------------
-# A stick figure of ten capsules faces the camera and moves as its caption says. The motion is exact (an action swings
-# between two key poses), so the first frame and the caption decide the whole clip up to a slight difference in pace,
-# and a generated clip can be judged without a learned judge. Lengths are in canvas widths, x to the right and y down;
-# time in seconds; angles in degrees. Axes: N videos, F frames, H W pixels, K = 10 capsules, L = 4 limbs of two pieces.
-
-FPS = 8
-SPEEDS = {"slowly": 0.5, "quickly": 1.0}   # cycles a second: one or two cycles in 17 frames
-JITTER = 0.05                              # a figure's own pace, within its speed class
-
-# Limb order: left arm, right arm, left leg, right leg. The figure's left is the picture's right.
-SIDE = np.array([1, -1, 1, -1])
-ROOT = np.array([(0.60, 0.34), (0.40, 0.34), (0.555, 0.60), (0.445, 0.60)])   # shoulders, hips: they never move
-PIECE = np.array([0.15, 0.15, 0.155, 0.155])                                  # length of upper = lower piece
-BODY = np.array([((0.5, 0.16), (0.5, 0.19)), ((0.5, 0.35), (0.5, 0.58))])     # head, torso
-RADIUS = np.array([0.075, 0.065] + [0.043] * 8, np.float32)
-
-# (shoulder, elbow) or (hip, knee) of each limb at both ends of the swing. 0 hangs straight down, outward is
-# positive, and the second angle bends on from the first.
-ARM, LEG = (14, 8), (7, 0)                 # at rest
-ACTIONS = {
-    "waves its left arm": [((65, 20), ARM, LEG, LEG), ((115, 95), ARM, LEG, LEG)],
-    "waves its right arm": [(ARM, (65, 20), LEG, LEG), (ARM, (115, 95), LEG, LEG)],
-    "does jumping jacks": [(ARM, ARM, (4, 0), (4, 0)), ((140, 15), (140, 15), (30, 0), (30, 0))],
-    "marches in place": [((16, 8), (40, 75), (55, -75), (4, 0)), ((40, 75), (16, 8), (4, 0), (55, -75))],
-}
-
-# One colour a capsule, on grey: a half-covered pixel lies between its colour and grey, and no other colour does.
-# The halves of a limb differ in brightness too, for mp4 stores hue at half the resolution.
-GREY = np.array([0.5, 0.5, 0.5], np.float32)
-COLOURS = np.array([
-    (1.0, 1.0, 1.0), (0.0, 0.0, 0.0),      # head white, torso black
-    (0.8, 0.0, 0.0), (1.0, 0.9, 0.0),      # left arm red, yellow
-    (0.0, 0.1, 0.9), (0.0, 1.0, 1.0),      # right arm blue, cyan
-    (0.6, 0.0, 0.6), (1.0, 0.3, 0.8),      # left leg purple, pink
-    (0.0, 0.6, 0.0), (0.4, 1.0, 0.2),      # right leg green, lime
-], np.float32)
-
-
-class Figure(NamedTuple):
-    """Everything that decides a clip."""
-    action: str
-    speed: str
-    hertz: float                           # its exact pace
-    phase: float                           # where in the swing it starts, radians
-    arm: float                             # length of its limbs, 1 = usual
-    leg: float
-
-    @property
-    def caption(self):
-        return f"a figure {self.action} {self.speed}"
-
-
-def draw_figure(seed, index):
-    """The figure `index` of the world `seed`. Phases of ±π/2 only, where the swing goes one way, so that the
-    first frame tells the phase."""
-    rng = np.random.default_rng([seed, index])
-    action, speed = rng.choice(list(ACTIONS)).item(), rng.choice(list(SPEEDS)).item()
-    pace, phase, arm, leg = rng.uniform((1 - JITTER, -np.pi / 2, 0.88, 0.88),
-                                        (1 + JITTER, np.pi / 2, 1.12, 1.12)).tolist()
-    return Figure(action, speed, SPEEDS[speed] * pace, phase, arm, leg)
-
-
-def pose(figure, times):
-    """The true motion at `times` (F,): joint angles (F,L,2) in degrees and limb lengths (F,L)."""
-    low, high = np.array(ACTIONS[figure.action], float)
-    swing = (1 + np.sin(figure.phase + 2 * np.pi * figure.hertz * times)) / 2
-    angles = low + swing[:, None, None] * (high - low)                              # (F,L,2)
-    lengths = PIECE * (figure.arm, figure.arm, figure.leg, figure.leg)
-    return angles, np.broadcast_to(lengths, (len(times), 4))
-
-
-def wrong_pose(figure, times, strength, rng):
-    """What an imperfect world model does, more of it with `strength` 0–1: the pace is uneven, a joint
-    drifts to a wrong angle, a limb grows or shrinks. Each comes on smoothly, and the first frame is right."""
-    u = times / times[-1]
-    onset = (1 - np.cos(np.pi * u)) / 2                                             # 0 → 1
-    hurry = rng.choice([-0.14, 0.14]) * np.sin(2 * np.pi * u)                       # < 1 / 2π: time never runs back
-    angles, lengths = pose(figure, times[-1] * (u + strength * hurry))
-    limb, joint = rng.integers(4), rng.integers(2)
-    angles[:, limb, joint] += strength * rng.choice([-80, 80]) * onset
-    lengths = lengths.copy()
-    lengths[:, rng.integers(4)] *= 1 + strength * rng.choice([-0.5, 0.35]) * onset
-    return angles, lengths
-
-
-def skeleton(angles, lengths):
-    """Joint angles (F,L,2) and limb lengths (F,L) → both ends of every capsule, (F,K,2,2)."""
-    turn = np.radians(np.cumsum(angles, axis=-1))                                   # each piece's own direction
-    step = np.stack([SIDE[:, None] * np.sin(turn), np.cos(turn)], axis=-1)          # (F,L,2,2)
-    reach = ROOT[:, None] + np.cumsum(step * lengths[..., None, None], axis=2)      # elbow, wrist
-    reach = reach.clip(0.045, 0.955)                                                # only wrong poses reach the edge
-    upper = np.stack([np.broadcast_to(ROOT, reach[:, :, 0].shape), reach[:, :, 0]], axis=2)
-    limbs = np.stack([upper, reach], axis=2).reshape(-1, 8, 2, 2)                   # upper, lower of each limb
-    return np.concatenate([np.broadcast_to(BODY, (len(limbs), 2, 2, 2)), limbs], axis=1)
-
-
-def render(ends, size):
-    """Capsules (F,K,2,2) → video (F,H,W,3) uint8, anti-aliased by each pixel's distance to the capsule."""
-    start, end = ends.astype(np.float32).transpose(2, 3, 0, 1)[..., None, None]     # each (2,F,K,1,1)
-    axis = end - start
-    centre = (np.arange(size, dtype=np.float32) + 0.5) / size
-    x, y = centre - start[0], centre[:, None] - start[1]                            # (F,K,1,W), (F,K,H,1)
-    along = ((x * axis[0] + y * axis[1]) / (axis**2).sum(0)).clip(0, 1)             # (F,K,H,W)
-    distance = np.hypot(x - along * axis[0], y - along * axis[1]) - RADIUS[:, None, None]
-    cover = (0.5 - distance * size).clip(0, 1)[..., None]                           # (F,K,H,W,1)
-    video = np.broadcast_to(GREY, (len(ends), size, size, 3))
-    for k, colour in enumerate(COLOURS):                                            # lower pieces over upper ones
-        video = video + cover[:, k] * (colour - video)
-    return (video * 255).round().astype(np.uint8)
-
-
-def toy_video(seed, index, frames=17, size=32, strength=0.0):
-    """Clip `index` of the world `seed`, as (F,H,W,3) uint8, and its caption."""
-    figure, times = draw_figure(seed, index), np.arange(frames) / FPS
-    rng = np.random.default_rng([seed, index, 1])                                   # the same faults at every strength
-    motion = wrong_pose(figure, times, strength, rng) if strength else pose(figure, times)
-    return render(skeleton(*motion), size), figure.caption
-
-
-def enlarge(video, times):
-    """Every pixel of (F,H,W,3) `times` × `times`."""
-    return video.repeat(times, axis=1).repeat(times, axis=2)
-
-
-def write_toy_video(path, video):
-    """A clip (F,H,W,3) uint8 as mp4, at twice its size: mp4 stores hue at half size, and so none is lost."""
-    write_video(path, enlarge(video, 2), FPS)
-
-
-def read_toy_video(path, frames=17, size=32):
-    """A clip from an mp4 of any size: (F,H,W,3) uint8."""
-    return to_uint8(fit(read_frames(path, frames, FPS), size, size))
-
-
-def write_toy_videos(folder, count, seed, strength=0.0, frames=17, size=32):
-    """NAME.mp4 beside NAME.txt; each clip is corrupted by a strength between 0 and `strength`. What is there already
-    is left alone: the mp4 takes its name last, so where there is one, both files are whole."""
-    for index in tqdm(range(count), desc="drawing clips", leave=False):
-        path = Path(folder) / f"{index:05d}.mp4"
-        if path.exists():
-            continue
-        own = strength * np.random.default_rng([seed, index, 2]).uniform()
-        video, caption = toy_video(seed, index, frames, size, own)
-        with whole_file(path.with_suffix(".txt")) as part:
-            part.write_text(caption + "\n")
-        write_toy_video(path, video)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Judging a toy video, with no learned judge: by the truth the figure holds, and by joints read back from the colours
-# ---------------------------------------------------------------------------------------------------------------------
-
-PACES = np.linspace(-1.4, 1.4, 15) * JITTER    # a fine grid over a speed class and slightly beyond
-SOFTNESS = 0.03                                # of a colour match: squared RGB distance, small beside that of any two
-HIDDEN = 0.05                                  # measured: how much the lower piece, painted over it, shortens the upper
-
-
-@cache
-def continuations(figure, frames, size, codec=None):
-    """What may really follow this figure's first frame: its action at every plausible pace, (N,F,H,W,3). `codec` maps
-    such an array to its reconstruction, so that a VAE's own blur is not counted against a model."""
-    times = np.arange(frames) / FPS
-    likely = [figure._replace(hertz=SPEEDS[figure.speed] * (1 + pace)) for pace in PACES]
-    videos = np.stack([render(skeleton(*pose(real, times)), size) for real in likely])
-    return codec(videos) if codec else videos
-
-
-def nearest_real(video, figure, codec=None):
-    """The real continuation nearest to a video, and its distance: mean squared error × 1000 of pixels in 0–1."""
-    reals = continuations(figure, *video.shape[:2], codec)
-    errors = [1000 * np.mean((video / 255.0 - real / 255.0) ** 2) for real in reals]
-    return reals[np.argmin(errors)], min(errors)
-
-
-def track(video):
-    """Where the colour of each capsule is found: centre (F,K,2) and area (F,K) of its paint, in canvas units."""
-    palette = np.concatenate([COLOURS, GREY[None]])
-    distance = sum((video[..., c, None] / 255.0 - palette[:, c]) ** 2 for c in range(3))        # (F,H,W,K+1)
-    match = np.exp(-distance / SOFTNESS)
-    paint = (match / match.sum(axis=-1, keepdims=True))[..., :-1]                               # (F,H,W,K)
-    area = paint.mean(axis=(1, 2))
-    place = (np.arange(video.shape[1]) + 0.5) / video.shape[1] - 0.5
-    moment = np.stack([place @ paint.mean(axis=1), place @ paint.mean(axis=2)], axis=-1) / len(place)
-    return 0.5 + moment / (area[..., None] + 1e-6), area                # a colour that is nowhere: mid-canvas, not NaN
-
-
-def limb_lengths(centre):
-    """(F,L) from the centres of the paint: half way along the upper piece, which starts at a root that never moves,
-    and half way along the lower piece, which starts where the upper one ends."""
-    upper = 2 * (centre[:, 2::2] - ROOT)
-    upper *= 1 + HIDDEN / (np.linalg.norm(upper, axis=-1, keepdims=True) + 1e-6)
-    lower = 2 * (centre[:, 3::2] - ROOT - upper)
-    return np.linalg.norm(upper, axis=-1) + np.linalg.norm(lower, axis=-1)
-
-
-def change(centre, order):
-    """Speed (order 1) or acceleration (2) of every limb piece, per frame: (F,K,2) → (F-order,8)."""
-    return np.linalg.norm(np.diff(centre[:, 2:], order, axis=0), axis=-1)
-
-
-def action_match(centre, figure):
-    """1 if, of all actions and speeds, the caption's is the one whose motion is nearest, else 0."""
-    times = np.arange(len(centre)) / FPS
-
-    def error(rival):
-        action, speed = rival
-        truth = skeleton(*pose(figure._replace(action=action, hertz=SPEEDS[speed]), times)).mean(axis=2)
-        return np.mean((centre - truth) ** 2)
-
-    return float(min(product(ACTIONS, SPEEDS), key=error) == (figure.action, figure.speed))
-
-
-def judge(video, figure, codec=None):
-    """A video (F,H,W,3), 0–255, of a figure → the toy forms of the paper's measures. Bigger is worse, save for the
-    last two. `motion` stands beside the others because a still picture fools all but `rvd`."""
-    real, rvd = nearest_real(video, figure, codec)
-    (centre, area), (real_centre, real_area) = track(video), track(real)
-    peak, real_peak = change(centre, 2).max(axis=0), change(real_centre, 2).max(axis=0)
-    varies = lambda x: 100 * np.mean(limb_lengths(x).std(axis=0) / limb_lengths(x).mean(axis=0))
-    return {
-        "rvd": rvd,                                                                  # overall quality, MSE × 1000
-        "limb_change": varies(centre) - varies(real_centre),                         # human quality, % beyond real
-        "jerkiness": peak.mean() / real_peak.mean(),                                 # motion quality, 1 = real
-        "identity_loss": 100 * np.abs(area - real_area).mean() / real_area.mean(),   # visual alignment, %
-        "action_match": action_match(centre, figure),                                # text alignment, 0 or 1
-        "motion": change(centre, 1).mean() / change(real_centre, 1).mean(),          # how much moves, 1 = real
-    }
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # The command: encode a folder of videos
 # ---------------------------------------------------------------------------------------------------------------------
 
 @dataclass
 class Options:
     """Encode a folder of videos with captions into records."""
-    videos: str = ""                   # folder of clips with captions
-    model: str = ""                    # model folder, hub id or "tiny"; default: by whether a GPU is here
-    out: str = "cache"                 # folder for the records
-    frames: int = 0                    # frames a clip, 8k + 1; default: the model's
-    height: int = 0                    # pixels, divisible by 16; default: the model's
-    width: int = 0                     # pixels, divisible by 16; default: the model's
-    fps: int = 8                       # frames a second the model works at
-    image_noise: int = 0               # K noised first-frame encodings; training draws one (the authors' augmentation)
-    given_negatives: bool = False      # negatives are negative_samples/ID/*.mp4 (a last resort: Sec. 4.2 keeps latents)
-    skip_bad: bool = False             # leave out unusable clips, with a list, instead of stopping
-    seed: int = 0                      # of the posterior samples
+    videos: str = option("", "folder of clips with captions")
+    model: str = option("", "model folder, hub id or tiny; default: by whether a GPU is here")
+    out: str = option("cache", "folder for the records")
+    frames: int = option(0, "frames a clip, 8k + 1; default: the model's")
+    height: int = option(0, "pixels, divisible by 16; default: the model's")
+    width: int = option(0, "pixels, divisible by 16; default: the model's")
+    fps: int = option(8, "frames a second the model works at")
+    image_noise: int = option(0, "K noised first frames; training draws one (the authors' augmentation)")
+    given_negatives: bool = option(False, "take negative_samples/ID/*.mp4 (a last resort: Sec. 4.2 keeps latents)")
+    skip_bad: bool = option(False, "leave out unusable clips, with a list, instead of stopping")
+    seed: int = option(0, "of the posterior samples")
 
 
 def clip_shape(options, folder):
@@ -719,7 +506,7 @@ def missing(expected, folder):
 
 def main(options):
     """Encode this rank's share of the clips. Ranks never wait for each other: any number makes the same files."""
-    rank, world, device, dtype = placement()
+    rank, world, device, dtype = this_process()
     if not options.videos:
         raise UserError("--videos is missing: the folder of clips with captions")
     clips = {clip.name: clip for clip in list_clips(options.videos)}
@@ -750,4 +537,4 @@ def main(options):
 
 
 if __name__ == "__main__":
-    command(main, Options)
+    command(main, Options, "data")

@@ -474,6 +474,7 @@ class DiT(nn.Module):
 
 class FlowPrediction:
     """F predicts the flow velocity u = ε − x₀."""
+    t_min = 0.0                                            # least noise of its training
 
     def coefficients(self, t):
         return torch.ones_like(t), torch.ones_like(t), -t, 1000 * t                     # c_in, c_skip, c_out, c_noise
@@ -498,6 +499,7 @@ class VPrediction:
         alpha = (root - root[-1]) * root[0] / (root[0] - root[-1])              # zero terminal SNR (Lin et al. 2024)
         sigma = (1 - alpha ** 2).sqrt()
         self.t = sigma / (alpha + sigma)                   # t of each training step: 0.0283 … 1
+        self.t_min = self.t[0].item()
 
     def coefficients(self, t):
         s = ((1 - t) ** 2 + t ** 2).sqrt()
@@ -535,6 +537,7 @@ class Denoiser(nn.Module):
     def __init__(self, net, prediction, scheduler):
         super().__init__()
         self.net, self.prediction, self.scheduler = net, prediction, scheduler
+        self.t_min = prediction.t_min
 
     def forward(self, x_t, cond, t):
         channels, p = self.net.config["out_channels"], self.net.config["patch_size"]
@@ -604,6 +607,14 @@ def base_of(path):
     """The model a training run started from, by the note in its folder; any other model as it is."""
     note = Path(path) / "base.json"
     return read_json(note)["model"] if note.is_file() else str(path)
+
+
+def defaults_of(path, command):
+    """The option defaults that suit a model, {option: value}, as defaults.json in its folder says for a command; a
+    training run has those of its base. Empty where there is no such file; a hub is not asked."""
+    base = base_of(path)
+    file = (TINY if base == "tiny" else Path(base)) / "defaults.json"
+    return read_json(file).get(command, {}) if file.is_file() else {}
 
 
 def resolve(path, *parts):

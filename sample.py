@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from tqdm import tqdm
 
-from data import (Records, clip_shape, command, digest, fit, generator, missing, placement, read_image,
+from data import (Records, clip_shape, command, digest, fit, generator, missing, option, read_image, this_process,
                   to_uint8, write_tensors, write_video)
 from model import UserError, load_dit, load_text_encoder, load_vae, resolve
 from realdpo import Condition, sample
@@ -22,24 +22,21 @@ from realdpo import Condition, sample
 @dataclass
 class Options:
     """Generate one video (--image, --prompt) or the negatives of every record (--data)."""
-    model: str = ""                    # model folder, hub id, training run or "tiny"; default: by whether a GPU is here
-    image: str = ""                    # the first frame, a picture of any size
-    prompt: str = ""                   # what happens; may be empty
-    out: str = "video.mp4"             # where the video goes, .mp4
-    gif: bool = False                  # also write a GIF beside the mp4
-    data: str = ""                     # cache of records whose negatives to make
-    negatives: int = 3                 # generated videos a record
-    steps: int = 50                    # evaluations of the transformer
-    guidance: float = 6.0              # 1 = none
-    solver: Literal["euler", "multistep"] = "euler"              # euler (on CogVideoX: DDIM) or multistep
-    frames: int = 0                    # of the video, 8k + 1; default: the model's
-    height: int = 0                    # of the video; default: the model's
-    width: int = 0                     # of the video; default: the model's
-    fps: int = 8                       # of the video
-    seed: int = 0                      # of the noise
-
-
-TINY = dict(steps=16, guidance=1.0)    # a flow model on four actions needs no more
+    model: str = option("", "model folder, hub id, training run or tiny; default: by whether a GPU is here")
+    image: str = option("", "the first frame, a picture of any size")
+    prompt: str = option("", "what happens; may be empty")
+    out: str = option("video.mp4", "where the video goes, .mp4")
+    gif: bool = option(False, "also write a GIF beside the mp4")
+    data: str = option("", "cache of records whose negatives to make")
+    negatives: int = option(3, "generated videos a record")
+    steps: int = option(50, "evaluations of the transformer")
+    guidance: float = option(6.0, "1 = none")
+    solver: Literal["euler", "multistep"] = option("euler", "euler (on CogVideoX: DDIM) or multistep")
+    frames: int = option(0, "of the video, 8k + 1; default: the model's")
+    height: int = option(0, "of the video; default: the model's")
+    width: int = option(0, "of the video; default: the model's")
+    fps: int = option(8, "of the video")
+    seed: int = option(0, "of the noise")
 
 
 def generate(denoiser, record, empty, options, device, *key, count=1, progress=True):
@@ -56,27 +53,27 @@ def negatives(options):
 
     They are stored as they leave the sampler, never decoded. Ranks never wait for each other.
     """
-    place = placement()
+    process = this_process()
     records = Records(options.data, negatives=False)
     folder = resolve(options.model, "transformer", "scheduler")
     made_by = dict(fingerprint=dict(
         transformer=digest(folder / "transformer"), negatives=options.negatives, steps=options.steps,
         guidance=options.guidance, solver=options.solver, seed=options.seed))
-    todo = missing(dict.fromkeys(records.names[place.rank::place.world], made_by), Path(options.data) / "lose")
+    todo = missing(dict.fromkeys(records.names[process.rank::process.world_size], made_by), Path(options.data) / "lose")
     if todo:
-        denoiser, empty = load_dit(folder, place.device, place.dtype), records.empty_text()
-    for name in tqdm(todo, desc="sampling negatives", disable=place.rank > 0):
-        lose = generate(denoiser, records[records.names.index(name)], empty, options, place.device,
+        denoiser, empty = load_dit(folder, process.device, process.dtype), records.empty_text()
+    for name in tqdm(todo, desc="sampling negatives", disable=process.rank > 0):
+        lose = generate(denoiser, records[records.names.index(name)], empty, options, process.device,
                         "negative", options.seed, name, count=options.negatives, progress=False)
         write_tensors(f"{options.data}/lose/{name}.safetensors", {"lose": lose.bfloat16()}, **made_by)
-    if place.rank == 0:
+    if process.rank == 0:
         print(f"{len(records)} × {options.negatives} negatives in {options.data}/lose; "
               f"next: python train.py --model {options.model} --data {options.data}")
 
 
 def video_from(options):
     """One picture and one sentence to an mp4."""
-    model, (_, _, device, dtype) = options.model, placement()
+    model, (_, _, device, dtype) = options.model, this_process()
     frames, height, width = clip_shape(options, resolve(model, "transformer/config.json", "vae/config.json"))
     image = fit(read_image(options.image), height, width)                   # (3,1,H,W); fails before any network loads
     text, empty = load_text_encoder(model, device, dtype)([options.prompt, ""])
@@ -107,4 +104,4 @@ def main(options):
 
 
 if __name__ == "__main__":
-    command(main, Options, TINY)
+    command(main, Options, "sample")

@@ -1,0 +1,139 @@
+"""What a toy video scores, with no learned judge: by the truth its figure holds, and by joints read off its colours.
+
+    python -m toy.judge FOLDER             mp4s of any source, NUMBER.mp4 showing the held-out figure of that number
+"""
+from dataclasses import dataclass
+from functools import cache
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import data
+import model
+from data import option
+from model import UserError
+from toy.world import (ACTIONS, COLOURS, FPS, GREY, JITTER, ROOT, SPEEDS, draw_figure, pose, read_toy_video, render,
+                       skeleton, world_of)
+
+PACES = np.linspace(-1.4, 1.4, 15) * JITTER    # a fine grid over a speed class and slightly beyond
+SOFTNESS = 0.03                                # of a colour match: squared RGB distance, small beside that of any two
+HIDDEN = 0.05                                  # measured: how much the lower piece, painted over it, shortens the upper
+
+
+@cache
+def continuations(figure, frames, size, codec=None):
+    """What may really follow this figure's first frame: its action at every plausible pace, (N,F,H,W,3). `codec` maps
+    such an array to its reconstruction, so that a VAE's own blur is not counted against a model."""
+    times = np.arange(frames) / FPS
+    likely = [figure._replace(hertz=SPEEDS[figure.speed] * (1 + pace)) for pace in PACES]
+    videos = np.stack([render(skeleton(*pose(real, times)), size) for real in likely])
+    return codec(videos) if codec else videos
+
+
+def nearest_real(video, figure, codec=None):
+    """The real continuation nearest to a video, and its distance: mean squared error × 1000 of pixels in 0–1."""
+    reals = continuations(figure, *video.shape[:2], codec)
+    errors = [1000 * np.mean((video / 255.0 - real / 255.0) ** 2) for real in reals]
+    return reals[np.argmin(errors)], min(errors)
+
+
+def track(video):
+    """Where the colour of each capsule is found: centre (F,K,2) and area (F,K) of its paint, in canvas units."""
+    palette = np.concatenate([COLOURS, GREY[None]])
+    distance = sum((video[..., c, None] / 255.0 - palette[:, c]) ** 2 for c in range(3))        # (F,H,W,K+1)
+    match = np.exp(-distance / SOFTNESS)
+    paint = (match / match.sum(axis=-1, keepdims=True))[..., :-1]                               # (F,H,W,K)
+    area = paint.mean(axis=(1, 2))
+    place = (np.arange(video.shape[1]) + 0.5) / video.shape[1] - 0.5
+    moment = np.stack([place @ paint.mean(axis=1), place @ paint.mean(axis=2)], axis=-1) / len(place)
+    return 0.5 + moment / (area[..., None] + 1e-6), area                # a colour that is nowhere: mid-canvas, not NaN
+
+
+def limb_lengths(centre):
+    """(F,L) from the centres of the paint: half way along the upper piece, which starts at a root that never moves,
+    and half way along the lower piece, which starts where the upper one ends."""
+    upper = 2 * (centre[:, 2::2] - ROOT)
+    upper *= 1 + HIDDEN / (np.linalg.norm(upper, axis=-1, keepdims=True) + 1e-6)
+    lower = 2 * (centre[:, 3::2] - ROOT - upper)
+    return np.linalg.norm(upper, axis=-1) + np.linalg.norm(lower, axis=-1)
+
+
+def change(centre, order):
+    """Speed (order 1) or acceleration (2) of every limb piece, per frame: (F,K,2) → (F-order,8)."""
+    return np.linalg.norm(np.diff(centre[:, 2:], order, axis=0), axis=-1)
+
+
+def action_match(centre, figure):
+    """1 if, of all actions and speeds, the caption's is the one whose motion is nearest, else 0."""
+    times = np.arange(len(centre)) / FPS
+
+    def error(rival):
+        action, speed = rival
+        truth = skeleton(*pose(figure._replace(action=action, hertz=SPEEDS[speed]), times)).mean(axis=2)
+        return np.mean((centre - truth) ** 2)
+
+    return float(min(product(ACTIONS, SPEEDS), key=error) == (figure.action, figure.speed))
+
+
+def judge(video, figure, codec=None):
+    """A video (F,H,W,3), 0–255, of a figure → the toy forms of the paper's measures. Bigger is worse, save for the
+    last two. `motion` stands beside the others because a still picture fools all but `rvd`."""
+    real, rvd = nearest_real(video, figure, codec)
+    (centre, area), (real_centre, real_area) = track(video), track(real)
+    peak, real_peak = change(centre, 2).max(axis=0), change(real_centre, 2).max(axis=0)
+    varies = lambda x: 100 * np.mean(limb_lengths(x).std(axis=0) / limb_lengths(x).mean(axis=0))
+    return {
+        "rvd": rvd,                                                                  # overall quality, MSE × 1000
+        "limb_change": varies(centre) - varies(real_centre),                         # human quality, % beyond real
+        "jerkiness": peak.mean() / real_peak.mean(),                                 # motion quality, 1 = real
+        "identity_loss": 100 * np.abs(area - real_area).mean() / real_area.mean(),   # visual alignment, %
+        "action_match": action_match(centre, figure),                                # text alignment, 0 or 1
+        "motion": change(centre, 1).mean() / change(real_centre, 1).mean(),          # how much moves, 1 = real
+    }
+
+
+@cache
+def codec():
+    """What `continuations` asks for: videos as the tiny autoencoder gives them back."""
+    vae = model.load_vae("tiny")
+
+    def reconstruct(videos):
+        clips = torch.stack([data.fit(video, *video.shape[1:3]) for video in videos])
+        return np.stack([data.to_uint8(video) for video in vae.decode(vae.encode(clips))])
+
+    return reconstruct
+
+
+def judge_all(videos, world):
+    """{measure: [a number a video]} of (number of a world's figure, video of it) pairs."""
+    scores = [judge(video, draw_figure(world, number), codec()) for number, video in videos]
+    return {measure: [score[measure] for score in scores] for measure in scores[0]}
+
+
+def mean_line(scores):
+    """The means of what `judge_all` found, in a line."""
+    return "  ".join(f"{measure} {np.mean(values):.2f}" for measure, values in scores.items())
+
+
+@dataclass
+class Options:
+    """Measure a folder of mp4s of the laptop run's held-out figures."""
+    folder: str = option(help="holds 00000.mp4, 00001.mp4, …: each of the held-out figure of its number")
+    seed: int = option(0, "of the run whose figures they are")
+
+
+def main(options):
+    """Print the mean of every measure."""
+    files = sorted(Path(options.folder).glob("*.mp4"))
+    if not files or not all(file.stem.isdecimal() for file in files):
+        raise UserError(f"{options.folder}: expected a folder of 00000.mp4, 00001.mp4, …, "
+                        "each of the held-out figure of its number")
+    videos = ((int(file.stem), read_toy_video(file)) for file in tqdm(files, desc="judging"))
+    print(f"{len(files)} videos (mean):  {mean_line(judge_all(videos, world_of(options.seed, 'held-out')))}")
+
+
+if __name__ == "__main__":
+    data.command(main, Options, "toy.judge")
