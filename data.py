@@ -12,7 +12,7 @@ and prompt.txt, a line a clip. A record is a safetensors file that holds all tra
 Files are written whole or not at all, so every stage can be killed at any moment,
 and started again does what is missing.
 """
-import argparse, csv, hashlib, json, os, sys
+import argparse, csv, hashlib, json, os, re, sys
 from collections import Counter
 from contextlib import contextmanager, suppress
 from dataclasses import MISSING, dataclass, field, fields
@@ -244,85 +244,194 @@ def write_video(path, frames, fps):
 # A folder of videos with captions
 # ---------------------------------------------------------------------------------------------------------------------
 
+# Files that are videos or pictures by their names. Another name counts where a caption stands beside it.
+SUFFIXES = {
+    "video": ".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .ts .mts .m2ts .wmv .flv .ogv .3gp .gif".split(),
+    "picture": ".png .jpg .jpeg .webp .bmp .tif .tiff .gif .avif".split(),
+}
+
+
+class Row(NamedTuple):
+    """One row of a list of videos or pictures with captions."""
+    where: str                                             # list and row, for messages
+    file: str                                              # relative to the folder of the list
+    caption: str
+    extra: dict = {}                                       # other fields of the row, such as name and keep
+    fault: str = ""                                        # why the row cannot be used, as one line for the user
+
+
+def read_lines(path):
+    """The lines of a UTF-8 file, with or without a byte order mark. Only \\n and \\r\\n end a line: Unicode has others,
+    which are part of a caption. A byte that is not UTF-8 becomes a surrogate, which `check_row` reports by its row."""
+    try:
+        text = path.read_bytes().decode("utf-8-sig", "surrogateescape")
+    except OSError as e:
+        raise UserError(f"{path}: cannot be read ({e.strerror})") from e
+    return text.replace("\r\n", "\n").removesuffix("\n").split("\n")
+
+
+def check_row(where, file, caption, extra={}):
+    """A Row, with its fault where it has one."""
+    fault = ""
+    for name, value in (("caption", caption), ("file name", file)):
+        if not isinstance(value, str):
+            fault = f"{where}: the {name} is {json.dumps(value):.60}, expected text"
+        elif wrong := re.search("[\0\ud800-\udfff]", value):
+            fault = f"{where}: the {name} is not UTF-8 text, character {wrong.start() + 1} is {wrong[0]!a}; save it as UTF-8"
+    if not fault and not file.strip():
+        fault = f"{where}: the file name is empty"
+    return Row(where, "", "", extra, fault) if fault else Row(where, file.strip(), caption.strip(), extra)
+
+
+def paired_rows(folder, files, prompts):
+    """Two text files, a line a sample: the layout of the authors' release."""
+    for name in (files, prompts):
+        if not (folder / name).is_file():
+            raise UserError(f"{folder / name}: missing; {files} and {prompts} go together")
+    names, captions = read_lines(folder / files), read_lines(folder / prompts)
+    while names and not names[-1].strip():
+        names.pop()
+    if len(captions) < len(names) or "".join(captions[len(names):]).strip():
+        raise UserError(f"{folder}: {files} has {len(names)} lines and {prompts} {len(captions)}; "
+                        "expected a caption a line for each")
+    rows = []
+    for number, (name, caption) in enumerate(zip(names, captions), start=1):
+        if name.strip() or caption.strip():
+            rows.append(check_row(f"{folder / files}, row {number}", name, caption))
+    return rows
+
+
+def jsonl_rows(path):
+    """metadata.jsonl: (row number, its fields) or (row number, what is wrong with it)."""
+    for number, line in enumerate(read_lines(path), start=1):
+        if line.strip():
+            try:
+                yield number, json.loads(line)
+            except (ValueError, RecursionError) as e:
+                yield number, f"is not JSON ({e})"
+
+
+def csv_rows(path):
+    """metadata.csv: (row number, its fields) or (row number, what is wrong with it)."""
+    columns, reader = [], csv.reader([line + "\n" for line in read_lines(path)], strict=True)
+    while True:
+        number = reader.line_num + 1
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as e:
+            yield f"{number} to {reader.line_num}", f"cannot be read ({e}); check the quotes"
+            continue
+        if not "".join(cells).strip():
+            continue
+        if not columns:
+            columns = [cell.strip() for cell in cells]
+            if not {"file_name", "text"} <= {*columns}:
+                raise UserError(f"{path}: has the columns {', '.join(columns)}, expected file_name and text")
+        elif len(cells) != len(columns):
+            yield number, (f"has {len(cells)} cells, expected {len(columns)} ({', '.join(columns)}); "
+                           "put a caption with commas in double quotes")
+        else:
+            yield number, dict(zip(columns, cells))
+
+
+def metadata_rows(path):
+    """metadata.jsonl or metadata.csv with file_name and text: the layout of Hugging Face's video folders."""
+    rows = []
+    for number, fields in jsonl_rows(path) if path.suffix == ".jsonl" else csv_rows(path):
+        where = f"{path}, row {number}"
+        if isinstance(fields, str):
+            rows.append(Row(where, "", "", fault=f"{where}: {fields}"))
+        elif not isinstance(fields, dict) or not {"file_name", "text"} <= {*fields}:
+            found = f"has the fields {', '.join(fields)}" if isinstance(fields, dict) else f"is {json.dumps(fields):.60}"
+            rows.append(Row(where, "", "", fault=f"{where}: {found}, expected file_name and text"))
+        else:
+            rows.append(check_row(where, fields.pop("file_name"), fields.pop("text"), fields))
+    return rows
+
+
+def sidecar_rows(folder, what):
+    """A video or picture beside NAME.txt: those whose names end like one, and any other beside a caption."""
+    files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+    captions = {path.stem: path for path in files if path.suffix.lower() == ".txt"}
+    known = {path.stem for path in files if path.suffix.lower() in SUFFIXES[what]}
+    rows = []
+    for path in files:
+        if path.suffix.lower() in SUFFIXES[what] or (path not in captions.values() and path.stem in captions
+                                                     and path.stem not in known):
+            if path.stem in captions:
+                rows.append(check_row(str(captions[path.stem]), path.name, "\n".join(read_lines(captions[path.stem]))))
+            else:
+                rows.append(Row(str(path), path.name, "", fault=f"{path}: has no caption; write one into "
+                                f"{path.with_suffix('.txt')} or into a list"))
+    return rows
+
+
+def read_list(folder, files="video.txt", prompts="prompt.txt", what="video"):
+    """The Rows of a folder of videos or pictures (`what`) with captions, in a fixed order, whatever its form: a line a
+    sample in `files` and `prompts`; metadata.jsonl or metadata.csv with file_name and text; or NAME.mp4 beside NAME.txt.
+
+    Raises UserError for a folder without rows. The fault of a single row is in its `fault`, for the caller to raise.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder")
+    lists = [folder / name for name in ("metadata.jsonl", "metadata.csv") if (folder / name).is_file()]
+    if (folder / files).is_file():
+        rows = paired_rows(folder, files, prompts)
+    elif lists:
+        rows = metadata_rows(lists[0])
+    else:
+        rows = sidecar_rows(folder, what)
+    if not rows:
+        found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
+        raise UserError(f"{folder}: holds no {what}s with captions, but {found}; expected a {what} beside NAME.txt, "
+                        f"metadata.jsonl, metadata.csv, or {files} and {prompts}")
+    return rows
+
+
 class Clip(NamedTuple):
     """One sample before encoding."""
     name: str                                              # of its record
     video: Path
-    caption: str | None                                    # None: missing, which `usable` reports
+    caption: str
     image: Path | None = None                              # a first frame of its own, where the folder has one
     negatives: tuple[Path, ...] = ()                       # generated videos, where the folder has them
+    fault: str = ""                                        # of its row in the list
 
 
-def authors_pairs(folder):
-    """video.txt and prompt.txt, a line a clip: the layout of the authors' release."""
-    lists = []
-    for name in ("video.txt", "prompt.txt"):
-        if not (folder / name).is_file():
-            raise UserError(f"{folder / name}: missing; video.txt and prompt.txt go together")
-        lists.append((folder / name).read_text(encoding="utf-8").splitlines())
-    videos, prompts = ([line.strip() for line in lines] for lines in lists)
-    while videos and not videos[-1]:
-        videos.pop()
-    if len(videos) > len(prompts) or any(prompts[len(videos):]):
-        raise UserError(f"{folder}: video.txt has {len(videos)} lines and prompt.txt {len(prompts)}; "
-                        "every clip needs its caption")
-    return list(zip(videos, prompts))
-
-
-def metadata_pairs(folder):
-    """metadata.jsonl or metadata.csv with file_name and text: the layout of Hugging Face's video folders."""
-    file = folder / "metadata.jsonl"
-    try:
-        if file.is_file():
-            rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-        else:
-            file = folder / "metadata.csv"
-            with open(file, newline="", encoding="utf-8") as f:
-                rows = list(csv.DictReader(f))
-        return [(row["file_name"], row["text"]) for row in rows]
-    except (ValueError, KeyError, TypeError) as e:
-        raise UserError(f"{file}: every row needs file_name and text ({type(e).__name__}: {e})") from e
-
-
-def sidecar_pairs(folder):
-    """NAME.mp4 beside NAME.txt."""
-    videos = sorted(p for p in folder.iterdir()
-                    if p.suffix.lower() in (".mp4", ".mov", ".mkv", ".webm") and not p.name.startswith("."))
-    captions = [video.with_suffix(".txt") for video in videos]
-    return [(video.name, c.read_text(encoding="utf-8").strip() if c.is_file() else None)
-            for video, c in zip(videos, captions)]
-
-
-def find_extras(folder, file, caption):
-    """A Clip with its own first frame and negatives, if the folder holds them as the authors' does."""
+def record_name(file):
+    """A plain name for the record of a file: its path without the suffix; where too long for a file, ended by a hash."""
     path = Path(file)
-    name = "_".join(part for part in path.with_suffix("").parts if part not in (path.anchor, ".."))   # a plain name
-    image = folder / "first_frames" / f"{name}.png"
-    negatives = tuple(sorted((folder / "negative_samples" / path.stem).glob("*.mp4")))
-    return Clip(name, folder / path, caption, image if image.is_file() else None, negatives)
+    name = "_".join(part for part in path.with_suffix("").parts if part not in (path.anchor, ".."))
+    raw = os.fsencode(name)
+    if len(raw) <= 200:                                    # of 255, less suffixes
+        return name
+    return f"{raw[:180].decode(errors='ignore')}-{hashlib.sha256(raw).hexdigest()[:16]}"
 
 
 def list_clips(folder):
-    """The clips of a folder in any of its three forms, in a fixed order.
+    """The clips of a folder in any of its three forms, in a fixed order, without those that a row's `keep` drops.
 
     Raises UserError for a folder without clips, lists that do not fit, or two clips of one name.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"--videos {folder}: no such folder")
-    if (folder / "video.txt").is_file():
-        pairs = authors_pairs(folder)
-    elif (folder / "metadata.jsonl").is_file() or (folder / "metadata.csv").is_file():
-        pairs = metadata_pairs(folder)
-    else:
-        pairs = sidecar_pairs(folder)
-    clips = [find_extras(folder, file, caption) for file, caption in pairs]
+    folder, clips, dropped = Path(folder), [], 0
+    images = {path.stem: path for path in sorted(folder.glob("first_frames/*"))}
+    for row in read_list(folder):
+        if str(row.extra.get("keep", True)).lower() != "true":
+            dropped += 1
+            continue
+        name = record_name(row.file)
+        negatives = sorted((folder / "negative_samples" / Path(row.file).stem).glob("*.mp4"))
+        clips.append(Clip(name, folder / row.file, row.caption, images.get(name), tuple(negatives), row.fault))
+    if dropped:
+        print(f"{folder}: {dropped} clips are left out by their `keep`")
     if not clips:
-        raise UserError(f"--videos {folder}: holds no videos; expected NAME.mp4 beside NAME.txt, metadata.jsonl, "
-                        "metadata.csv, or video.txt and prompt.txt")
-    name, count = Counter(clip.name for clip in clips).most_common(1)[0]
-    if count > 1:
-        raise UserError(f"--videos {folder}: {count} clips are named {name}; rename all but one")
+        raise UserError(f"{folder}: no row of the list is kept")
+    for name, count in Counter(clip.name for clip in clips if not clip.fault).items():
+        if count > 1:
+            raise UserError(f"{folder}: {count} clips are named {name}; rename all but one")
     return clips
 
 
@@ -450,9 +559,8 @@ def usable(clips, options, frames):
     good = []
     for clip in tqdm(clips, desc="checking clips"):
         try:
-            if clip.caption is None:
-                raise UserError(f"{clip.video}: has no caption; write one into {clip.video.with_suffix('.txt')} "
-                                "or into the folder's list")
+            if clip.fault:
+                raise UserError(clip.fault)
             if options.given_negatives and not clip.negatives:
                 raise UserError(f"{clip.video}: has no negatives; expected negative_samples/{clip.video.stem}/*.mp4")
             for video in (clip.video, *(clip.negatives if options.given_negatives else ())):
@@ -509,7 +617,9 @@ def main(options):
     rank, world, device, dtype = this_process()
     if not options.videos:
         raise UserError("--videos is missing: the folder of clips with captions")
-    clips = {clip.name: clip for clip in list_clips(options.videos)}
+    listed = list_clips(options.videos)
+    usable([clip for clip in listed if clip.fault], options, 0)
+    clips = {clip.name: clip for clip in listed if not clip.fault}
     folder = resolve(options.model, "transformer/config.json", "vae", "text_encoder", "tokenizer")
     out = Path(options.out)
     shape = clip_shape(options, folder)

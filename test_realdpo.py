@@ -950,8 +950,8 @@ def lay_out(folder, form, clips):
 
 
 def test_names_of_records_stay_in_the_cache(tmp_path):
-    assert (data.find_extras(tmp_path, "/abs/v.mp4", "").name == "abs_v"
-            and data.find_extras(tmp_path, "../a/v.mp4", "").name == "a_v")
+    assert (data.record_name("/abs/v.mp4") == "abs_v"
+            and data.record_name("../a/v.mp4") == "a_v")
 
 
 def test_every_form_of_folder_gives_the_same_records(videos, tmp_path):
@@ -1430,9 +1430,9 @@ def bad(videos, cache, tmp_path_factory):
 
 
 REFUSED = {                                                # command line: what its one line says
-    "data --videos {bad}/nowhere": ["--videos {bad}/nowhere"],
+    "data --videos {bad}/nowhere": ["{bad}/nowhere: no such folder"],
     "data": ["--videos"],
-    "data --videos {bad}/empty": ["{bad}/empty", "no videos"],
+    "data --videos {bad}/empty": ["{bad}/empty", "no videos", "a.txt"],
     "data --videos {bad}/no-caption": ["a.mp4", "a.txt"],
     "data --videos {bad}/cut": ["cut/a.mp4"],
     "data --videos {bad}/text": ["text/a.mp4"],
