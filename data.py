@@ -12,19 +12,23 @@ and prompt.txt, a line a clip. A record is a safetensors file that holds all tra
 Files are written whole or not at all, so every stage can be killed at any moment,
 and started again does what is missing.
 """
-import argparse, csv, hashlib, json, os, re, sys
+import argparse, base64, csv, hashlib, json, os, re, subprocess, sys, time
 from collections import Counter
 from contextlib import contextmanager, suppress
 from dataclasses import MISSING, dataclass, field, fields
 from functools import partial
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args, get_origin
 
 import imageio.v2 as imageio
+import imageio_ffmpeg
 import numpy as np
 import torch
 import torch.nn.functional as nnf
 from einops import rearrange
+from huggingface_hub import InferenceClient
+from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
@@ -59,10 +63,12 @@ def add_argument(parser, field):
     help, kind = field.metadata["help"].replace("%", "%%"), {}
     if field.default is MISSING:
         return parser.add_argument(field.name, help=help, type=field.type)
-    if field.default not in ("", 0):
+    if field.default not in ("", 0, ()):
         help += f" [{field.default}]"
     if field.type is bool:
         kind["action"] = argparse.BooleanOptionalAction
+    elif field.type is list:
+        kind.update(nargs="+", metavar="FILE")
     elif get_origin(field.type) is Literal:
         kind.update(choices=get_args(field.type), metavar="NAME")
     else:
@@ -116,7 +122,8 @@ def command(main, options, name):
         stream.reconfigure(errors="replace")               # a console that cannot print ω prints ?
     try:
         options, (default, why) = parse(options, name), default_model()
-        if hasattr(options, "model") and this_process().rank == 0:
+        uses_a_model = not any(getattr(options, name, None) for name in ("curate", "study", "tally", "verdict"))
+        if hasattr(options, "model") and uses_a_model and this_process().rank == 0:
             print(f"model: {options.model} ({why if options.model == default else '--model'})")
         main(options)
     except UserError as e:
@@ -514,13 +521,134 @@ class Records:
         return read_tensors(self.folder / "empty.safetensors")["text"]
 
 
+# ---- Asking a vision-language model: here about raw clips (Sec. 4.1), in sample.py about generated ones (App. B.3) --
+
+ASSETS = Path(__file__).parent / "assets"
+KEY = "VLM_API_KEY"                                        # the environment variable that holds the server's key
+
+
+def frames_as_jpeg(video, count):
+    """`count` frames of a whole clip, evenly spaced in time, or a picture: JPEG files of at most 768 pixels a side."""
+    with suppress(RuntimeError, OSError):
+        seconds = imageio_ffmpeg.count_frames_and_secs(str(video))[1]
+        filters = f"fps={count / max(seconds, 0.04)},scale='min(768,iw*sar)':'min(768,ih)'" \
+                  ":force_original_aspect_ratio=decrease"
+        made = subprocess.run([imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-v", "error", "-i", str(video), "-vf", filters,
+                               "-frames:v", str(count), "-c:v", "mjpeg", "-q:v", "3", "-f", "image2pipe", "-"],
+                              capture_output=True).stdout
+        start = b"\xff\xd8\xff"                           # of a JPEG; never inside one
+        if start in made:
+            return [start + rest for rest in made.split(start)[1:]]
+    raise UserError(f"{video}: cannot be read as a video or picture")
+
+
+def connect(options):
+    """A client of the server at --endpoint. A key is always given: else the client would send the user's hub token."""
+    if not options.endpoint.startswith(("http://", "https://")) or not options.vlm:
+        raise UserError(f"--endpoint {options.endpoint} --vlm {options.vlm}: expected the http:// address of an "
+                        "OpenAI-compatible server, such as http://localhost:8000/v1, and the name of a model there")
+    return InferenceClient(base_url=options.endpoint, api_key=os.environ.get(KEY) or "none", timeout=options.timeout)
+
+
+def ask(client, options, text, images, read):
+    """What `read` makes of the model's answer, and the list of answers; where it makes None, the model is asked again.
+
+    Raises UserError, with the address, where the server is absent, silent or answers with an error three times.
+    """
+    pictures = [{"type": "image_url", "image_url": {"url": "data:image/jpeg;base64," + base64.b64encode(image).decode()}}
+                for image in images]
+    messages, answers = [{"role": "user", "content": [*pictures, {"type": "text", "text": text}]}], []
+    for pause in (1, 5, None):
+        try:
+            while len(answers) < 2:
+                found = client.chat_completion(messages, model=options.vlm, max_tokens=1000, temperature=0.7 * len(answers))
+                answers.append(found.choices[0].message.content or "")
+                if read(answers[-1]) is not None:
+                    break
+            return read(answers[-1]), answers
+        except (HTTPError, OSError, ValueError, LookupError, TypeError, AttributeError) as e:
+            refused = isinstance(e, HfHubHTTPError) and e.response.status_code in (400, 401, 403, 404, 413, 422)
+            if pause is None or refused:
+                raise UserError(f"{options.endpoint}: {type(e).__name__}: {' '.join(str(e).split()):.300}; "
+                                "what was answered is kept, the same command goes on from here") from e
+            time.sleep(pause)
+
+
+def in_parallel(work, items, options):
+    """Yield work(item) for every item, in the order in which they come, --parallel at a time."""
+    with ThreadPool(options.parallel) as pool:
+        yield from tqdm(pool.imap_unordered(work, items), desc=f"asking {options.vlm}", total=len(items))
+
+
+def write_rows(file, rows):
+    """A file of JSON lines."""
+    with whole_file(file) as part:
+        part.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def write_page(template, path, content):
+    """A page of assets/ with its content, which the page reads as JSON: no text in it can end the script or run."""
+    page = (ASSETS / template).read_text(encoding="utf-8")
+    with whole_file(path) as part:
+        part.write_text(page.replace("{{content}}", json.dumps(content).replace("<", "\\u003c")), encoding="utf-8")
+
+
+CHECKS = "theme", "action", "sharp", "uncut", "clean"       # of assets/curate.txt, in which all are to be true
+
+
+def read_judgement(answer):
+    """(keep, reason, caption) in an answer to assets/curate.txt, or None where it is not what that asks for."""
+    try:
+        found = json.loads(answer[answer.index("{"):answer.rindex("}") + 1])
+        failed = [name for name in CHECKS if {"yes": False, "no": True}[found[name].lower()]]
+        caption, reason = found["description"].strip(), found["reason"].strip()
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return (not failed, f"not {', '.join(failed)}: {reason}" if failed else "", caption) if failed or caption else None
+
+
+def curate(options):
+    """Sec. 4.1: a model judges and describes every clip in or below a folder. OUT/metadata.jsonl gets a row for each, with
+    keep true, false or null, undecided, where its answers could not be read; OUT/inspect.html shows them to a person."""
+    folder, out, rows = Path(options.videos).resolve(), Path(options.out).resolve(), {}
+    lists, client = out / "metadata.jsonl", connect(options)
+    asked = {"theme": options.theme, "vlm": options.vlm}
+    for number, row in jsonl_rows(lists) if lists.is_file() else ():
+        if not isinstance(row, dict) or "file_name" not in row:
+            raise UserError(f"{lists}, row {number}: {row}; expected a row that --curate wrote")
+        check_metadata(lists, {"fingerprint": {name: row.get(name) for name in asked}}, {"fingerprint": asked})
+        rows[row["file_name"]] = row
+    clips = {Path(os.path.relpath(path, out)).as_posix(): path for path in sorted(folder.rglob("[!.]*"))
+             if path.suffix.lower() in SUFFIXES["video"]}
+    text = (ASSETS / "curate.txt").read_text(encoding="utf-8").format(theme=options.theme)
+
+    def judge(name):
+        try:
+            images = frames_as_jpeg(clips[name], 8)
+        except UserError as e:
+            return dict(file_name=name, text="", keep=False, reason=str(e), **asked)
+        found, answers = ask(client, options, text, images, read_judgement)
+        keep, reason, caption = found or (None, f"the answer could not be read: {answers[-1]:.300}", "")
+        return dict(file_name=name, text=caption, keep=keep, reason=reason, **asked)
+
+    try:
+        for row in in_parallel(judge, [name for name in clips if name not in rows], options):
+            rows[row["file_name"]] = row
+            write_rows(lists, [rows[name] for name in sorted(rows)])
+    finally:
+        write_page("inspect.html", out / "inspect.html", [rows[name] for name in sorted(rows)])
+    counts = Counter(row["keep"] for row in rows.values())
+    print(f"{lists}: {counts[True]} clips kept, {counts[False]} dropped, {counts[None]} undecided; look at them in "
+          f"{out}/inspect.html, put the list that it saves in the place of this one, then: python data.py --videos {out}")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The command: encode a folder of videos
 # ---------------------------------------------------------------------------------------------------------------------
 
 @dataclass
 class Options:
-    """Encode a folder of videos with captions into records."""
+    """Encode a folder of videos with captions into records; before that, --curate makes such a folder of raw videos."""
     videos: str = option("", "folder of clips with captions")
     model: str = option("", "model folder, hub id or tiny; default: by whether a GPU is here")
     out: str = option("cache", "folder for the records")
@@ -532,6 +660,12 @@ class Options:
     given_negatives: bool = option(False, "take negative_samples/ID/*.mp4 (a last resort: Sec. 4.2 keeps latents)")
     skip_bad: bool = option(False, "leave out unusable clips, with a list, instead of stopping")
     seed: int = option(0, "of the posterior samples")
+    curate: bool = option(False, "let a vision-language model select and describe raw clips", "Raw clips")
+    theme: str = option("", "what the clips are to show, such as: people eating and drinking")
+    endpoint: str = option("", f"address of an OpenAI-compatible server; its key: environment variable {KEY}")
+    vlm: str = option("", "name of the model there")
+    parallel: int = option(4, "requests under way at once")
+    timeout: float = option(300.0, "seconds to wait for an answer")
 
 
 def clip_shape(options, folder):
@@ -617,6 +751,8 @@ def main(options):
     rank, world, device, dtype = this_process()
     if not options.videos:
         raise UserError("--videos is missing: the folder of clips with captions")
+    if options.curate:
+        return curate(options)
     listed = list_clips(options.videos)
     usable([clip for clip in listed if clip.fault], options, 0)
     clips = {clip.name: clip for clip in listed if not clip.fault}

@@ -1,34 +1,43 @@
-"""Videos out: one picture and one sentence become an mp4; and every record of a cache gets its offline negatives.
+"""Videos out: one picture and one sentence become an mp4; every record of a cache gets its offline negatives; a bench of
+pictures becomes a folder of mp4s, which people rate on a page of their own and a language model by 20 questions.
 
     python sample.py --image first.png --prompt "a figure waves its left arm slowly" --out video.mp4
     python sample.py --data CACHE                                      (torchrun --nproc_per_node 8 sample.py … as well)
+    python sample.py --bench BENCH --out videos/NAME                   (torchrun as well)
 
-MODEL is a model folder, a hub id, or the --out folder of a training run. Text encoder, transformer and autoencoder are
-never on the device together: 5B needs 11 GB for the largest of them and what its activations take.
+MODEL is a model folder, a hub id, or the --out folder of a training run. BENCH is a folder of pictures with captions, in
+any of the three forms of data.py's folders. The text encoder, the largest network, leaves before the transformer comes.
 """
+import hashlib, json, re, secrets
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import (Records, clip_shape, command, digest, fit, generator, missing, option, read_image, this_process,
-                  to_uint8, write_tensors, write_video)
+from data import (ASSETS, KEY, SUFFIXES, Records, ask, check_metadata, clip_shape, command, connect, digest, fit,
+                  frames_as_jpeg, generator, in_parallel, jsonl_rows, missing, option, read_frames, read_image, read_list,
+                  this_process, to_uint8, whole_file, write_page, write_rows, write_tensors, write_video)
 from model import UserError, load_dit, load_text_encoder, load_vae, resolve
 from realdpo import Condition, sample
 
 
 @dataclass
 class Options:
-    """Generate one video (--image, --prompt) or the negatives of every record (--data)."""
+    """Generate videos, or find out which method's are better."""
     model: str = option("", "model folder, hub id, training run or tiny; default: by whether a GPU is here")
-    image: str = option("", "the first frame, a picture of any size")
-    prompt: str = option("", "what happens; may be empty")
-    out: str = option("video.mp4", "where the video goes, .mp4")
-    gif: bool = option(False, "also write a GIF beside the mp4")
-    data: str = option("", "cache of records whose negatives to make")
+    out: str = option("", "where it goes; default: video.mp4, videos, study, or FOLDER/verdict.jsonl")
+    image: str = option("", "one video: its first frame, a picture of any size", "What to do")
+    data: str = option("", "negatives: the cache of records to make them for")
+    bench: str = option("", "a video a picture: the folder of pictures with captions")
+    study: str = option("", "write a page for raters: FOLDER has a folder of videos a method, all of one --bench")
+    tally: list = option((), "print the table of what raters answered")
+    verdict: str = option("", "ask a vision-language model about such a FOLDER; or print a finished verdict.jsonl")
+    prompt: str = option("", "what happens; may be empty", "Sampling")
     negatives: int = option(3, "generated videos a record")
+    samples: int = option(0, "videos a picture, as NAME-0.mp4 …; default: one, as NAME.mp4")
     steps: int = option(50, "evaluations of the transformer")
     guidance: float = option(6.0, "1 = none")
     solver: Literal["euler", "multistep"] = option("euler", "euler (on CogVideoX: DDIM) or multistep")
@@ -36,12 +45,30 @@ class Options:
     height: int = option(0, "of the video; default: the model's")
     width: int = option(0, "of the video; default: the model's")
     fps: int = option(8, "of the video")
+    gif: bool = option(False, "also write a GIF beside each mp4")
     seed: int = option(0, "of the noise")
+    compile: bool = option(False, "compile the transformer's blocks: slow to start, then faster")
+    endpoint: str = option("", f"an OpenAI-compatible server's address; its key: environment variable {KEY}", "Verdict")
+    vlm: str = option("", "name of the model there")
+    parallel: int = option(4, "requests under way at once")
+    timeout: float = option(300.0, "seconds to wait for an answer")
 
 
-def generate(denoiser, record, empty, options, device, *key, count=1, progress=True):
-    """`count` latents (count,C,F,H,W) of a record's caption and first frame; noise k depends on (*key, k) alone."""
-    shape = record["win"].shape
+def load_denoiser(options, folder, process):
+    """The transformer on this process's device, compiled if asked."""
+    denoiser = load_dit(folder, process.device, process.dtype)
+    if options.compile:
+        for block in denoiser.net.transformer_blocks:
+            block.compile()
+    return denoiser
+
+
+def generate(denoiser, record, empty, options, device, *key, shape=None, count=1, progress=True):
+    """`count` latents (count,C,F,H,W) of a record's caption and first frame; noise k depends on (*key, k) alone.
+
+    `shape` (C,F,H,W) is that of the record's win, where it has none.
+    """
+    shape = shape or record["win"].shape
     noise = torch.stack([torch.randn(shape, generator=generator(*key, k)) for k in range(count)]).to(device)
     cond = Condition(record["text"][None].to(device), record["image"][None].to(device)).repeat(count)
     return sample(denoiser, noise, cond, steps=options.steps, guidance=options.guidance, uncond=empty[None].to(device),
@@ -61,7 +88,7 @@ def negatives(options):
         guidance=options.guidance, solver=options.solver, seed=options.seed))
     todo = missing(dict.fromkeys(records.names[process.rank::process.world_size], made_by), Path(options.data) / "lose")
     if todo:
-        denoiser, empty = load_dit(folder, process.device, process.dtype), records.empty_text()
+        denoiser, empty = load_denoiser(options, folder, process), records.empty_text()
     for name in tqdm(todo, desc="sampling negatives", disable=process.rank > 0):
         lose = generate(denoiser, records[records.names.index(name)], empty, options, process.device,
                         "negative", options.seed, name, count=options.negatives, progress=False)
@@ -71,36 +98,295 @@ def negatives(options):
               f"next: python train.py --model {options.model} --data {options.data}")
 
 
-def video_from(options):
-    """One picture and one sentence to an mp4."""
-    model, (_, _, device, dtype) = options.model, this_process()
-    frames, height, width = clip_shape(options, resolve(model, "transformer/config.json", "vae/config.json"))
-    image = fit(read_image(options.image), height, width)                   # (3,1,H,W); fails before any network loads
-    text, empty = load_text_encoder(model, device, dtype)([options.prompt, ""])
-    image = load_vae(model, device, dtype).encode(image[None].to(device), generator("image", options.seed))[0]
-    torch.cuda.empty_cache()
-    denoiser = load_dit(model, device, dtype)
-    win = torch.empty(image.shape[0], (frames - 1) // 4 + 1, *image.shape[2:], device="meta")   # only its shape is read
-    latents = generate(denoiser, dict(text=text, image=image, win=win), empty, options, device, "video", options.seed)
-    del denoiser
-    torch.cuda.empty_cache()
-    video = to_uint8(load_vae(model, device, dtype).decode(latents)[0])
-    write_video(options.out, video, options.fps)
-    if options.gif:
-        write_video(Path(options.out).with_suffix(".gif"), video, options.fps)
-    print(f"{frames} frames of {height}×{width} in {options.out}" + (" and .gif" if options.gif else ""))
+class Prompt(NamedTuple):
+    """One row of a bench."""
+    name: str                                              # of its videos: NAME.mp4, or NAME-0.mp4 …
+    image: Path                                            # a picture, or a clip for its first frame
+    caption: str
 
+
+def first_frame(path, height, width):
+    """A picture, or the first frame of a clip: (3,1,height,width)."""
+    is_clip = path.suffix.lower() in SUFFIXES["video"] and path.suffix.lower() not in SUFFIXES["picture"]
+    return fit(read_frames(path, 1, 1) if is_clip else read_image(path), height, width)
+
+
+def film(options, shots):
+    """Generate and write the video of every shot: a Prompt, a file, and the key that its noise depends on."""
+    model, process = options.model, this_process()
+    device, dtype = process.device, process.dtype
+    frames, height, width = clip_shape(options, resolve(model, "transformer/config.json", "vae/config.json"))
+    images = {prompt.image: first_frame(prompt.image, height, width) for prompt, _, _ in shots}    # fails early
+    encode_text = load_text_encoder(model, device, dtype)
+    texts = {text: encode_text([text])[0] for text in {"", *(prompt.caption for prompt, _, _ in shots)}}
+    del encode_text
+    torch.cuda.empty_cache()
+    vae = load_vae(model, device, dtype)
+    for path, image in images.items():
+        images[path] = vae.encode(image[None].to(device), generator("image", options.seed))[0]     # (C,1,h,w)
+    denoiser = load_denoiser(options, model, process)
+    for prompt, file, key in tqdm(shots, desc="videos", disable=process.rank > 0 or len(shots) == 1):
+        image = images[prompt.image]
+        shape = (image.shape[0], (frames - 1) // 4 + 1, *image.shape[2:])
+        latents = generate(denoiser, dict(text=texts[prompt.caption], image=image), texts[""], options, device, *key,
+                           shape=shape, progress=len(shots) == 1)
+        video = to_uint8(vae.decode(latents)[0])
+        write_video(file, video, options.fps)
+        if options.gif:
+            write_video(file.with_suffix(".gif"), video, options.fps)
+
+
+def generate_one(options):
+    """One picture and one sentence to an mp4."""
+    out = Path(options.out or "video.mp4")
+    if out.suffix != ".mp4":
+        raise UserError(f"--out {out}: expected a name that ends in .mp4")
+    film(options, [(Prompt("", Path(options.image), options.prompt), out, ("video", options.seed))])
+    print(f"a video in {out}" + (" and .gif" if options.gif else ""))
+
+
+def read_bench(folder):
+    """The Prompts of a folder of pictures with captions. Raises UserError for one that cannot be read."""
+    folder, prompts = Path(folder), {}
+    lists = [path.name for path in folder.glob("*.txt") if path.name not in ("images.txt", "videos.txt")]
+    for row in read_list(folder, "images.txt", lists[0] if len(lists) == 1 else "prompts.txt", what="picture"):
+        name = row.extra.get("name") or Path(row.file).stem
+        if row.fault or not (folder / row.file).is_file():
+            raise UserError(row.fault or f"{row.where}: {folder / row.file} is not there")
+        if name in prompts or "/" in name:
+            raise UserError(f"{row.where}: is named {name}; expected a name of its own, without a slash")
+        prompts[name] = Prompt(name, folder / row.file, row.caption)
+    return list(prompts.values())
+
+
+def fingerprint(prompts):
+    """A short name for what a bench holds: its names, captions and pictures."""
+    sha = hashlib.sha256()
+    for prompt in prompts:
+        sha.update(repr((prompt.name, prompt.caption)).encode() + prompt.image.read_bytes())
+    return sha.hexdigest()[:16]
+
+
+def generate_bench(options):
+    """A video, or `samples`, for every picture of a bench: this rank's share of those that are not there yet.
+
+    VBench finds the picture of a video by its name, less a dash and a number at its end; so a name that has these of
+    its own gets a number more.
+    """
+    process, out, shots = this_process(), Path(options.out or "videos"), []
+    prompts = read_bench(options.bench)
+    folder = resolve(options.model, "transformer", "scheduler")
+    names = "steps", "guidance", "solver", "frames", "height", "width", "fps", "seed"
+    made_by = {"fingerprint": {"transformer": digest(folder / "transformer"), "bench": fingerprint(prompts),
+                               **{name: getattr(options, name) for name in names}}}
+    if (out / "bench.json").is_file():
+        check_metadata(out / "bench.json", json.loads((out / "bench.json").read_text()), made_by)
+    with whole_file(out / "bench.json") as part:
+        part.write_text(json.dumps(made_by))
+    for prompt in prompts:
+        for number in range(max(1, options.samples)):
+            ending = f"-{number}" if options.samples or re.search(r"-\d+$", prompt.name) else ""
+            shots.append((prompt, out / f"{prompt.name}{ending}.mp4", ("bench", options.seed, prompt.name, number)))
+    todo = [shot for shot in shots[process.rank::process.world_size] if not shot[1].exists()]
+    if todo:
+        film(options, todo)
+    if process.rank == 0:
+        print(f"{len(shots)} videos of {len(prompts)} prompts in {out}")
+
+
+# ---- Which method is better? A study with raters (App. B.2), a language model's verdict (App. B.3) ------------------
+
+STUDY = "visual alignment", "text alignment", "motion quality", "human quality", "overall quality"      # Fig. 10
+
+
+def read_methods(folder, prompts):
+    """{method: the first video of every prompt} of a folder with a folder a method. Raises UserError for unequal ones."""
+    methods, names = {}, [prompt.name for prompt in prompts]
+    for path in sorted(path for path in Path(folder).glob("[!.]*") if path.is_dir()):
+        if (path / "bench.json").is_file():
+            made_of = json.loads((path / "bench.json").read_text())["fingerprint"]["bench"]
+            check_metadata(path, {"fingerprint": {"bench": made_of}}, {"fingerprint": {"bench": fingerprint(prompts)}})
+        videos = {}
+        for file in sorted(path.glob("*.mp4")):
+            videos.setdefault(file.stem if file.stem in names else re.sub(r"-\d+$", "", file.stem), file)
+        for name in {*names} ^ {*videos}:
+            raise UserError(f"{path}: has {'no' if name in names else 'a'} video of {name}; expected one of each of the "
+                            f"{len(names)} prompts of --bench, as NAME.mp4 or NAME-0.mp4")
+        methods[path.name] = [videos[name] for name in names]
+    if not methods:
+        raise UserError(f"{folder}: holds no folders; expected one a method, with its videos")
+    return methods
+
+
+def read_key(file):
+    """What `write_study` wrote beside a study. Raises UserError where it is not there."""
+    try:
+        return json.loads(file.read_text())
+    except (OSError, ValueError) as e:
+        raise UserError(f"{file}: is not the key of a study ({e}); --out names the folder of the study") from e
+
+
+def write_study(options):
+    """OUT/study.html with its clips, for raters, and OUT-key.json, which tells what method a clip is of.
+
+    The names of the clips come from a secret in the key: a study that is written again is the same study.
+    """
+    out, pages, contents = Path(options.out or "study"), [], hashlib.sha256()
+    prompts, key = read_bench(options.bench), Path(f"{out}-key.json")
+    methods = read_methods(options.study, prompts)
+    secret = read_key(key)["secret"] if key.exists() else secrets.token_hex(16)
+    clips = {method: [hashlib.sha256(f"{secret}/{method}/{prompt.name}".encode()).hexdigest()[:16] for prompt in prompts]
+             for method in methods}
+    for i, prompt in enumerate(tqdm(prompts, desc="copying clips")):
+        pages.append(dict(caption=prompt.caption, clips=sorted(clips[method][i] for method in methods)))
+        files = {f"{clips[method][i]}.mp4": videos[i].read_bytes() for method, videos in methods.items()}
+        files[f"{pages[-1]['clips'][0]}.jpg"] = frames_as_jpeg(prompt.image, 1)[0]
+        for name, content in sorted(files.items()):
+            with whole_file(out / "clips" / name) as part:
+                part.write_bytes(content)
+            contents.update(content)
+    contents.update(json.dumps([secret, pages]).encode())
+    study = contents.hexdigest()[:16]
+    with whole_file(key) as part:
+        part.write_text(json.dumps(dict(study=study, secret=secret, clips=clips)))
+    write_page("study.html", out / "study.html", dict(study=study, pages=pages))
+    print(f"{len(pages)} pages of {len(methods)} videos: give raters the folder {out}, keep {key} from them, and collect "
+          f"what they save, for: python sample.py --tally answers/*.json --out {out}")
+
+
+def read_answers(file, key):
+    """A rater's name and {clip: five ratings}. Raises UserError for a file cut short or of another study."""
+    try:
+        found = json.loads(Path(file).read_text(encoding="utf-8"))
+        rater, study, ratings = found["rater"], found["study"], {k: tuple(v) for k, v in found["ratings"].items()}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
+        raise UserError(f"{file}: is not a whole file of answers ({type(e).__name__}: {e}); save it again") from e
+    if study != key["study"]:
+        raise UserError(f"{file}: answers study {study}, not {key['study']}; --out names the folder of the study")
+    for clip in sum(key["clips"].values(), []):
+        if len(ratings.get(clip, ())) != len(STUDY) or not {*ratings[clip]} <= {1, 2, 3, 4, 5}:
+            raise UserError(f"{file}: has not five ratings from 1 to 5 of {clip}; let {rater} go on and save again")
+    return rater, ratings
+
+
+def with_interval(values):
+    """The mean of values (raters, prompts) from 0 to 1 and, if both are drawn again, 95 % of such means: in per cent."""
+    rng, means = np.random.default_rng(0), []
+    for _ in range(2000):
+        raters, prompts = (rng.integers(size, size=size) for size in values.shape)
+        means.append(values[raters][:, prompts].mean())
+    return "{:.2f} [{:.1f}, {:.1f}]".format(*(100 * x for x in (values.mean(), *np.percentile(means, (2.5, 97.5)))))
+
+
+def agreement(ratings):
+    """Krippendorff's alpha of ratings (raters, videos) on an interval scale: 1 perfect, 0 by chance."""
+    if len(ratings) < 2 or ratings.var() == 0:
+        return float("nan")
+    return 1 - ratings.var(axis=0, ddof=1).mean() / ratings.var(ddof=1)
+
+
+def print_table(*rows):
+    """A Markdown table."""
+    for row in [rows[0], ["---"] * len(rows[0]), *rows[1:]]:
+        print(f"| {' | '.join(row)} |")
+
+
+def tally(options):
+    """Table 1 of the paper from raters' answers: ratings in per cent of the highest, and comparisons won."""
+    key, raters, ratings, won = read_key(Path(f"{options.out or 'study'}-key.json")), {}, {}, {}
+    for file in options.tally:
+        rater, answers = read_answers(file, key)
+        if rater in raters:
+            raise UserError(f"{file}: {rater} has answered in an earlier file, too; give one of the two")
+        raters[rater] = answers
+    for method, clips in key["clips"].items():                                 # (raters, prompts, 5)
+        ratings[method] = np.array([[answers[clip] for clip in clips] for answers in raters.values()])
+    for method, mine in ratings.items():
+        won[method] = [with_interval((np.sign(mine - theirs)[..., -1] + 1) / 2) for theirs in ratings.values()]
+    columns = range(len(STUDY))
+    print_table(["rating, % of the highest", *STUDY],
+                *([method, *(with_interval(mine[..., d] / 5) for d in columns)] for method, mine in ratings.items()))
+    print_table(["overall quality, % won against", *ratings], *([method, *cells] for method, cells in won.items()))
+    together = np.concatenate(list(ratings.values()), axis=1)
+    alphas = ", ".join(f"{name} {agreement(together[..., d]):.2f}" for d, name in enumerate(STUDY))
+    print(f"{len(raters)} raters, {len(clips)} prompts; a tie is half won; in brackets 95 % over raters and prompts; "
+          f"agreement (Krippendorff's alpha, interval scale): {alphas}")
+
+
+def read_scores(answer):
+    """The numbers of "Answer 1: …" to "Answer 5: …", a line each; None if these are not five from 0 to 10."""
+    found = re.findall(r"^ *Answer (\d+): *(\d+(?:\.\d+)?)(?: */ *10)? *$", answer.replace("*", ""), re.MULTILINE)
+    scores = [float(score) for _, score in found]
+    return scores if [number for number, _ in found] == list("12345") and max(scores) <= 10 else None
+
+
+def ask_verdicts(options, file, known):
+    """{(method, prompt, dimension): row with the model's answers} for all videos: from `known`, else asked for `file`."""
+    prompts, client, wanted, todo = read_bench(options.bench), connect(options), [], []
+    template, *sections = (ASSETS / "verdict.txt").read_text(encoding="utf-8").split("\n# ")
+    for method, videos in read_methods(options.verdict, prompts).items():
+        for prompt, video in zip(prompts, videos):
+            for section in sections:
+                dimension, _, questions = section.partition("\n")
+                text = template.format(caption=prompt.caption, dimension=dimension, questions=questions)
+                about = hashlib.sha256(text.encode() + prompt.image.read_bytes() + video.read_bytes()).hexdigest()[:16]
+                wanted.append((method, prompt.name, dimension))
+                if known.get(wanted[-1], {}).get("about") != about:
+                    todo.append((wanted[-1], about, text, prompt.image, video))
+
+    def judge(job):
+        (method, name, dimension), about, text, image, video = job
+        pictures = [*frames_as_jpeg(image, 1), *frames_as_jpeg(video, 8)]
+        answers = ask(client, options, text, pictures, read_scores)
+        return dict(method=method, name=name, dimension=dimension, vlm=options.vlm, about=about, answers=answers)
+
+    for row in in_parallel(judge, todo, options):
+        known[row["method"], row["name"], row["dimension"]] = row
+        write_rows(file, known.values())
+    return {key: known[key] for key in wanted}
+
+
+def verdict(options):
+    """Table 2 of the paper: a vision-language model answers five questions about each dimension of every video."""
+    path, rows, scores, unreadable = Path(options.verdict), {}, {}, []
+    file = path if path.is_file() else Path(options.out or path / "verdict.jsonl")
+    for number, row in jsonl_rows(file) if file.is_file() else ():
+        if not isinstance(row, dict) or not {"method", "name", "dimension", "about", "vlm", "answers"} <= {*row}:
+            raise UserError(f"{file}, row {number}: was not written by --verdict; give another --out")
+        vlm = row["vlm"] if path.is_file() else options.vlm
+        check_metadata(file, {"fingerprint": {"vlm": row["vlm"]}}, {"fingerprint": {"vlm": vlm}})
+        rows[row["method"], row["name"], row["dimension"]] = row
+    if not path.is_file():
+        rows = ask_verdicts(options, file, rows)
+    for (method, name, dimension), row in rows.items():
+        five, column = read_scores(row["answers"][-1]), scores.setdefault(method, {}).setdefault(dimension, [])
+        if five:
+            column.append(sum(five) / 50)
+        else:
+            unreadable.append(f"{method}/{name} {dimension}")
+    for method, columns in scores.items():
+        columns.update({dimension: with_interval(np.array([column])) if column else "–" for dimension, column in columns.items()})
+    print_table(["score, % of the highest", *columns], *([method, *cells.values()] for method, cells in scores.items()))
+    print(f"by {vlm}; in brackets 95 % over prompts; every answer is in {file}")
+    if unreadable:
+        print(f"left out, twice without five numbers from 0 to 10: {', '.join(unreadable)}")
+
+
+# ---- The command ----------------------------------------------------------------------------------------------------
 
 def main(options):
-    """Negatives with --data, else one video."""
-    if bool(options.data) == bool(options.image):
-        raise UserError("give either --data CACHE (negatives) or --image PICTURE and --prompt (one video)")
-    if not 1 <= options.steps <= 1000 or options.negatives < 1:
-        raise UserError(f"--steps {options.steps} --negatives {options.negatives}: expected 1 to 1000 steps "
-                        "and at least 1 negative")
-    if Path(options.out).suffix != ".mp4":
-        raise UserError(f"--out {options.out}: expected a name that ends in .mp4")
-    negatives(options) if options.data else video_from(options)
+    """The one thing that is asked for."""
+    if not 1 <= options.steps <= 1000 or min(options.negatives, options.parallel) < 1 or options.samples < 0:
+        raise UserError(f"--steps {options.steps} --negatives {options.negatives} --parallel {options.parallel} --samples "
+                        f"{options.samples}: expected 1 to 1000 steps, at least 1 negative, 1 request, 0 samples")
+    actions = dict(data=negatives, image=generate_one, study=write_study, tally=tally, verdict=verdict)
+    given = [name for name in actions if getattr(options, name)] or ["bench"]
+    if len(given) > 1 or given == ["bench"] and not options.bench:
+        raise UserError("give one of --data CACHE (negatives), --image PICTURE and --prompt (one video), --bench BENCH (many "
+                        "videos), --study FOLDER or --verdict FOLDER (with --bench), --tally FILES")
+    if (given == ["study"] or given == ["verdict"] and Path(options.verdict).is_dir()) and not options.bench:
+        raise UserError("--bench is missing: the folder of pictures with captions that the videos were made of")
+    actions.get(given[0], generate_bench)(options)
 
 
 if __name__ == "__main__":
