@@ -337,7 +337,7 @@ def ask_verdicts(options, file, known):
     def judge(job):
         (method, name, dimension), about, text, image, video = job
         pictures = [*frames_as_jpeg(image, 1), *frames_as_jpeg(video, 8)]
-        answers = ask(client, options, text, pictures, read_scores)
+        answers = ask(client, options, text, pictures, read_scores)[1]
         return dict(method=method, name=name, dimension=dimension, vlm=options.vlm, about=about, answers=answers)
 
     for row in in_parallel(judge, todo, options):
@@ -353,8 +353,8 @@ def verdict(options):
     for number, row in jsonl_rows(file) if file.is_file() else ():
         if not isinstance(row, dict) or not {"method", "name", "dimension", "about", "vlm", "answers"} <= {*row}:
             raise UserError(f"{file}, row {number}: was not written by --verdict; give another --out")
-        vlm = row["vlm"] if path.is_file() else options.vlm
-        check_metadata(file, {"fingerprint": {"vlm": row["vlm"]}}, {"fingerprint": {"vlm": vlm}})
+        asked = {"vlm": options.vlm or row["vlm"]}
+        check_metadata(file, {"fingerprint": {"vlm": row["vlm"]}}, {"fingerprint": asked})
         rows[row["method"], row["name"], row["dimension"]] = row
     if not path.is_file():
         rows = ask_verdicts(options, file, rows)
@@ -367,7 +367,7 @@ def verdict(options):
     for method, columns in scores.items():
         columns.update({dimension: with_interval(np.array([column])) if column else "–" for dimension, column in columns.items()})
     print_table(["score, % of the highest", *columns], *([method, *cells.values()] for method, cells in scores.items()))
-    print(f"by {vlm}; in brackets 95 % over prompts; every answer is in {file}")
+    print(f"by {row['vlm']}; in brackets 95 % over prompts; every answer is in {file}")
     if unreadable:
         print(f"left out, twice without five numbers from 0 to 10: {', '.join(unreadable)}")
 

@@ -5,11 +5,13 @@ commands from end to end on four toy clips and the tiny model.
                                        for the oracles
     CHAOS=20 pytest -m chaos -s        kills every stage at random instants
 """
-import ast, copy, dataclasses, io, json, math, os, random, re, shlex, shutil, signal, subprocess, sys, time
+import ast, base64, copy, dataclasses, io, json, math, os, random, re, shlex, shutil, signal, subprocess, sys, threading
+import time, urllib.request
 from collections import Counter
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import combinations
 from pathlib import Path
 from xml.etree import ElementTree
@@ -1087,6 +1089,484 @@ def test_one_picture_and_one_sentence_become_an_mp4_and_a_gif(picture, straight,
     assert make_video(tmp_path / "d.mp4", picture, prompt="", frames=9).shape == (9, 32, 32, 3)
     # a training run is a model, too
     assert make_video(tmp_path / "e.mp4", picture, model=str(straight)).shape == video.shape
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A bench, and what people and language models say about its videos
+# ---------------------------------------------------------------------------------------------------------------------
+
+HOSTILE = "\"quoted\" 'text' <script>window.ran = 1</script><img src=x onerror='window.ran = 1'> </script> \\ € 人 {x}\u2028"
+
+
+@pytest.fixture(scope="session")
+def shots(videos, tmp_path_factory):
+    """A bench of two pictures; one has the name that VBench would cut."""
+    folder = tmp_path_factory.mktemp("bench") / "shots"
+    folder.mkdir()
+    for name, clip, caption in (("somersault", "00000", HOSTILE), ("walk-12", "00001", "a figure walks")):
+        imageio.imwrite(folder / f"{name}.png", imageio.mimread(videos / f"{clip}.mp4")[0])
+        (folder / f"{name}.txt").write_text(caption, encoding="utf-8")
+    return folder
+
+
+def generate_bench(shots, out, **options):
+    sample.main(sample.Options(**{**dict(model="tiny", bench=str(shots), out=str(out), steps=2, guidance=1.0), **options}))
+    return out
+
+
+@pytest.fixture(scope="session")
+def methods(shots):
+    """Three methods' videos of the bench; one sampled twice."""
+    folder = shots.parent / "methods"
+    for seed, (name, samples) in enumerate([("alpha-method", 0), ("beta-method", 2), ("gamma-method", 0)]):
+        generate_bench(shots, folder / name, seed=seed, samples=samples)
+    return folder
+
+
+def test_any_number_of_ranks_makes_the_same_bench_and_restarts_do_what_is_missing(shots, methods, tmp_path, monkeypatch):
+    for rank in "10":
+        monkeypatch.setenv("RANK", rank), monkeypatch.setenv("WORLD_SIZE", "2")
+        generate_bench(shots, tmp_path / "two", seed=1, samples=2)
+    assert contents(tmp_path / "two") == contents(methods / "beta-method") and len(contents(tmp_path / "two")) == 5
+    monkeypatch.undo()
+    (tmp_path / "two" / "somersault-1.mp4").unlink()
+    film, made = sample.film, []
+    monkeypatch.setattr(sample, "film", lambda options, shots: (made.extend(shots), film(options, shots)))
+    generate_bench(shots, tmp_path / "two", seed=1, samples=2)
+    assert [file.name for _, file, _ in made] == ["somersault-1.mp4"]
+    assert contents(tmp_path / "two") == contents(methods / "beta-method")
+
+
+def test_a_bench_has_the_names_by_which_vbench_finds_the_pictures(shots, methods):
+    assert {path.name for path in (methods / "alpha-method").glob("*.mp4")} == {"somersault.mp4", "walk-12-0.mp4"}
+    for path in methods.glob("*/*.mp4"):
+        assert (shots / f"{re.sub('-[0-9]+$', '', path.stem)}.png").is_file()          # vbench get_prompt_from_filename
+
+
+def test_every_form_of_bench_gives_the_same_prompts(shots, tmp_path):
+    for form in ("authors", "jsonl"):
+        shutil.copytree(shots, tmp_path / form / "images", ignore=shutil.ignore_patterns("*.txt"))
+    names = ["somersault", "walk-12"]
+    captions = [prompt.caption for prompt in sample.read_bench(shots)]
+    (tmp_path / "authors" / "images.txt").write_text("".join(f"images/{name}.png\n" for name in names))
+    (tmp_path / "authors" / "some_test.txt").write_text("\n".join(captions), encoding="utf-8")
+    (tmp_path / "jsonl" / "metadata.jsonl").write_text("".join(
+        json.dumps(dict(file_name=f"images/{name}.png", text=caption, name=f"{name} by name")) + "\n"
+        for name, caption in zip(names, captions)))
+    bench = {form: sample.read_bench(tmp_path / form) for form in ("authors", "jsonl")}
+    assert [prompt.caption for prompt in bench["authors"]] == captions and captions[0] == HOSTILE.strip()
+    assert [prompt.name for prompt in bench["authors"]] == names
+    assert [prompt[0::2] for prompt in bench["jsonl"]] == [(f"{name} by name", c) for name, c in zip(names, captions)]
+    assert sample.fingerprint(bench["authors"]) == sample.fingerprint(sample.read_bench(shots))
+
+
+def test_a_clip_gives_a_bench_its_first_frame(videos):
+    ours = sample.first_frame(sample.read_bench(videos)[0].image, 32, 32)
+    assert torch.equal(ours, data.fit(imageio.mimread(videos / "00000.mp4")[0][None], 32, 32))
+
+
+def write_study(methods, shots, out):
+    sample.main(sample.Options(study=str(methods), bench=str(shots), out=str(out)))
+    return json.loads(Path(f"{out}-key.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def study(shots, methods):
+    return write_study(methods, shots, shots.parent / "study") and shots.parent / "study"
+
+
+def test_a_study_hides_the_methods_and_is_the_same_when_written_again(shots, methods, study, tmp_path):
+    key, before = json.loads(Path(f"{study}-key.json").read_text()), contents(study)
+    assert write_study(methods, shots, study) == key and contents(study) == before
+    names = [*before, before["study.html"].decode()]
+    assert not any(word in name for name in names for word in ("method", "alpha", "somersault", "walk-12", key["secret"]))
+    for method, clips in key["clips"].items():
+        first = ["somersault.mp4", "walk-12-0.mp4"] if method != "beta-method" else ["somersault-0.mp4", "walk-12-0.mp4"]
+        assert [before[f"clips/{clip}.mp4"] for clip in clips] == [(methods / method / n).read_bytes() for n in first]
+    assert write_study(methods, shots, tmp_path / "other")["study"] != key["study"]        # drawn anew: other names
+
+
+def answer_study(study, rater, rate, **changes):
+    """An answers file: `rate(method, prompt number)` gives the five ratings."""
+    key = json.loads(Path(f"{study}-key.json").read_text())
+    ratings = {clip: rate(method, i) for method, clips in key["clips"].items() for i, clip in enumerate(clips)}
+    return {"study": key["study"], "rater": rater, "ratings": ratings, **changes}
+
+
+def tally(study, answers, folder, capsys):
+    files = []
+    for i, answer in enumerate(answers):
+        files.append(folder / f"{i}.json")
+        files[-1].write_text(json.dumps(answer))
+    sample.main(sample.Options(tally=[str(file) for file in files], out=str(study)))
+    return capsys.readouterr().out
+
+
+def test_the_tally_is_table_1(study, tmp_path, capsys):
+    rates = {"alpha-method": [[5, 1, 3, 3, 4], [5, 2, 3, 3, 4]], "beta-method": [[5, 3, 3, 3, 4], [5, 4, 3, 3, 2]],
+             "gamma-method": [[1, 5, 3, 3, 1], [1, 5, 3, 3, 1]]}
+    out = tally(study, [answer_study(study, rater, lambda method, i: rates[method][i]) for rater in "ab"], tmp_path, capsys)
+    rows = {cells[1]: cells[2:-1] for cells in (re.split(r" *\| *", line) for line in out.splitlines()[:5])}
+    assert [cell.split()[0] for cell in rows["alpha-method"]] == ["100.00", "30.00", "60.00", "60.00", "80.00"]
+    assert [cell.split()[0] for cell in rows["beta-method"]] == ["100.00", "70.00", "60.00", "60.00", "60.00"]
+    assert rows["alpha-method"][0].endswith("[100.0, 100.0]") and rows["alpha-method"][1].endswith("[20.0, 40.0]")
+    won = {cells[1]: cells[2:-1] for cells in (re.split(r" *\| *", line) for line in out.splitlines()[5:10])}
+    assert [cell.split()[0] for cell in won["alpha-method"]] == ["50.00", "75.00", "100.00"]      # a tie and a win: 3/4
+    assert [cell.split()[0] for cell in won["gamma-method"]] == ["0.00", "0.00", "50.00"]
+    assert "2 raters, 2 prompts" in out and "visual alignment 1.00" in out and "motion quality nan" in out
+
+
+def test_agreement_is_krippendorffs_alpha():
+    ratings = np.random.default_rng(0).integers(1, 6, (4, 7)).astype(float)
+    within = np.mean([(a - b) ** 2 for column in ratings.T for a, b in combinations(column, 2)])   # pairs within a video
+    among = np.mean([(a - b) ** 2 for a, b in combinations(ratings.ravel(), 2)])                   # all pairs
+    assert sample.agreement(ratings) == pytest.approx(1 - within / among)
+
+
+def test_intervals_come_from_both_raters_and_prompts():
+    rng = np.random.default_rng(0)
+    raters, prompts = rng.normal(size=(100, 1)) / 10, rng.normal(size=(1, 25)) / 10
+    found = re.fullmatch(r"(\S+) \[(\S+), (\S+)\]", sample.with_interval(0.5 + raters + prompts))
+    mean, low, high = map(float, found.groups())
+    assert (high - low) / 2 == pytest.approx(196 * 0.1 * (1 / 100 + 1 / 25) ** 0.5, rel=0.25) and low < mean < high
+
+
+# ---- A server that speaks the protocol, and does what a test tells it to
+
+@pytest.fixture
+def server(monkeypatch):
+    """An OpenAI-compatible server: `server.answer(text, count of pictures)` returns what the model says, or a function
+    that does something else with the connection; `server.asked` fills with (text, pictures, headers)."""
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            *pictures, text = body["messages"][0]["content"]
+            server.asked.append((text["text"], pictures, self.headers))
+            answer = server.answer(text["text"], len(pictures))
+            if callable(answer):
+                return answer(self)
+            self.reply(200, json.dumps({"id": "1", "created": 1, "model": body["model"], "system_fingerprint": "", "usage": {
+                "prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}, "choices": [
+                {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": answer}}]}).encode())
+
+        def reply(self, status, content, length=None):
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(content) if length is None else length))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads, server.asked, server.answer = True, [], None
+    server.options = dict(endpoint=f"http://127.0.0.1:{server.server_port}/v1", vlm="judge", timeout=5.0)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(data.time, "sleep", lambda seconds: None)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+FAULTS = {                                                 # what the server does, and what the one line says
+    "an error": (lambda handler: handler.reply(500, b"{}"), 3, "500"),
+    "a refusal": (lambda handler: handler.reply(401, b"{}"), 1, "401"),
+    "no such model": (lambda handler: handler.reply(404, b"{}"), 1, "404"),
+    "HTML": (lambda handler: handler.reply(200, b"<html>"), 3, ""),
+    "other JSON": (lambda handler: handler.reply(200, b'{"error": "busy"}'), 3, ""),
+    "no choices": (lambda handler: handler.reply(200, b'{"choices": []}'), 3, ""),
+    "half an answer": (lambda handler: handler.reply(200, b'{"choices"', 500), 3, ""),
+    "silence": (lambda handler: server_stall.wait(2), 3, "timed out"),
+}
+server_stall = threading.Event()
+
+
+def judgement(**changes):
+    return json.dumps({**dict.fromkeys(data.CHECKS, "yes"), "reason": "", "description": "a figure", **changes})
+
+
+def curate(videos, out, server, **options):
+    data.main(data.Options(videos=str(videos), out=str(out), curate=True, theme="figures", **{**server.options, **options}))
+    return {Path(row["file_name"]).stem: row for row in map(json.loads, (out / "metadata.jsonl").read_text().splitlines())}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_server_at_fault_ends_in_one_line_and_what_was_done_stays(fault, server, videos, tmp_path):
+    act, tries, words = FAULTS[fault]
+    server.answer = lambda text, count: judgement() if len(server.asked) == 1 else act
+    with pytest.raises(UserError) as error:
+        curate(videos, tmp_path, server, parallel=1, timeout=0.2 if fault == "silence" else 5.0)
+    assert server.options["endpoint"] in str(error.value) and words in str(error.value) and "\n" not in str(error.value)
+    done, failing = server.asked[0][1], server.asked[1][1]
+    assert [pictures for _, pictures, _ in server.asked].count(failing) == tries and (tmp_path / "inspect.html").is_file()
+    server.answer = lambda text, count: judgement()
+    assert len(curate(videos, tmp_path, server)) == len(NAMES)
+    assert [pictures for _, pictures, _ in server.asked].count(done) == 1      # it is not asked about again
+
+
+def test_an_absent_server_is_named(server, videos, tmp_path):
+    server.server_close()
+    with pytest.raises(UserError, match=re.escape(server.options["endpoint"])):
+        curate(videos, tmp_path, server)
+
+
+def test_an_error_that_passes_is_no_error(server, videos, tmp_path):
+    server.answer = lambda text, count: judgement() if len(server.asked) > 1 else FAULTS["an error"][0]
+    assert {row["keep"] for row in curate(videos, tmp_path, server, parallel=1).values()} == {True}
+
+
+def test_curating_keeps_drops_and_leaves_undecided(server, videos, tmp_path, monkeypatch, capsys):
+    raw, out = shutil.copytree(videos, tmp_path / "raw", ignore=shutil.ignore_patterns("*.txt")), tmp_path / "curated"
+    (raw / "more").mkdir()
+    (raw / "more" / "broken.mp4").write_bytes(b"no video")
+    said = {1: "Sure! " + judgement(), 2: judgement(sharp="no", reason="blurred"), 3: "I cannot say.", 4: judgement()[:-9],
+            5: judgement(uncut="perhaps"), 6: judgement(description=" ")}
+    said[4], said[5], said[6], said[7] = "no", judgement(), said[6], said[5]   # 00002 twice unreadable, 00003 …
+    answers = ["Sure! " + judgement(), judgement(sharp="No", reason="blurred"), "I cannot say.", judgement()[:-9],
+               judgement(uncut="perhaps"), judgement(description="a second try")]
+    server.answer = lambda text, count: answers[len(server.asked) - 1]
+    rows = curate(raw, out, server, parallel=1)
+    assert [rows[name]["keep"] for name in NAMES] == [True, False, None, True] and rows["broken"]["keep"] is False
+    assert rows["00001"]["reason"] == "not sharp: blurred" and "could not be read" in rows["00002"]["reason"]
+    assert "broken.mp4" in rows["broken"]["reason"] and rows["00003"]["text"] == "a second try"
+    assert all(len(pictures) == 8 and "figures" in text for text, pictures, _ in server.asked)
+    first = base64.b64decode(server.asked[0][1][0]["image_url"]["url"].removeprefix("data:image/jpeg;base64,"))
+    assert np.abs(imageio.imread(first).astype(int) - imageio.mimread(raw / "00000.mp4")[0]).mean() < 8
+    assert rows == curate(raw, out, server) and len(server.asked) == 6                     # nothing is asked again
+    capsys.readouterr()
+    assert [clip.video.name for clip in data.list_clips(out)] == ["00000.mp4", "00003.mp4"] and "3" in capsys.readouterr().out
+    with pytest.raises(UserError, match="theme figures"):
+        data.main(data.Options(videos=str(raw), out=str(out), curate=True, theme="dogs", **server.options))
+
+
+def test_the_hub_token_never_leaves(server, videos, tmp_path, monkeypatch):
+    (tmp_path / "token").write_text("hf_stored")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+    server.answer = lambda text, count: judgement()
+    for token, key, sent in ((None, None, "none"), ("hf_set", None, "none"), ("hf_set", "", "none"), ("hf_set", "mine", "mine")):
+        for name, value in (("HF_TOKEN", token), (data.KEY, key)):
+            monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
+        curate(videos, tmp_path / f"{token} {key}", server)
+        assert {headers["Authorization"] for *_, headers in server.asked} == {f"Bearer {sent}"}
+        assert not any(word in str(headers) for *_, headers in server.asked for word in ("hf_stored", "hf_set"))
+        server.asked.clear()
+    huggingface_hub.InferenceClient(server.options["endpoint"]).chat_completion([{"content": [{"text": ""}]}])
+    assert server.asked[0][2]["Authorization"] == "Bearer hf_set"              # what a client without a key would do
+
+
+def test_several_requests_are_under_way_at_once(server, videos, tmp_path):
+    together = threading.Barrier(3, timeout=5)             # breaks unless three requests wait here together
+    server.answer = lambda text, count: (len(server.asked) > 3 or together.wait(), judgement())[1]
+    curate(videos, tmp_path, server, parallel=3)
+    assert not together.broken
+
+
+@pytest.mark.parametrize("said, scores", [
+    ("Answer 1: 8\nAnswer 2: 7.5\nAnswer 3: 0\nAnswer 4: 10\nAnswer 5: 9", [8, 7.5, 0, 10, 9]),
+    ("Here you are.\n**Answer 1:** 8/10\nAnswer 2: 7\nAnswer 3: 1 \nAnswer 4: 2\nAnswer 5: 3\n", [8, 7, 1, 2, 3]),
+    ("Answer 1: 8\nAnswer 2: 7\nAnswer 3: 1\nAnswer 4: 2", None), ("", None), ("I cannot judge this.", None),
+    ("Answer 1: 8\nAnswer 2: 7\nAnswer 3: 1\nAnswer 4: 2\nAnswer 5: 11", None),
+    ("Answer 1: 8\nAnswer 2: 7\nAnswer 3: -1\nAnswer 4: 2\nAnswer 5: 1", None),
+    ("Answer 1: 8\nAnswer 2: good\nAnswer 3: 1\nAnswer 4: 2\nAnswer 5: 1\nAnswer 6: 4", None),
+    ("Answer 1: 8\nAnswer 1: 7\nAnswer 3: 1\nAnswer 4: 2\nAnswer 5: 1", None), ("8\n7\n1\n2\n1", None)])
+def test_scores_are_five_numbers_or_none(said, scores):
+    assert sample.read_scores(said) == scores
+
+
+def five(*scores):
+    return "\n".join(f"Answer {i}: {score}" for i, score in enumerate(scores, start=1))
+
+
+def judge(methods, shots, file, server, **options):
+    sample.main(sample.Options(verdict=str(methods), bench=str(shots), out=str(file), parallel=1, **server.options))
+
+
+def test_the_verdict_is_table_2_and_can_be_made_again_without_asking(server, shots, methods, tmp_path, capsys):
+    def answer(text, count):
+        assert count == 9 and "{" not in text.replace("{x}", "")
+        if "walks" in text and "human quality of" in text:
+            return "no"
+        return five(10, 10, 10, 10, 10) if "text alignment of" in text else five(8, 7, 6, 5, 4)
+
+    server.answer, file = answer, tmp_path / "verdict.jsonl"
+    judge(methods, shots, file, server)
+    table, asked = capsys.readouterr().out, len(server.asked)
+    assert asked == 3 * (2 * 4 + 1)                                            # what cannot be read is asked twice
+    assert "| alpha-method | 60.00 [60.0, 60.0] | 100.00 [100.0, 100.0] | 60.00" in table
+    assert table.count("walk-12 human quality") == 3 and "left out" in table
+    assert sum(HOSTILE.strip() in text for text, *_ in server.asked) == 3 * 4
+    judge(methods, shots, file, server)
+    sample.main(sample.Options(verdict=str(file)))
+    assert capsys.readouterr().out == 2 * table and len(server.asked) == asked
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows[:5] + rows[6:]))
+    rewritten = shutil.copytree(methods, tmp_path / "methods")
+    shutil.copy(methods / "beta-method" / "somersault-0.mp4", rewritten / "alpha-method" / "somersault.mp4")
+    judge(rewritten, shots, file, server)
+    assert len(server.asked) == asked + 1 + 4                                  # the missing one, and the changed video's
+
+
+# ---- The pages in a real browser
+
+class Browser:
+    """Chromium without a window, by the WebDriver protocol."""
+
+    def __init__(self, folder):
+        self.driver = subprocess.Popen(["chromedriver", "--port=0"], stdout=subprocess.PIPE, text=True)
+        port = next(found[1] for line in self.driver.stdout if (found := re.search(r"successfully on port (\d+)", line)))
+        flags = ("--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+                 f"--disable-component-update --disable-sync --window-size=1200,1000 --user-data-dir={folder / 'profile'}")
+        self.url = f"http://127.0.0.1:{port}/session"
+        made = self.call("", capabilities={"alwaysMatch": {"goog:chromeOptions": {"args": flags.split()}}})
+        self.url, self.downloads = f"{self.url}/{made['sessionId']}", folder / "downloads"
+        self.cdp("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(self.downloads))
+
+    def call(self, path, **body):
+        request = urllib.request.Request(self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"})
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=60) as reply:
+            return json.load(reply)["value"]
+
+    def cdp(self, command, **parameters):
+        return self.call("/goog/cdp/execute", cmd=command, params=parameters)
+
+    def open(self, page):
+        self.call("/url", url=page.as_uri())
+
+    def run(self, script, *arguments):
+        return self.call("/execute/sync", script=f"return {script}", args=arguments)
+
+    def press(self, keys):
+        """Keys as a person types them, one after the other; \\ue007 is Enter, \\ue00c Escape, \\ue014 the right arrow."""
+        actions = [{"type": kind, "value": key} for key in keys for kind in ("keyDown", "keyUp")]
+        self.call("/actions", actions=[{"type": "key", "id": "keyboard", "actions": actions}])
+
+    def downloaded(self, name):
+        """The content of a download, once it is there; it is then removed."""
+        file = self.downloads / name
+        for _ in range(200):
+            if file.is_file():
+                content = file.read_text(encoding="utf-8")
+                file.unlink()
+                return content
+            time.sleep(0.02)
+        raise AssertionError(f"no download {name}, but {[*self.downloads.glob('*')]}")
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory):
+    if not shutil.which("chromedriver"):
+        pytest.skip("there is no Chromium here")
+    browser = Browser(tmp_path_factory.mktemp("browser"))
+    yield browser
+    with urllib.request.urlopen(urllib.request.Request(browser.url, method="DELETE")):
+        browser.driver.terminate()
+
+
+PLAYING = "[...document.querySelectorAll('video')].every(video => video.videoWidth && !video.paused)"
+
+
+def until(browser, script):
+    for _ in range(200):
+        if browser.run(script):
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"never: {script}")
+
+
+def test_a_study_is_rated_by_keyboard_reloaded_saved_and_tallied(browser, study, tmp_path, capsys):
+    browser.open(study / "study.html")
+    browser.press("Ann Ø\ue007")
+    until(browser, PLAYING)
+    assert browser.run("document.getElementById('caption').textContent") == HOSTILE.strip() and browser.run("!window.ran")
+    assert browser.run("document.getElementById('videos').innerText.replace(/\\s/g, '')") == "ABC"
+    browser.press("123451234512345")
+    assert browser.run("document.activeElement.id") == "next"
+    shown = browser.run("[state.orders, state.ratings]")
+    browser.press("\ue007")
+    assert browser.run("state.page") == 1 and browser.run("document.getElementById('next').disabled")
+    browser.press("44")
+    browser.open(study / "study.html")                     # a reload in the middle
+    assert browser.run("[state.rater, state.page, state.orders]") == ["Ann Ø", 1, shown[0]]
+    assert browser.run("unrated(0).length == 0 && document.querySelectorAll(':checked').length == 2")
+    browser.press("b")
+    assert browser.run("state.page") == 0 and browser.run("document.querySelectorAll(':checked').length") == 15
+    browser.press("\ue007" + "4" * 13 + "\ue007")
+    browser.press("\ue007")                                # on the button that saves
+    answers = json.loads(browser.downloaded("answers-Ann-Ø.json"))
+    assert answers["rater"] == "Ann Ø" and answers["ratings"].items() >= shown[1].items()
+    key = json.loads(Path(f"{study}-key.json").read_text())
+    by_row = np.array([answers["ratings"][clip] for clip in answers["orders"][0]]).T     # as typed: row by row
+    assert by_row.ravel().tolist() == [1, 2, 3, 4, 5] * 3
+    assert sorted(answers["orders"][0]) == sorted(clips[0] for clips in key["clips"].values())
+    assert "1 raters, 2 prompts" in tally(study, [answers], tmp_path, capsys)
+    browser.run("document.getElementById('other').click()")
+    browser.press("Bob\ue007")
+    assert browser.run("[state.rater, state.page, state.ratings]") == ["Bob", 0, {}]
+
+
+def test_a_hundred_pages_are_drawn_anew_for_each_and_none_can_be_left_out(browser, study, tmp_path):
+    page = (study / "study.html").read_text(encoding="utf-8")
+    content = json.loads(re.search(r'id="content">(.*)</script>', page)[1])
+    many = dict(study="many", pages=[{"caption": f"{i}", "clips": [f"{i}a", f"{i}b", f"{i}c"]} for i in range(100)])
+    data.write_page("study.html", tmp_path / "study.html", many)
+    assert content["study"] != "many"
+    browser.open(tmp_path / "study.html")
+    browser.press("Ann\ue007")
+    orders = browser.run("state.orders.map(order => order.map(clip => clip.at(-1)).join(''))")
+    assert len(orders) == 100 and min(Counter(orders).values()) >= 5 and len({*orders}) == 6      # about 17 of each
+    browser.run("pages.forEach((page, i) => { show(i); if (i != 57) for (const row of document.querySelectorAll('fieldset'))"
+                " row.querySelectorAll('input')[3].click() }), show(100), save()")
+    assert browser.run("state.page") == 57                 # what lacks its ratings is shown instead of saved
+    browser.press("2" * 15 + "\ue007")
+    browser.run("show(100)")
+    browser.press("\ue007")
+    ratings = json.loads(browser.downloaded("answers-Ann.json"))["ratings"]
+    assert len(ratings) == 300 and ratings["57b"] == [2] * 5 and ratings["99a"] == [4] * 5
+
+
+def test_a_browser_without_storage_says_so_and_still_saves(browser, study):
+    refuse = "Object.defineProperty(window, 'localStorage', { get() { throw new DOMException('no') } })"
+    script = browser.cdp("Page.addScriptToEvaluateOnNewDocument", source=refuse)["identifier"]
+    try:
+        browser.open(study / "study.html")
+        browser.press("Ann\ue007")
+        assert "does not keep" in browser.run("document.getElementById('notice').textContent")
+        browser.press("3" * 15 + "\ue007" + "3" * 15 + "\ue007")
+        browser.press("\ue007")
+        assert len(json.loads(browser.downloaded("answers-Ann.json"))["ratings"]) == 6
+    finally:
+        browser.cdp("Page.removeScriptToEvaluateOnNewDocument", identifier=script)
+
+
+def test_clips_are_inspected_by_keyboard_reloaded_and_saved(browser, videos, tmp_path):
+    raw = shutil.copytree(videos, tmp_path / "raw #1?&%20'")
+    names = [f"../{raw.name}/{number:05d}.mp4" for number in range(4)]
+    rows = [dict(file_name=names[i % 4] if i < 4 else f"{i}.mp4", text=HOSTILE, keep=[True, False, None][i % 3],
+                 reason="<b>", theme="x") for i in range(100)]
+    (tmp_path / "curated").mkdir()
+    data.write_page("inspect.html", tmp_path / "curated" / "inspect.html", rows)
+    browser.open(tmp_path / "curated" / "inspect.html")
+    until(browser, PLAYING)
+    assert browser.run("[document.getElementById('text').value, document.getElementById('reason').textContent]") == [
+        HOSTILE, "<b>"] and browser.run("!window.ran")
+    browser.press("dk")                                    # clips 0 and 1
+    browser.press("e"), browser.press(" kd"), browser.press("\ue00c" + "u")          # keys in a caption are text
+    browser.open(tmp_path / "curated" / "inspect.html")    # a reload in the middle
+    assert browser.run("[current, rows[0].keep, rows[1].keep, rows[2].keep]") == [3, False, True, None]
+    browser.run("(f => { f.value = 'null'; f.onchange() })(document.getElementById('filter'))")
+    assert browser.run("current") == 2
+    browser.press("k")                                     # the next that is undecided
+    assert browser.run("current") == 5 and "32 undecided" in browser.run("document.getElementById('counts').textContent")
+    browser.run("(t => { t.value = ' '; t.oninput() })(document.getElementById('text'))")
+    browser.press("k")
+    assert "needs a caption" in browser.run("document.getElementById('notice').textContent")
+    browser.press("\ue00c" + "d" + "s")
+    saved = [json.loads(line) for line in browser.downloaded("metadata.jsonl").split("\n")[:-1]]
+    changed = {0: dict(keep=False), 1: dict(keep=True), 2: dict(keep=True), 5: dict(keep=False, text=" ")}
+    expected = [{**row, **changed.get(i, {})} for i, row in enumerate(rows)]
+    expected[2]["text"] = saved[2]["text"]
+    assert saved == expected and saved[2]["text"] in (HOSTILE + " kd", " kd" + HOSTILE)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
