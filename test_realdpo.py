@@ -1687,7 +1687,7 @@ def test_the_experiment_makes_a_base_a_seed_compares_and_goes_on(tmp_path, monke
                         lambda folder, steps, seed, imperfect: make_base(folder, 2, seed, imperfect))
     monkeypatch.setattr(experiment, "SIZES", {"real": 2, "held-out": 1, "validation": 1})
     monkeypatch.setattr(experiment, "TRIALS", {"SFT": (dict(method="sft", steps=1), (3e-4,)),
-                                          "RealDPO": (dict(steps=1), (1e-5, 3e-4))})
+                                          "RealDPO + anchor": (dict(steps=1), (1e-5, 3e-4))})
 
     def run(seeds, **options):
         with as_a_process():
@@ -1696,7 +1696,7 @@ def test_the_experiment_makes_a_base_a_seed_compares_and_goes_on(tmp_path, monke
                 if line.startswith("| ") and " | rvd" not in line]
 
     assert [row[:2] for row in run(1)][:4] == [["| clean-trained", "–"], ["| base", "–"],
-                                               ["| SFT", "0.0003"], ["| RealDPO", "0.0003"]]
+                                               ["| SFT", "0.0003"], ["| RealDPO + anchor", "0.0003"]]
     bases = [exported(model.resolve(tmp_path / "seed-0" / "base", "transformer"))]             # the shipped one
     made = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("scores*.json")}
     rows = run(2)

@@ -69,6 +69,12 @@ class Options:
     eval_data: str = option("", "cache of held-out records with negatives")
     seed: int = option(0, "of order, noise and t")
 
+    @property
+    def label(self):
+        """What the run is called in pictures, tables and on the console; the paper's loss has no anchor."""
+        name = {"realdpo": "RealDPO", "sft": "SFT", "dpo": "DPO", "rwr": "RWR"}[self.method]
+        return f"{name} + anchor" if self.anchor and self.method in PREFERENCE else name
+
 
 PREFERENCE = ("realdpo", "dpo")         # the methods that compare with a reference
 SCORED = ("dpo", "rwr")                 # the methods that learn from scored generated videos, not from real ones
@@ -515,7 +521,7 @@ def train(options, process, mesh):
     gpu = torch.cuda.get_device_name() if process.device.type == "cuda" else ""
     peak = next((flops for name, flops in PEAK.items() if name in gpu), None)
     log = open_log(Path(options.out) / "metrics.jsonl", first) if main_rank else None
-    bar = tqdm(range(first, steps), initial=first, total=steps, desc=name_of(options), disable=not main_rank)
+    bar = tqdm(range(first, steps), initial=first, total=steps, desc=options.label, disable=not main_rank)
     with finish_on_signals():
         for step in bar:
             tick = time.time()
@@ -541,12 +547,6 @@ def train(options, process, mesh):
                 return False
     export(policy, options, process.rank)
     return True
-
-
-def name_of(options):
-    """What a run is called in pictures, tables and progress bars. The paper's loss has no anchor, and must show."""
-    name = {"realdpo": "RealDPO", "sft": "SFT", "dpo": "DPO", "rwr": "RWR"}[options.method]
-    return f"{name} + anchor" if options.anchor and options.method in PREFERENCE else name
 
 
 # ---- The dry run: the real code on tensors without data -------------------------------------------------------------
