@@ -1626,10 +1626,10 @@ def test_a_run_exports_what_it_trained(straight):
 
 
 def test_a_first_loss_that_is_not_log_2_is_a_warning_with_the_figure(capsys):
-    train.warn_of_first_loss({"preference": math.log(2) + 1e-4})
-    assert capsys.readouterr().out == ""
-    train.warn_of_first_loss({"preference": 0.75})
-    assert "warning: the first preference loss is 0.750000, not log 2 = 0.693147" in capsys.readouterr().out
+    line = dict(loss=1.0, lr=1.0, seconds=1.0)
+    for step, off, warns in ((0, 1e-4, False), (1, 0.1, False), (0, 0.1, True)):
+        train.log_step(io.StringIO(), step, line | {"preference": math.log(2) + off})
+        assert ("off log 2 by 0.100000" in capsys.readouterr().out) == warns
 
 
 def test_a_reference_that_is_not_the_policy_stops_the_run(cache, tmp_path, monkeypatch):
@@ -1730,12 +1730,16 @@ def test_reward_weighted_regression_is_a_weighted_mean_of_errors():
 
 @pytest.mark.parametrize("method", ["realdpo", "sft"])
 def test_the_dry_run_counts_parameters_and_memory(method, monkeypatch, capsys):
-    report, found = train.report_dry_run, {}
-    monkeypatch.setattr(train, "report_dry_run",
-                        lambda options, gpus, memory, *rest: (found.update(memory),
-                                                              report(options, gpus, memory, *rest)))
+    measure, found = train.measure_memory, {}
+
+    def spy(*arguments):
+        memory, parameters = measure(*arguments)
+        found.update(memory)
+        return memory, parameters
+
+    monkeypatch.setattr(train, "measure_memory", spy)
     with as_a_process():
-        train.main(train.Options(model="tiny", dry_run="1", batch=1, method=method, stream=False))
+        train.main(train.Options(model="tiny", dry_run=1, batch=1, method=method, stream=False))
     count = sum(v.numel() for k, v in exported(model.TINY).items() if k != "patch_embed.pos_embedding")   # a buffer
     assert f"{count:,} parameters" in capsys.readouterr().out
     assert found["Adam"] == pytest.approx(8 * count, rel=0.01) and found["parameters"] >= 4 * count
@@ -1948,13 +1952,12 @@ REFUSED = {                                                # command line: what 
     "train --data {cache} --eval-data {bad}/empty": ["{bad}/empty: holds no records"],
     "data --videos {videos} --out {bad}/text/a.txt": ["{bad}/text/a.txt", "cannot be written"],
     "train --data {cache} --resume {bad}/nowhere": ["--resume {bad}/nowhere"],
-    "train --data {cache} --out {half} --resume none": ["--out {half}"],
     "train --data {cache} --out {half} --batch 4 --warmup 1 --lr 3e-4": ["step-000002", "--lr 0.0001 (now 0.0003)"],
     "train --data {cache}/. --out {half} --batch 4 --warmup 1 --lr 1e-4": ["step-000002", "was made with --data "],
     "train --data {cache} --epochs -1": ["--epochs -1", "at least 0"],
     "train --dry-run 2 --batch 3": ["--batch 3"],
     "train --dry-run 8 --batch 0": ["--batch 0", "at least 1"],
-    "train --dry-run 2x0": ["--dry-run 2x0", "8 or 2x8"],
+    "train --dry-run 12 --batch 12": ["--dry-run 12", "multiple of 8"],
     "train --data {cache} --steps 0 --batch 0": ["--batch 0", "at least 1"],
 }
 
@@ -2164,7 +2167,7 @@ def test_the_experiment_makes_a_base_a_seed_compares_and_goes_on(tmp_path, monke
                         lambda folder, steps, seed, imperfect: make_base(folder, 2, seed, imperfect))
     monkeypatch.setattr(experiment, "SIZES", {"real": 2, "held-out": 1, "validation": 1})
     monkeypatch.setattr(experiment, "TRIALS", {"SFT": (dict(method="sft", steps=1), (3e-4,)),
-                                          "RealDPO": (dict(steps=1), (1e-5, 3e-4))})
+                                          "RealDPO + anchor": (dict(steps=1), (1e-5, 3e-4))})
 
     def run(seeds, **options):
         with as_a_process():
@@ -2173,7 +2176,7 @@ def test_the_experiment_makes_a_base_a_seed_compares_and_goes_on(tmp_path, monke
                 if line.startswith("| ") and " | rvd" not in line]
 
     assert [row[:2] for row in run(1)][:4] == [["| clean-trained", "–"], ["| base", "–"],
-                                               ["| SFT", "0.0003"], ["| RealDPO", "0.0003"]]
+                                               ["| SFT", "0.0003"], ["| RealDPO + anchor", "0.0003"]]
     bases = [exported(model.resolve(tmp_path / "seed-0" / "base", "transformer"))]             # the shipped one
     made = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("scores*.json")}
     rows = run(2)
