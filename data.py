@@ -16,7 +16,7 @@ import argparse, base64, csv, hashlib, json, os, re, subprocess, sys, time
 from collections import Counter
 from contextlib import contextmanager, suppress
 from dataclasses import MISSING, dataclass, field, fields
-from functools import partial
+from functools import lru_cache, partial
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args, get_origin
@@ -527,6 +527,7 @@ ASSETS = Path(__file__).parent / "assets"
 KEY = "VLM_API_KEY"                                        # the environment variable that holds the server's key
 
 
+@lru_cache(maxsize=64)                                     # a video is asked about four times
 def frames_as_jpeg(video, count):
     """`count` frames of a whole clip, evenly spaced in time, or a picture: JPEG files of at most 768 pixels a side."""
     with suppress(RuntimeError, OSError):
@@ -551,37 +552,48 @@ def connect(options):
 
 
 def ask(client, options, text, images, read):
-    """What `read` makes of the model's answer, and the list of answers; where it makes None, the model is asked again.
+    """The model's answers to a text with JPEG images: one, or two where `read` makes None of the first.
 
     Raises UserError, with the address, where the server is absent, silent or answers with an error three times.
     """
-    pictures = [{"type": "image_url", "image_url": {"url": "data:image/jpeg;base64," + base64.b64encode(image).decode()}}
-                for image in images]
-    messages, answers = [{"role": "user", "content": [*pictures, {"type": "text", "text": text}]}], []
-    for pause in (1, 5, None):
+    content, answers, tries = [{"type": "text", "text": text}], [], 0
+    for image in images:
+        url = "data:image/jpeg;base64," + base64.b64encode(image).decode()
+        content.insert(-1, {"type": "image_url", "image_url": {"url": url}})
+    while not answers or len(answers) < 2 and read(answers[-1]) is None:
         try:
-            while len(answers) < 2:
-                found = client.chat_completion(messages, model=options.vlm, max_tokens=1000, temperature=0.7 * len(answers))
-                answers.append(found.choices[0].message.content or "")
-                if read(answers[-1]) is not None:
-                    break
-            return read(answers[-1]), answers
+            found = client.chat_completion([{"role": "user", "content": content}], model=options.vlm, max_tokens=1000,
+                                           temperature=0.7 * len(answers))
+            answers.append(found.choices[0].message.content or "")
         except (HTTPError, OSError, ValueError, LookupError, TypeError, AttributeError) as e:
+            tries += 1
             refused = isinstance(e, HfHubHTTPError) and e.response.status_code in (400, 401, 403, 404, 413, 422)
-            if pause is None or refused:
+            if tries == 3 or refused:
                 raise UserError(f"{options.endpoint}: {type(e).__name__}: {' '.join(str(e).split()):.300}; "
                                 "what was answered is kept, the same command goes on from here") from e
-            time.sleep(pause)
+            time.sleep(5 ** tries)
+    return answers
 
 
 def in_parallel(work, items, options):
     """Yield work(item) for every item, in the order in which they come, --parallel at a time."""
-    with ThreadPool(options.parallel) as pool:
+    with ThreadPool(max(1, options.parallel)) as pool:
         yield from tqdm(pool.imap_unordered(work, items), desc=f"asking {options.vlm}", total=len(items))
 
 
+def read_rows(file, key, **asked):
+    """{row[key]: row} of the JSON lines that an earlier call wrote, if any. Raises UserError where it `asked` another."""
+    rows = {}
+    for number, row in jsonl_rows(file) if file.is_file() else ():
+        if not isinstance(row, dict) or key not in row:
+            raise UserError(f"{file}, row {number}: is not one that this command wrote; give another --out")
+        check_metadata(file, {"fingerprint": {k: row.get(k) for k in asked}}, {"fingerprint": asked})
+        rows[row[key]] = row
+    return rows
+
+
 def write_rows(file, rows):
-    """A file of JSON lines."""
+    """JSON lines."""
     with whole_file(file) as part:
         part.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
@@ -608,18 +620,13 @@ def read_judgement(answer):
 
 
 def curate(options):
-    """Sec. 4.1: a model judges and describes every clip in or below a folder. OUT/metadata.jsonl gets a row for each, with
-    keep true, false or null, undecided, where its answers could not be read; OUT/inspect.html shows them to a person."""
-    folder, out, rows = Path(options.videos).resolve(), Path(options.out).resolve(), {}
-    lists, client = out / "metadata.jsonl", connect(options)
-    asked = {"theme": options.theme, "vlm": options.vlm}
-    for number, row in jsonl_rows(lists) if lists.is_file() else ():
-        if not isinstance(row, dict) or "file_name" not in row:
-            raise UserError(f"{lists}, row {number}: {row}; expected a row that --curate wrote")
-        check_metadata(lists, {"fingerprint": {name: row.get(name) for name in asked}}, {"fingerprint": asked})
-        rows[row["file_name"]] = row
-    clips = {Path(os.path.relpath(path, out)).as_posix(): path for path in sorted(folder.rglob("[!.]*"))
-             if path.suffix.lower() in SUFFIXES["video"]}
+    """Sec. 4.1: a model judges and describes every clip in or below a folder. OUT/metadata.jsonl gets a row for each,
+    with keep true, false, or null where the answer could not be read; OUT/inspect.html shows them to a person."""
+    out, asked, client = Path(options.out).resolve(), {"theme": options.theme, "vlm": options.vlm}, connect(options)
+    rows, clips = read_rows(out / "metadata.jsonl", "file_name", **asked), {}
+    for path in sorted(Path(options.videos).resolve().rglob("[!.]*")):
+        if path.suffix.lower() in SUFFIXES["video"]:
+            clips[Path(os.path.relpath(path, out)).as_posix()] = path
     text = (ASSETS / "curate.txt").read_text(encoding="utf-8").format(theme=options.theme)
 
     def judge(name):
@@ -627,19 +634,19 @@ def curate(options):
             images = frames_as_jpeg(clips[name], 8)
         except UserError as e:
             return dict(file_name=name, text="", keep=False, reason=str(e), **asked)
-        found, answers = ask(client, options, text, images, read_judgement)
-        keep, reason, caption = found or (None, f"the answer could not be read: {answers[-1]:.300}", "")
+        answer = ask(client, options, text, images, read_judgement)[-1]
+        keep, reason, caption = read_judgement(answer) or (None, f"cannot read the answer: {answer:.300}", "")
         return dict(file_name=name, text=caption, keep=keep, reason=reason, **asked)
 
     try:
         for row in in_parallel(judge, [name for name in clips if name not in rows], options):
             rows[row["file_name"]] = row
-            write_rows(lists, [rows[name] for name in sorted(rows)])
+            write_rows(out / "metadata.jsonl", rows.values())
     finally:
-        write_page("inspect.html", out / "inspect.html", [rows[name] for name in sorted(rows)])
-    counts = Counter(row["keep"] for row in rows.values())
-    print(f"{lists}: {counts[True]} clips kept, {counts[False]} dropped, {counts[None]} undecided; look at them in "
-          f"{out}/inspect.html, put the list that it saves in the place of this one, then: python data.py --videos {out}")
+        write_page("inspect.html", out / "inspect.html", list(rows.values()))
+    kept = Counter(row.get("keep", True) for row in rows.values())
+    print(f"{kept[True]} clips kept, {kept[False]} dropped, {kept[None]} undecided: look at them in {options.out}/inspect.html, "
+          f"move what it saves to {options.out}/metadata.jsonl, then: python data.py --videos {options.out}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from data import (ASSETS, KEY, SUFFIXES, Records, ask, check_metadata, clip_shape, command, connect, digest, fit,
-                  frames_as_jpeg, generator, in_parallel, jsonl_rows, missing, option, read_frames, read_image, read_list,
+                  frames_as_jpeg, generator, in_parallel, missing, option, read_frames, read_image, read_list, read_rows,
                   this_process, to_uint8, whole_file, write_page, write_rows, write_tensors, write_video)
 from model import UserError, load_dit, load_text_encoder, load_vae, resolve
 from realdpo import Condition, sample
@@ -147,6 +147,8 @@ def generate_one(options):
 
 def read_bench(folder):
     """The Prompts of a folder of pictures with captions. Raises UserError for one that cannot be read."""
+    if not folder:
+        raise UserError("--bench is missing: the folder of pictures with captions that the videos are made of")
     folder, prompts = Path(folder), {}
     lists = [path.name for path in folder.glob("*.txt") if path.name not in ("images.txt", "videos.txt")]
     for row in read_list(folder, "images.txt", lists[0] if len(lists) == 1 else "prompts.txt", what="picture"):
@@ -271,6 +273,8 @@ def read_answers(file, key):
 
 def with_interval(values):
     """The mean of values (raters, prompts) from 0 to 1 and, if both are drawn again, 95 % of such means: in per cent."""
+    if values.size == 0:
+        return "–"
     rng, means = np.random.default_rng(0), []
     for _ in range(2000):
         raters, prompts = (rng.integers(size, size=size) for size in values.shape)
@@ -320,53 +324,45 @@ def read_scores(answer):
     return scores if [number for number, _ in found] == list("12345") and max(scores) <= 10 else None
 
 
-def ask_verdicts(options, file, known):
-    """{(method, prompt, dimension): row with the model's answers} for all videos: from `known`, else asked for `file`."""
-    prompts, client, wanted, todo = read_bench(options.bench), connect(options), [], []
+def ask_verdicts(options, file):
+    """The model's answers about each dimension of every video, rows of `file`: those that are there, else it is asked."""
+    prompts, client, jobs = read_bench(options.bench), connect(options), {}
     template, *sections = (ASSETS / "verdict.txt").read_text(encoding="utf-8").split("\n# ")
     for method, videos in read_methods(options.verdict, prompts).items():
         for prompt, video in zip(prompts, videos):
             for section in sections:
-                dimension, _, questions = section.partition("\n")
+                dimension, questions = section.split("\n", 1)
                 text = template.format(caption=prompt.caption, dimension=dimension, questions=questions)
-                about = hashlib.sha256(text.encode() + prompt.image.read_bytes() + video.read_bytes()).hexdigest()[:16]
-                wanted.append((method, prompt.name, dimension))
-                if known.get(wanted[-1], {}).get("about") != about:
-                    todo.append((wanted[-1], about, text, prompt.image, video))
+                about = repr((method, prompt.name, text)).encode() + prompt.image.read_bytes() + video.read_bytes()
+                row = dict(method=method, name=prompt.name, dimension=dimension, vlm=options.vlm)
+                jobs[hashlib.sha256(about).hexdigest()[:16]] = row, text, prompt.image, video
 
-    def judge(job):
-        (method, name, dimension), about, text, image, video = job
+    def judge(about):
+        row, text, image, video = jobs[about]
         pictures = [*frames_as_jpeg(image, 1), *frames_as_jpeg(video, 8)]
-        answers = ask(client, options, text, pictures, read_scores)[1]
-        return dict(method=method, name=name, dimension=dimension, vlm=options.vlm, about=about, answers=answers)
+        return dict(about=about, **row, answers=ask(client, options, text, pictures, read_scores))
 
-    for row in in_parallel(judge, todo, options):
-        known[row["method"], row["name"], row["dimension"]] = row
-        write_rows(file, known.values())
-    return {key: known[key] for key in wanted}
+    rows = read_rows(file, "about", vlm=options.vlm)
+    for row in in_parallel(judge, [about for about in jobs if about not in rows], options):
+        rows[row["about"]] = row
+        write_rows(file, rows.values())
+    return [rows[about] for about in jobs]
 
 
 def verdict(options):
     """Table 2 of the paper: a vision-language model answers five questions about each dimension of every video."""
-    path, rows, scores, unreadable = Path(options.verdict), {}, {}, []
+    path, table, unreadable = Path(options.verdict), {}, []
     file = path if path.is_file() else Path(options.out or path / "verdict.jsonl")
-    for number, row in jsonl_rows(file) if file.is_file() else ():
-        if not isinstance(row, dict) or not {"method", "name", "dimension", "about", "vlm", "answers"} <= {*row}:
-            raise UserError(f"{file}, row {number}: was not written by --verdict; give another --out")
-        asked = {"vlm": options.vlm or row["vlm"]}
-        check_metadata(file, {"fingerprint": {"vlm": row["vlm"]}}, {"fingerprint": asked})
-        rows[row["method"], row["name"], row["dimension"]] = row
-    if not path.is_file():
-        rows = ask_verdicts(options, file, rows)
-    for (method, name, dimension), row in rows.items():
-        five, column = read_scores(row["answers"][-1]), scores.setdefault(method, {}).setdefault(dimension, [])
-        if five:
-            column.append(sum(five) / 50)
+    rows = read_rows(file, "about").values() if path.is_file() else ask_verdicts(options, file)
+    for row in rows:
+        scores = read_scores(row["answers"][-1])
+        column = table.setdefault(row["method"], {}).setdefault(row["dimension"], [])
+        if scores:
+            column.append(sum(scores) / 50)
         else:
-            unreadable.append(f"{method}/{name} {dimension}")
-    for method, columns in scores.items():
-        columns.update({dimension: with_interval(np.array([column])) if column else "–" for dimension, column in columns.items()})
-    print_table(["score, % of the highest", *columns], *([method, *cells.values()] for method, cells in scores.items()))
+            unreadable.append(f"{row['method']}/{row['name']} {row['dimension']}")
+    print_table(["score, % of the highest", *next(iter(table.values()))], *(
+        [method, *(with_interval(np.array([column])) for column in columns.values())] for method, columns in table.items()))
     print(f"by {row['vlm']}; in brackets 95 % over prompts; every answer is in {file}")
     if unreadable:
         print(f"left out, twice without five numbers from 0 to 10: {', '.join(unreadable)}")
@@ -375,18 +371,18 @@ def verdict(options):
 # ---- The command ----------------------------------------------------------------------------------------------------
 
 def main(options):
-    """The one thing that is asked for."""
-    if not 1 <= options.steps <= 1000 or min(options.negatives, options.parallel) < 1 or options.samples < 0:
-        raise UserError(f"--steps {options.steps} --negatives {options.negatives} --parallel {options.parallel} --samples "
-                        f"{options.samples}: expected 1 to 1000 steps, at least 1 negative, 1 request, 0 samples")
-    actions = dict(data=negatives, image=generate_one, study=write_study, tally=tally, verdict=verdict)
-    given = [name for name in actions if getattr(options, name)] or ["bench"]
-    if len(given) > 1 or given == ["bench"] and not options.bench:
+    """Do the one thing that is asked for."""
+    if not 1 <= options.steps <= 1000 or options.negatives < 1 or options.samples < 0:
+        raise UserError(f"--steps {options.steps} --negatives {options.negatives} --samples {options.samples}: expected 1 to "
+                        "1000 steps, at least 1 negative, and no samples below 0")
+    actions = dict(data=negatives, image=generate_one, study=write_study, verdict=verdict, tally=tally, bench=generate_bench)
+    given = [name for name in actions if getattr(options, name)]
+    if len(given) > 1 and given[0] in ("study", "verdict"):
+        given.remove("bench")
+    if len(given) != 1:
         raise UserError("give one of --data CACHE (negatives), --image PICTURE and --prompt (one video), --bench BENCH (many "
                         "videos), --study FOLDER or --verdict FOLDER (with --bench), --tally FILES")
-    if (given == ["study"] or given == ["verdict"] and Path(options.verdict).is_dir()) and not options.bench:
-        raise UserError("--bench is missing: the folder of pictures with captions that the videos were made of")
-    actions.get(given[0], generate_bench)(options)
+    actions[given[0]](options)
 
 
 if __name__ == "__main__":

@@ -1110,7 +1110,7 @@ def shots(videos, tmp_path_factory):
 
 
 def generate_bench(shots, out, **options):
-    sample.main(sample.Options(**{**dict(model="tiny", bench=str(shots), out=str(out), steps=2, guidance=1.0), **options}))
+    sample.main(sample.Options(**{**dict(model="tiny", bench=str(shots), out=str(out), steps=1, frames=9, guidance=1.0), **options}))
     return out
 
 
@@ -1261,7 +1261,7 @@ def server(monkeypatch):
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads, server.asked, server.answer = True, [], None
     server.options = dict(endpoint=f"http://127.0.0.1:{server.server_port}/v1", vlm="judge", timeout=5.0)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=partial(server.serve_forever, poll_interval=0.01), daemon=True).start()
     monkeypatch.setattr(data.time, "sleep", lambda seconds: None)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     yield server
@@ -1320,15 +1320,12 @@ def test_curating_keeps_drops_and_leaves_undecided(server, videos, tmp_path, mon
     raw, out = shutil.copytree(videos, tmp_path / "raw", ignore=shutil.ignore_patterns("*.txt")), tmp_path / "curated"
     (raw / "more").mkdir()
     (raw / "more" / "broken.mp4").write_bytes(b"no video")
-    said = {1: "Sure! " + judgement(), 2: judgement(sharp="no", reason="blurred"), 3: "I cannot say.", 4: judgement()[:-9],
-            5: judgement(uncut="perhaps"), 6: judgement(description=" ")}
-    said[4], said[5], said[6], said[7] = "no", judgement(), said[6], said[5]   # 00002 twice unreadable, 00003 …
-    answers = ["Sure! " + judgement(), judgement(sharp="No", reason="blurred"), "I cannot say.", judgement()[:-9],
+    answers = ["Sure! " + judgement(), judgement(sharp="No", reason="blurred"), judgement()[:-9], "no",
                judgement(uncut="perhaps"), judgement(description="a second try")]
     server.answer = lambda text, count: answers[len(server.asked) - 1]
     rows = curate(raw, out, server, parallel=1)
     assert [rows[name]["keep"] for name in NAMES] == [True, False, None, True] and rows["broken"]["keep"] is False
-    assert rows["00001"]["reason"] == "not sharp: blurred" and "could not be read" in rows["00002"]["reason"]
+    assert rows["00001"]["reason"] == "not sharp: blurred" and "cannot read the answer: no" in rows["00002"]["reason"]
     assert "broken.mp4" in rows["broken"]["reason"] and rows["00003"]["text"] == "a second try"
     assert all(len(pictures) == 8 and "figures" in text for text, pictures, _ in server.asked)
     first = base64.b64decode(server.asked[0][1][0]["image_url"]["url"].removeprefix("data:image/jpeg;base64,"))
