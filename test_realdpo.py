@@ -1282,6 +1282,18 @@ FAULTS = {                                                 # what the server doe
 server_stall = threading.Event()
 
 
+def test_frames_for_a_model_are_evenly_spaced_in_time_at_any_frame_rate(tmp_path):
+    frames = np.arange(60, dtype=np.uint8)[:, None, None, None].repeat(32, 1).repeat(48, 2).repeat(3, 3) * 4
+    data.write_video(tmp_path / "even.mp4", frames, 30)
+    slow = "setpts='if(lt(N,30),N,30+(N-30)*5)/30/TB'"                         # the second half five times as slow
+    subprocess.run([imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-i", tmp_path / "even.mp4", "-vf", slow, "-fps_mode",
+                    "vfr", tmp_path / "uneven.mp4"], check=True)
+    for name, instants in (("even", np.arange(60) / 30), ("uneven", np.r_[np.arange(30), 30 + 5 * np.arange(30)] / 30)):
+        shown = [imageio.imread(jpeg).mean() / 4 for jpeg in data.frames_as_jpeg(tmp_path / f"{name}.mp4", 8)]
+        times, step = np.interp(shown, np.arange(60), instants), instants[-1] / 8
+        assert len(times) == 8 and np.abs(np.diff(times) - step).max() < 0.6 * step and np.ptp(times) > 6 * step
+
+
 def judgement(**changes):
     return json.dumps({**dict.fromkeys(data.CHECKS, "yes"), "reason": "", "description": "a figure", **changes})
 
@@ -1889,7 +1901,7 @@ def rewrite_records(files, change=lambda tensor: tensor, **metadata):
 
 
 @pytest.fixture(scope="session")
-def bad(videos, cache, tmp_path_factory):
+def bad(videos, cache, shots, methods, study, tmp_path_factory):
     """A folder of everything that is wrong."""
     bad, clip = tmp_path_factory.mktemp("bad"), (videos / "00000.mp4").read_bytes()
     for name, files in {"empty": {"a.txt": b"a"},
@@ -1900,6 +1912,18 @@ def bad(videos, cache, tmp_path_factory):
         (bad / name).mkdir()
         for file, content in files.items():
             (bad / name / file).write_bytes(content)
+    for name in ("lacks", "others"):
+        for method in "ab":
+            shutil.copytree(methods / "gamma-method", bad / name / method, ignore=shutil.ignore_patterns("bench.json"))
+    (bad / "lacks" / "b" / "walk-12-0.mp4").unlink()
+    (bad / "others" / "b" / "swim.mp4").write_bytes(clip)
+    (shutil.copytree(shots, bad / "recaptioned") / "walk-12.txt").write_text("another caption")
+    whole = answer_study(study, "Ann", lambda method, i: [1, 2, 3, 4, 5])
+    (bad / "answers").mkdir()
+    for name, content in {"whole": json.dumps(whole), "cut": json.dumps(whole)[:-9],
+                          "other": json.dumps({**whole, "study": "another"}),
+                          "partial": json.dumps({**whole, "ratings": dict([*whole["ratings"].items()][1:])})}.items():
+        (bad / "answers" / f"{name}.json").write_text(content)
     world.write_toy_videos(bad / "short", 1, seed=0, frames=5)
     shutil.copytree(model.TINY, bad / "headless", ignore=shutil.ignore_patterns("transformer"))
     for name in ("no-negatives", "mixed", "channels", "unequal"):
@@ -1930,7 +1954,26 @@ REFUSED = {                                                # command line: what 
     "sample --data {cache} --steps 3 --negatives 2 --guidance 1": ["00000.safetensors", "steps 2 (now 3)"],
     "sample --data {bad}/empty": ["--data {bad}/empty", "no records"],
     "sample --data {bad}/no-negatives --solver heun": ["--solver", "heun", "multistep"],
-    "sample": ["--data", "--image"],
+    "sample": ["--data", "--image", "--bench", "--tally"],
+    "sample --data {cache} --image {picture}": ["give one of", "--data"],
+    "sample --image {picture} --samples -1": ["--samples -1"],
+    "sample --bench {bad}/nowhere": ["{bad}/nowhere", "no such folder"],
+    "sample --bench {bad}/pictures": ["a.png", "no caption"],
+    "sample --study {methods}": ["--bench is missing"],
+    "sample --study {bad}/lacks --bench {shots}": ["lacks/b: has no video of walk-12", "NAME.mp4"],
+    "sample --study {bad}/others --bench {shots}": ["others/b: has a video of swim"],
+    "sample --study {methods} --bench {bad}/recaptioned": ["alpha-method", "bench "],
+    "sample --study {bad}/empty --bench {shots}": ["{bad}/empty: holds no folders"],
+    "sample --bench {bad}/recaptioned --out {methods}/alpha-method": ["bench.json", "bench ", "use another folder"],
+    "sample --tally {bad}/answers/cut.json --out {study}": ["cut.json", "not a whole file of answers"],
+    "sample --tally {bad}/answers/other.json --out {study}": ["other.json: answers study another"],
+    "sample --tally {bad}/answers/partial.json --out {study}": ["partial.json", "five ratings", "Ann"],
+    "sample --tally {bad}/answers/whole.json {bad}/answers/whole.json --out {study}": ["whole.json: Ann has answered"],
+    "sample --tally {bad}/answers/whole.json --out {bad}/nowhere": ["nowhere-key.json", "--out"],
+    "sample --verdict {methods} --bench {shots}": ["--endpoint", "--vlm"],
+    "sample --verdict {methods} --bench {shots} --endpoint localhost:8000 --vlm x": ["--endpoint localhost:8000", "http://"],
+    "sample --verdict {bad}/answers/whole.json": ["whole.json, row 1"],
+    "data --curate --videos {videos} --vlm x": ["--endpoint", "http://localhost:8000/v1"],
     "sample --image {bad}/pictures/a.png --out {tmp}/a.mp4": ["a.png"],
     "sample --image {bad}/nowhere.png --out {tmp}/a.mp4": ["nowhere.png"],
     "sample --image {picture} --out {tmp}/a.avi": ["a.avi", ".mp4"],
@@ -1960,9 +2003,10 @@ REFUSED = {                                                # command line: what 
 
 
 @pytest.mark.parametrize("line, words", REFUSED.items(), ids=REFUSED)
-def test_a_mistake_ends_in_one_line(line, words, bad, videos, cache, half, picture, tmp_path, monkeypatch):
-    places, before = dict(bad=bad, videos=videos, cache=cache, half=half, picture=picture, tmp=tmp_path,
-                          tiny=model.TINY), contents(bad)
+def test_a_mistake_ends_in_one_line(line, words, bad, videos, cache, half, picture, shots, methods, study, tmp_path,
+                                    monkeypatch):
+    places, before = dict(bad=bad, videos=videos, cache=cache, half=half, picture=picture, shots=shots, methods=methods,
+                          study=study, tmp=tmp_path, tiny=model.TINY), contents(bad)
     name, *arguments = line.format(**places).split()
     # what is given again wins
     defaults = ["--model", "tiny"] + ([] if name == "sample" else ["--out", str(tmp_path / "out")])
