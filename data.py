@@ -567,9 +567,11 @@ def ask(client, options, text, images, read):
             answers.append(found.choices[0].message.content or "")
         except (HTTPError, OSError, ValueError, LookupError, TypeError, AttributeError) as e:
             tries += 1
-            refused = isinstance(e, HfHubHTTPError) and e.response.status_code in (400, 401, 403, 404, 413, 422)
-            if tries == 3 or refused:
-                raise UserError(f"{options.endpoint}: {type(e).__name__}: {' '.join(str(e).split()):.300}; "
+            status, reason = None, f"{type(e).__name__}: {e}"
+            if isinstance(e, HfHubHTTPError):
+                status, reason = e.response.status_code, f"{e.response.status_code} {e.response.text or e}"
+            if tries == 3 or status in (400, 401, 403, 404, 413, 422):         # what another try would not change
+                raise UserError(f"{options.endpoint}: {' '.join(reason.split()):.300}; "
                                 "what was answered is kept, the same command goes on from here") from e
             time.sleep(5 ** tries)
     return answers

@@ -202,19 +202,18 @@ STUDY = "visual alignment", "text alignment", "motion quality", "human quality",
 
 
 def read_methods(folder, prompts):
-    """{method: the first video of every prompt} of a folder with a folder a method. Raises UserError for unequal ones."""
-    methods, names = {}, [prompt.name for prompt in prompts]
+    """{method: the first video of every prompt} of a folder with a folder a method. Raises UserError where one lacks."""
+    methods = {}
     for path in sorted(path for path in Path(folder).glob("[!.]*") if path.is_dir()):
         if (path / "bench.json").is_file():
             made_of = json.loads((path / "bench.json").read_text())["fingerprint"]["bench"]
             check_metadata(path, {"fingerprint": {"bench": made_of}}, {"fingerprint": {"bench": fingerprint(prompts)}})
-        videos = {}
-        for file in sorted(path.glob("*.mp4")):
-            videos.setdefault(file.stem if file.stem in names else re.sub(r"-\d+$", "", file.stem), file)
-        for name in {*names} ^ {*videos}:
-            raise UserError(f"{path}: has {'no' if name in names else 'a'} video of {name}; expected one of each of the "
-                            f"{len(names)} prompts of --bench, as NAME.mp4 or NAME-0.mp4")
-        methods[path.name] = [videos[name] for name in names]
+        methods[path.name] = []
+        for name in [prompt.name for prompt in prompts]:
+            videos = [file for file in (path / f"{name}.mp4", path / f"{name}-0.mp4") if file.is_file()]
+            if not videos:
+                raise UserError(f"{path}: lacks {name}.mp4 (or {name}-0.mp4), which --bench asks every method for")
+            methods[path.name].append(videos[0])
     if not methods:
         raise UserError(f"{folder}: holds no folders; expected one a method, with its videos")
     return methods
@@ -361,8 +360,10 @@ def verdict(options):
             column.append(sum(scores) / 50)
         else:
             unreadable.append(f"{row['method']}/{row['name']} {row['dimension']}")
-    print_table(["score, % of the highest", *next(iter(table.values()))], *(
-        [method, *(with_interval(np.array([column])) for column in columns.values())] for method, columns in table.items()))
+    for columns in table.values():
+        for dimension, column in columns.items():
+            columns[dimension] = with_interval(np.array([column]))
+    print_table(["score, % of the highest", *columns], *([method, *cells.values()] for method, cells in table.items()))
     print(f"by {row['vlm']}; in brackets 95 % over prompts; every answer is in {file}")
     if unreadable:
         print(f"left out, twice without five numbers from 0 to 10: {', '.join(unreadable)}")
@@ -373,15 +374,16 @@ def verdict(options):
 def main(options):
     """Do the one thing that is asked for."""
     if not 1 <= options.steps <= 1000 or options.negatives < 1 or options.samples < 0:
-        raise UserError(f"--steps {options.steps} --negatives {options.negatives} --samples {options.samples}: expected 1 to "
-                        "1000 steps, at least 1 negative, and no samples below 0")
-    actions = dict(data=negatives, image=generate_one, study=write_study, verdict=verdict, tally=tally, bench=generate_bench)
+        raise UserError(f"--steps {options.steps} --negatives {options.negatives} --samples {options.samples}: expected "
+                        "1 to 1000 steps, at least 1 negative and 0 samples")
+    actions = dict(data=negatives, image=generate_one, study=write_study, verdict=verdict, tally=tally,
+                   bench=generate_bench)
     given = [name for name in actions if getattr(options, name)]
     if len(given) > 1 and given[0] in ("study", "verdict"):
         given.remove("bench")
     if len(given) != 1:
-        raise UserError("give one of --data CACHE (negatives), --image PICTURE and --prompt (one video), --bench BENCH (many "
-                        "videos), --study FOLDER or --verdict FOLDER (with --bench), --tally FILES")
+        raise UserError("give one of --data CACHE (negatives), --image PICTURE and --prompt (one video), --bench BENCH "
+                        "(many videos), --study FOLDER or --verdict FOLDER with --bench, --tally FILES")
     actions[given[0]](options)
 
 

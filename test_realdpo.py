@@ -1916,7 +1916,7 @@ def bad(videos, cache, shots, methods, study, tmp_path_factory):
         for method in "ab":
             shutil.copytree(methods / "gamma-method", bad / name / method, ignore=shutil.ignore_patterns("bench.json"))
     (bad / "lacks" / "b" / "walk-12-0.mp4").unlink()
-    (bad / "others" / "b" / "swim.mp4").write_bytes(clip)
+    (bad / "others" / "b" / "somersault.mp4").rename(bad / "others" / "b" / "swim.mp4")
     (shutil.copytree(shots, bad / "recaptioned") / "walk-12.txt").write_text("another caption")
     whole = answer_study(study, "Ann", lambda method, i: [1, 2, 3, 4, 5])
     (bad / "answers").mkdir()
@@ -1960,8 +1960,8 @@ REFUSED = {                                                # command line: what 
     "sample --bench {bad}/nowhere": ["{bad}/nowhere", "no such folder"],
     "sample --bench {bad}/pictures": ["a.png", "no caption"],
     "sample --study {methods}": ["--bench is missing"],
-    "sample --study {bad}/lacks --bench {shots}": ["lacks/b: has no video of walk-12", "NAME.mp4"],
-    "sample --study {bad}/others --bench {shots}": ["others/b: has a video of swim"],
+    "sample --study {bad}/lacks --bench {shots}": ["lacks/b: lacks walk-12.mp4 (or walk-12-0.mp4)"],
+    "sample --study {bad}/others --bench {shots}": ["others/b: lacks somersault.mp4"],
     "sample --study {methods} --bench {bad}/recaptioned": ["alpha-method", "bench "],
     "sample --study {bad}/empty --bench {shots}": ["{bad}/empty: holds no folders"],
     "sample --bench {bad}/recaptioned --out {methods}/alpha-method": ["bench.json", "bench ", "use another folder"],
