@@ -292,6 +292,8 @@ def load_checkpoint(state, optimizer, folder, options):
 
     Raises UserError where it is not whole, or is of this --out and was made with options that make it another run.
     """
+    if not (folder / "options.json").is_file():
+        raise UserError(f"{folder}: no such checkpoint")
     saved = model.read_json(folder / "options.json")
     different = [f"{flag(name)} {saved.get(name)} (now {value})" for name, value in dataclasses.asdict(options).items()
                  if name not in MAY_CHANGE and saved.get(name) != value]
@@ -313,18 +315,6 @@ def load_checkpoint(state, optimizer, folder, options):
     for moments in optimizer.state.values():
         moments["step"].fill_(saved["step"])
     return saved["step"]
-
-
-def find_checkpoint(options):
-    """The checkpoint to go on from: the last of --out, else the one that --resume names, else None, a fresh start."""
-    found = checkpoints(options)
-    if found:
-        return found[-1]
-    if options.resume == "auto":
-        return None
-    if not (Path(options.resume) / "options.json").is_file():
-        raise UserError(f"--resume {options.resume}: no such checkpoint")
-    return Path(options.resume)
 
 
 # ---- Looking at it: held-out records, FLOP, the log -----------------------------------------------------------------
@@ -504,8 +494,9 @@ def train(options, process, mesh):
     optimizer = make_optimizer(policy, options)
     state = training_state(policy, reference, optimizer)
     first, steps = 0, number_of_steps(options, len(records))
-    checkpoint = find_checkpoint(options)
-    if checkpoint:
+    found = checkpoints(options)
+    if found or options.resume != "auto":
+        checkpoint = found[-1] if found else Path(options.resume)
         first = load_checkpoint(state, optimizer, checkpoint, options)
         if main_rank:
             print(f"continuing from {checkpoint}")
