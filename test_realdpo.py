@@ -1991,7 +1991,7 @@ REFUSED = {                                                # command line: what 
     "train --data {cache} --eval-data {bad}/no-negatives": ["lose/00000.safetensors"],
     "train --data {cache} --eval-data {bad}/empty": ["{bad}/empty: holds no records"],
     "data --videos {videos} --out {bad}/text/a.txt": ["{bad}/text/a.txt", "cannot be written"],
-    "train --data {cache} --resume {bad}/nowhere": ["--resume {bad}/nowhere"],
+    "train --data {cache} --resume {bad}/nowhere": ["{bad}/nowhere: no such checkpoint"],
     "train --data {cache} --out {half} --batch 4 --warmup 1 --lr 3e-4": ["step-000002", "--lr 0.0001 (now 0.0003)"],
     "train --data {cache}/. --out {half} --batch 4 --warmup 1 --lr 1e-4": ["step-000002", "was made with --data "],
     "train --data {cache} --epochs -1": ["--epochs -1", "at least 0"],

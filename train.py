@@ -38,9 +38,7 @@ class Options:
     data: str = option("cache", "cache of records, from data.py and sample.py")
     out: str = option("run", "folder for the trained transformer, checkpoints and logs")
     resume: str = option("auto", "auto (go on with --out's own run) or the checkpoint to start from")
-
-    method: Literal["realdpo", "sft", "dpo", "rwr"] = option(
-        "realdpo", "realdpo; sft on the real videos; dpo or rwr on scored generated ones", "what is learned")
+    method: Literal["realdpo", "sft", "dpo", "rwr"] = option("realdpo", "dpo and rwr: on scored negatives", "the loss")
     beta: float = option(5000.0, "strength of the preference, on the mean error an element (release: 5000)")
     anchor: float = option(0.0, "weight of the win error added to the loss (paper: none)")
     weighting: Literal["x0", "velocity"] = option("x0", "of the error over t: x0 (App. C) or velocity, 1/t²")
@@ -48,23 +46,19 @@ class Options:
     lose_per_step: int = option(0, "negatives of a sample in a step, drawn of those it has; 0: all (paper: 3)")
     ema_decay: float = option(0.996, "ω of the reference (Eq. 7, paper: 0.996)")
     ema_every: int = option(1, "steps between two updates of the reference (paper: unnamed)")
-
-    lr: float = option(1e-5, "learning rate after warm-up (paper: 1e-5)", "how fast")
+    lr: float = option(1e-5, "learning rate after warm-up (paper: 1e-5)", "the optimizer")
     warmup: int = option(20, "steps of linear warm-up")
     weight_decay: float = option(1e-4, "of AdamW")
     clip: float = option(1.0, "largest gradient norm")
     epochs: int = option(0, "passes over the records, in place of --steps; default: 10 (paper)")
     steps: int = option(0, "training steps; default: what the epochs come to")
     batch: int = option(8, "samples a step over all GPUs (paper: 8); a sample is one win and its lose videos")
-
-    micro_batch: int = option(1, "samples a GPU takes at a time; the rest of its share is accumulated", "hardware")
-    checkpointing: Literal["none", "full", "selective"] = option(
-        "selective", "recompute blocks in the backward pass; selective: all but their attention")
+    micro_batch: int = option(1, "samples a GPU takes at a time; the rest of its share is accumulated", "the hardware")
+    checkpointing: Literal["none", "full", "selective"] = option("selective", "what backward computes again")
     stream: bool = option(True, "back-propagate a sample's videos one by one: less memory, same gradient")
     compile: bool = option(False, "torch.compile each block")
     dry_run: int = option(0, "only compute what so many GPUs, 8 a machine, would need: memory, hours")
-
-    save_every: int = option(200, "steps between checkpoints, and between looks at --eval-data", "what is kept")
+    save_every: int = option(200, "steps between checkpoints, and between looks at --eval-data", "the run")
     max_minutes: float = option(0.0, "stop with a checkpoint after this long; 0: never")
     eval_data: str = option("", "cache of held-out records with negatives")
     seed: int = option(0, "of order, noise and t")
@@ -160,10 +154,8 @@ def batch_indices(options, count, step):
 
 
 def draw_sample(record, options, step, place, t_min):
-    """A record with the t, the noise and the negatives of this step, a function of (seed, step, place in the batch).
-
-    t is uniform in (t_min, t_max]; t_min is the least noise that the network was trained on.
-    """
+    """A record with this step's t, noise and negatives, a function of (seed, step, place in the batch). t is uniform in
+    (t_min, t_max]; t_min is the least noise that the network was trained on."""
     rng = generator("train", options.seed, step, place)
     record["t"] = t_min + (options.t_max - t_min) * (1 - torch.rand((), generator=rng))
     record["noise"] = torch.randn(record["win"].shape, generator=rng)
@@ -300,6 +292,8 @@ def load_checkpoint(state, optimizer, folder, options):
 
     Raises UserError where it is not whole, or is of this --out and was made with options that make it another run.
     """
+    if not (folder / "options.json").is_file():
+        raise UserError(f"{folder}: no such checkpoint")
     saved = model.read_json(folder / "options.json")
     different = [f"{flag(name)} {saved.get(name)} (now {value})" for name, value in dataclasses.asdict(options).items()
                  if name not in MAY_CHANGE and saved.get(name) != value]
@@ -321,18 +315,6 @@ def load_checkpoint(state, optimizer, folder, options):
     for moments in optimizer.state.values():
         moments["step"].fill_(saved["step"])
     return saved["step"]
-
-
-def find_checkpoint(options):
-    """The checkpoint to go on from: the last of --out, else the one that --resume names, else None, a fresh start."""
-    found = checkpoints(options)
-    if found:
-        return found[-1]
-    if options.resume == "auto":
-        return None
-    if not (Path(options.resume) / "options.json").is_file():
-        raise UserError(f"--resume {options.resume}: no such checkpoint")
-    return Path(options.resume)
 
 
 # ---- Looking at it: held-out records, FLOP, the log -----------------------------------------------------------------
@@ -365,26 +347,26 @@ def evaluate(policy, reference, records, options, process):
     return dict(zip(sums, numbers.tolist()))
 
 
-def forward_flops(config, grid, n_text):
+def forward_flops(config, grid):
     """FLOP of one sequence's forward pass in matrix products (24·D² a token and block) and in attention (4·S²·D a
     block), and its tokens S."""
     width = config["num_attention_heads"] * config["attention_head_dim"]
-    tokens = n_text + math.prod(grid) // config["patch_size"] ** 2
+    tokens = config["max_text_seq_length"] + math.prod(grid) // config["patch_size"] ** 2
     layers = config["num_layers"]
     return layers * 24 * width ** 2 * tokens, layers * 4 * tokens ** 2 * width, tokens
 
 
 def step_flops(config, shape, options, n_lose):
-    """(FLOP, tokens) of one step over all ranks; latents of shape (C,F,H,W), n_lose negatives a record.
-
-    Policy: forward, backward (twice that) and what is recomputed; reference: forward.
-    """
-    products, attention, tokens = forward_flops(config, shape[1:], config["max_text_seq_length"])
-    again = {"none": 0, "full": products + attention, "selective": products}[options.checkpointing]
-    reference = products + attention if options.method in PREFERENCE else 0
+    """(FLOP, tokens) of one step over all ranks; latents of shape (C,F,H,W), n_lose negatives a record."""
+    products, attention, tokens = forward_flops(config, shape[1:])
+    forward = products + attention
+    again = {"none": 0, "full": forward, "selective": products}[options.checkpointing]
+    passes = 3 * forward + again                           # the policy's: backward takes twice as much as forward
+    if options.method in PREFERENCE:
+        passes += forward                                  # the reference's
     drawn = min(n_lose, options.lose_per_step or n_lose)
     sequences = options.batch * {"realdpo": 1 + drawn, "sft": 1, "dpo": 2, "rwr": n_lose}[options.method]
-    return (3 * (products + attention) + again + reference) * sequences, tokens * sequences
+    return passes * sequences, tokens * sequences
 
 
 def console_line(step, metrics):
@@ -453,14 +435,14 @@ def check_options(options, world_size):
 def check_records(records, config, options):
     """Raise UserError for records that are not of the model with this config, or have too few negatives."""
     shapes = {name: tuple(tensor.shape) for name, tensor in records[0].items()}
-    win, text, lose = shapes["win"], shapes["text"], shapes.get("lose")
-    if win[0] != config["out_channels"] or text != (config["max_text_seq_length"], config["text_embed_dim"]):
-        raise UserError(f"{records.folder}: latents {win} and text {text} are not this model's "
-                        f"({config['out_channels']} channels, "
-                        f"text {config['max_text_seq_length']}×{config['text_embed_dim']}); "
+    found = shapes["win"][0], *shapes["text"]
+    expected = config["out_channels"], config["max_text_seq_length"], config["text_embed_dim"]
+    if found != expected:
+        raise UserError(f"{records.folder}: (channels, tokens, text width) are {found}, this model's {expected}; "
                         "encode the videos with the model to be trained")
-    if lose and lose[1:] != win:
-        raise UserError(f"{records.folder}: win latents are {win} and lose latents {lose}; "
+    lose = shapes.get("lose")
+    if lose and lose[1:] != shapes["win"]:
+        raise UserError(f"{records.folder}: win latents are {shapes['win']} and lose latents {lose}; "
                         f"delete {records.folder}/lose and make the negatives again")
     if lose and options.lose_per_step > lose[0]:
         raise UserError(f"--lose-per-step {options.lose_per_step}: the records of {records.folder} have {lose[0]}")
@@ -512,8 +494,9 @@ def train(options, process, mesh):
     optimizer = make_optimizer(policy, options)
     state = training_state(policy, reference, optimizer)
     first, steps = 0, number_of_steps(options, len(records))
-    checkpoint = find_checkpoint(options)
-    if checkpoint:
+    found = checkpoints(options)
+    if found or options.resume != "auto":
+        checkpoint = found[-1] if found else Path(options.resume)
         first = load_checkpoint(state, optimizer, checkpoint, options)
         if main_rank:
             print(f"continuing from {checkpoint}")
@@ -552,12 +535,12 @@ def train(options, process, mesh):
 # ---- The dry run: the real code on tensors without data -------------------------------------------------------------
 
 def measure_memory(options, config, shape, n_lose, mesh):
-    """The peak bytes of a step on one rank, {kind: bytes}, and the number of parameters: the real code on fake tensors,
-    followed by torch's FSDP tracker. n_lose: negatives in a step."""
+    """The peak bytes of a step on one rank, {kind: bytes}, and the number of parameters: the real code on tensors without
+    data, followed by torch's FSDP tracker. Latents of shape (C,F,H,W), n_lose negatives in a step."""
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
     split = partial(shard, mesh=mesh, dtype=torch.bfloat16)
-    model.rope_table.cache_clear()
+    model.rope_table.cache_clear()                         # here and below: no fake tensors among the real ones
     with FakeTensorMode():
         policy = model.Denoiser(model.empty(model.DiT, config, torch.float32, "cpu", split), FlowPrediction(), None)
         reference = model.Denoiser(model.empty(model.DiT, config, torch.float32, "cpu", split), FlowPrediction(), None)
@@ -574,10 +557,9 @@ def measure_memory(options, config, shape, n_lose, mesh):
                 loss, _ = loss_of(policy, reference, batch, options)
                 if loss.requires_grad:
                     loss.backward()
-    model.rope_table.cache_clear()                         # it holds fake tensors
-    found = Counter()
-    for kind, size in tracker.get_tracker_snapshot("peak")[torch.device("cpu")].items():
-        found[getattr(kind, "value", kind)] += size
+    model.rope_table.cache_clear()
+    found = {str(getattr(kind, "value", kind)): size
+             for kind, size in tracker.get_tracker_snapshot("peak")[torch.device("cpu")].items()}
     held = sum(p.to_local().nbytes for p in reference.parameters()) + sum(b.nbytes for b in reference.buffers())
     memory = {"parameters": found["Sharded Param"] + found["Unsharded Param"] + found["All Gather"] + found["Buffer"],
               "gradients": found["Sharded Grad"] + found["Unsharded Grad"] + found["Reduce Scatter"],
@@ -602,20 +584,16 @@ def dry_run(options, clips=5000, n_lose=3, utilisation=0.4):
     drawn = min(n_lose, options.lose_per_step or n_lose)
     memory, parameters = measure_memory(options, config, shape, drawn, make_mesh("cpu", gpus, min(gpus, 8)))
     dist.destroy_process_group()
+    memory["at the peak; an 80 GB GPU gives 78"] = sum(memory.values())
     flops, tokens = step_flops(config, shape, options, n_lose)
-    print(f"{parameters:,} parameters, {gpus} ranks, {options.batch} samples and {tokens:,} tokens a step")
-    print(f"{flops / options.batch / 1e15:.3g} PFLOP a sample, {flops / 1e15:.3g} PFLOP a step")
+    steps, per_hour = number_of_steps(options, clips), gpus * utilisation * PEAK["H100"] * 3600
+    sampling = clips * n_lose * 50 * 2 * sum(forward_flops(config, shape[1:])[:2])
+    print(f"{parameters:,} parameters, {gpus} ranks, {options.batch} samples and {tokens:,} tokens a step, "
+          f"{flops / options.batch / 1e15:.3g} PFLOP a sample")
     for kind, size in memory.items():
         print(f"{size / 2 ** 30:7.2f} GiB a rank  {kind}")
-    total = sum(memory.values()) / 2 ** 30
-    print(f"{total:7.2f} GiB a rank  at the peak, which {'fits' if total < 78 else 'does not fit'} "
-          "into the 78 GiB that an 80 GB GPU gives")
-    per_hour = gpus * utilisation * PEAK["H100"] * 3600
-    steps = number_of_steps(options, clips)
-    products, attention, _ = forward_flops(config, shape[1:], config["max_text_seq_length"])
-    sampling = clips * n_lose * 50 * 2 * (products + attention)
-    print(f"at {utilisation:.0%} of an H100's {PEAK['H100'] / 1e12:.0f} TFLOP/s: {3600 * flops / per_hour:.3g} s a step, "
-          f"{steps} steps ({clips} clips) {steps * flops / per_hour:.3g} h;\n"
+    print(f"at {utilisation:.0%} of an H100's {PEAK['H100'] / 1e12:.0f} TFLOP/s, {clips} clips: {steps} steps of "
+          f"{3600 * flops / per_hour:.3g} s, {steps * flops / per_hour:.3g} h;\n"
           f"before that, {n_lose} negatives a clip, 50 steps with guidance: {sampling / per_hour:.3g} h")
 
 

@@ -112,7 +112,10 @@ def compare_on_held_out(options, runs):
     picture = side_by_side(columns)
     for file in (out / "held-out.gif", out / "held-out.mp4"):
         data.write_video(file, picture, FPS)
-    print(f"side by side: {out}/held-out.gif and .mp4; one by one: {out}/held-out/")
+    first = enlarge(columns["real"][0][:1], 8)[0]
+    Image.fromarray(first).save(out / "first.png")
+    print(f"side by side: {out}/held-out.gif and .mp4; one by one: {out}/held-out/\n"
+          f"try: python sample.py --model {out} --image {out}/first.png --prompt \"{draw_figure(world, 0).caption}\"")
 
 
 def run(options, process, train):
