@@ -12,19 +12,22 @@ and prompt.txt, a line a clip. A record is a safetensors file that holds all tra
 Files are written whole or not at all, so every stage can be killed at any moment,
 and started again does what is missing.
 """
-import argparse, csv, hashlib, json, os, re, sys
-from collections import Counter
+import argparse, csv, hashlib, json, os, re, subprocess, sys
+from collections import Counter, deque
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import MISSING, dataclass, field, fields
 from functools import partial
+from io import BytesIO
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args, get_origin
 
 import imageio.v2 as imageio
 import numpy as np
 import torch
-import torch.nn.functional as nnf
 from einops import rearrange
+from imageio_ffmpeg import get_ffmpeg_exe
+from PIL import Image, ImageCms, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
@@ -36,6 +39,7 @@ from model import UserError, defaults_of, load_text_encoder, load_vae, read_conf
 # ---------------------------------------------------------------------------------------------------------------------
 
 HUB_MODEL = "zai-org/CogVideoX-5b-I2V"
+READERS = 4                                                # clips read ahead in threads; 200 MB each at 49×480×720
 
 
 def default_model():
@@ -125,6 +129,12 @@ def command(main, options, name):
         sys.exit("interrupted; nothing finished is lost, and the same command goes on from here")
 
 
+def say(message):
+    """Print once, however many processes there are."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(message)
+
+
 def generator(*key):
     """A CPU generator whose stream depends on `key` alone: the same numbers on any device and any number of ranks."""
     return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big"))
@@ -148,8 +158,12 @@ def whole_file(path):
             part.unlink()
 
 
-def write_tensors(path, tensors, **metadata):
-    """A safetensors file; `metadata` is JSON in its header, as one entry: safetensors writes several in any order."""
+def write_tensors(path, tensors, model="the model", **metadata):
+    """A safetensors file; `metadata` is JSON in its header, as one entry: safetensors writes several in any order.
+    Raises UserError, naming `path` and `model`, rather than write numbers that are not finite."""
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise UserError(f"{path}: {name} would hold numbers that are not finite; check the weights of {model}")
     with whole_file(path) as part:
         save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, part, {"made_by": json.dumps(metadata)})
 
@@ -175,53 +189,121 @@ def read_tensors(path):
 # Pixels: reading and writing pictures and videos
 # ---------------------------------------------------------------------------------------------------------------------
 
-def read_frames(path, frames, fps):
-    """`frames` frames of a video, taken evenly at `fps` from its start: (F,H,W,3) uint8.
+def from_uint8(frames):
+    """(F,H,W,3) uint8 -> (3,F,H,W) fp32 in [-1,1]."""
+    return rearrange(torch.from_numpy(frames).float() / 127.5 - 1, "f h w c -> c f h w")
 
-    Raises UserError for a file that is missing, not a video, or too short.
-    """
+
+class Header(NamedTuple):
+    """What the header of a video says about its picture."""
+    stream: str                                            # ffmpeg's line: codec, pixel format (range, colours), size
+    alpha: bool
+    seconds: float | None                                  # of the whole file, sound included
+
+
+def run_ffmpeg(path, *arguments, before=()):
+    """Exit status, output and log of ffmpeg, to which a flaw in the video is an error. Raises UserError for no file."""
     if not Path(path).is_file():
         raise UserError(f"{path}: no such video")
-    try:
-        # Else ffmpeg offers to be stopped by a key, now and then in the middle of a line that imageio waits for.
-        with imageio.get_reader(path, "ffmpeg", input_params=["-nostdin"]) as reader:
-            rate, taken = reader.get_meta_data()["fps"], []
-            for i, frame in enumerate(reader):
-                while len(taken) < frames and i >= int(len(taken) * rate / fps + 0.5):    # a slow video repeats frames
-                    taken.append(frame)
-                if len(taken) == frames:
-                    return np.stack(taken)
-    except (OSError, RuntimeError, KeyError, ValueError) as e:
-        reason = [line for line in str(e).splitlines() if line.strip()][-1]
-        raise UserError(f"{path}: cannot be read as a video ({reason.strip()})") from e
-    raise UserError(f"{path}: is too short, {len(taken)} of the {frames} frames at {fps} fps; "
-                    f"give a clip of {(frames - 1) / fps:.1f} s or fewer --frames")
+    command = [get_ffmpeg_exe(), "-nostdin", "-hide_banner", "-nostats", "-v", "level+info", "-xerror",
+               "-err_detect", "explode", "-threads", "2", *before, "-i", f"file:{path}", *arguments]
+    done = subprocess.run(command, capture_output=True)
+    return done.returncode, done.stdout, done.stderr.decode(errors="replace")
 
 
-def read_image(path):
-    """A picture as (1,H,W,3) uint8. Raises UserError for a file that is missing or not a picture."""
+def read_video_header(path):
+    """The Header of a video. Raises UserError for a file that is missing or holds no moving picture."""
+    log = run_ffmpeg(path)[2]
+    streams = [line for line in re.findall(r"Stream #0:.*?: Video: (.*)", log) if "(attached pic)" not in line]
+    if not streams:
+        errors = re.findall(r"\[(?:error|fatal)\] (.*)", log)
+        raise UserError(f"{path}: cannot be read as a video ({errors[0] if 'Stream #' not in log else 'no pictures'})")
+    if "DOVI configuration record" in log and "profile: 5" in log:
+        raise UserError(f"{path}: is Dolby Vision of profile 5, which only its players show; convert it to SDR")
+    length = re.search(r"Duration: (\d+):(\d+):([\d.]+)", log)
+    seconds = 3600 * int(length[1]) + 60 * int(length[2]) + float(length[3]) if length else None
+    alpha = re.search(r", (yuva|gbrap|rgba|bgra|argb|abgr|pal8|ya\d)", streams[0]) or re.search("alpha_mode *: 1", log)
+    return Header(streams[0], bool(alpha), seconds)
+
+
+def video_filters(header, frames, height, width, fps):
+    """ffmpeg's filters from decoded pictures to `frames` pictures as a player shows them; after any rotation."""
+    size = re.search(r", (\d+)x(\d+)", header.stream)
+    w, h = int(size[1]), int(size[2])
+    # The picture on show at k/fps is the last that began by then, so begins are rounded up; less 1 ms, to which some
+    # formats round them.
+    time = (f"settb=AVTB,setpts=PTS-STARTPTS-1000,showinfo=checksum=0,bwdif=mode=send_frame:deint=interlaced,"
+            f"fps={fps}:start_time=0:round=up")
+    scale = (f"scale=w='max({width},round({height}*dar))':h='max({height},round({width}/dar))'"
+             f":flags={'area' if w * h > width * height else 'bicubic'}+accurate_rnd+full_chroma_int+full_chroma_inp")
+    if not re.search(r"\((?:\w+, )?(bt|smpte|gbr|fcc|ycgco)", header.stream) and (h > 576 or w >= 1280):
+        scale += ":in_color_matrix=bt709"                  # what players take an untagged HD video for
+    crop = f"crop={width}:{height}:exact=1"
+    if re.search("arib-std-b67|smpte2084", header.stream):                     # HDR: HLG or PQ
+        return (f"{time},{scale},format=yuv444p10le,zscale=t=linear:npl=100,format=gbrpf32le,zscale=p=bt709,"
+                f"tonemap=hable:desat=0,zscale=t=bt709:r=pc,format=gbrp,{crop}")
+    if header.alpha:
+        return f"{time},format=gbrap,premultiply=inplace=1,{scale},format=rgba,{crop}"
+    return f"{time},{scale},format=rgb24,{crop}"
+
+
+def read_video(path, frames, height, width, fps):
+    """A video as a player shows it, (3,F,height,width) fp32 in [-1,1]: frame k is what is seen k/fps s after the first
+    picture, upright, with square pixels, de-interlaced, in SDR, over white, resized to cover and cut at the centre.
+
+    The last picture is held for a frame where the video ends just before the last instant. Raises UserError for a file
+    that is missing, not a video, damaged or too short.
+    """
+    header = read_video_header(path)
+    decoder, codec = [], header.stream.split()[0].strip(",")
+    if header.alpha and codec in ("vp8", "vp9"):           # ffmpeg's own decoders drop the transparency of these
+        decoder = ["-c:v", "libvpx" if codec == "vp8" else "libvpx-vp9"]
+    channels = 4 if header.alpha else 3
+    status, pixels, log = run_ffmpeg(
+        path, "-map", "0:V:0", "-vf", video_filters(header, frames, height, width, fps), "-frames:v", str(frames),
+        "-fps_mode", "passthrough", "-f", "rawvideo", "-pix_fmt", "rgba" if header.alpha else "rgb24", "-",
+        before=decoder)
+    times = re.findall(r"pts_time:(\S+) .*duration_time:(\S+)", log) or [("0", "0")]
+    end, last = float(times[-1][0]) + float(times[-1][1]), float(times[-1][1])
+    errors = re.findall(rf"\[(?:{codec} @|\S*ogg @).*\[error\] (.*)", log)
+    if status or errors:
+        reasons = errors or re.findall(r"\[(?:error|fatal)\] (.*)", log)
+        raise UserError(f"{path}: cannot be read as a video beyond {end:.2f} s ({reasons[0]})")
+    if log.count("config in time_base") > 1:
+        raise UserError(f"{path}: changes the size or format of its picture on the way; encode it again in one")
+    video = np.frombuffer(pixels, np.uint8).reshape(-1, height, width, channels)
+    needed = (frames - 1) / fps
+    if len(video) < frames and end + min(last, 1 / fps) < needed - 0.002:
+        raise UserError(f"{path}: lasts {end:.2f} s, but {frames} frames at {fps} fps need {needed:.2f} s; "
+                        "leave it out or choose fewer --frames")
+    video = np.concatenate([video, *[video[-1:]] * (frames - len(video))])
+    if header.alpha:
+        video = video[..., :3] + (255 - video[..., 3:])    # its colours came multiplied by alpha
+    return from_uint8(video)
+
+
+def read_image(path, height, width):
+    """A picture as a viewer shows it, (3,1,height,width) fp32 in [-1,1]: upright, in sRGB, over white, resized to cover
+    and cut at the centre. Raises UserError for a file that is missing or not a picture."""
     try:
-        image = np.asarray(imageio.imread(path))
-    except (OSError, ValueError, SyntaxError) as e:        # SyntaxError: what Pillow makes of a broken PNG
+        with Image.open(path) as image:
+            image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):                     # 16 bits
+            image = Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))
+        profile = image.info.get("icc_profile")
+        if image.mode != "CMYK" or not profile:
+            image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+        if profile:
+            with suppress(ImageCms.PyCMSError):            # a broken profile: viewers pass over it too
+                image = ImageCms.profileToProfile(image, BytesIO(profile), ImageCms.createProfile("sRGB"),
+                                                  outputMode="RGB" if image.mode == "CMYK" else None)
+        image = image.convert("RGBA")
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as e:    # what Pillow raises
         raise UserError(f"{path}: cannot be read as a picture ({str(e).splitlines()[0]})") from e
-    image = np.stack([image] * 3, axis=-1) if image.ndim == 2 else image[..., :3]
-    if image.ndim != 3 or image.shape[-1] != 3 or image.dtype != np.uint8:
-        raise UserError(f"{path}: is {image.dtype} of shape {image.shape}, expected a picture of 8 bits a channel")
-    return image[None]
-
-
-def fit(frames, height, width):
-    """(F,H,W,3) uint8 of any size -> (3,F,height,width) in [-1,1]: resized to cover, then cut at the centre."""
-    x = rearrange(torch.from_numpy(frames), "f h w c -> f c h w").float()
-    h, w = x.shape[2:]
-    scale = max(height / h, width / w)
-    size = max(height, round(h * scale)), max(width, round(w * scale))
-    if scale < 1:
-        x = nnf.interpolate(x, size, mode="area")          # the mean of the pixels that fall together: no aliasing
-    elif scale > 1:
-        x = nnf.interpolate(x, size, mode="bicubic").clamp(0, 255)
-    top, left = (x.shape[2] - height) // 2, (x.shape[3] - width) // 2
-    return rearrange(x[:, :, top:top + height, left:left + width], "f c h w -> c f h w") / 127.5 - 1
+    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    smaller = height < image.height and width < image.width
+    image = ImageOps.fit(image, (width, height), Image.Resampling.BOX if smaller else Image.Resampling.BICUBIC)
+    return from_uint8(np.array(image)[None])
 
 
 def to_uint8(video):
@@ -249,6 +331,9 @@ SUFFIXES = {
     "video": ".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .ts .mts .m2ts .wmv .flv .ogv .3gp .gif".split(),
     "picture": ".png .jpg .jpeg .webp .bmp .tif .tiff .gif .avif".split(),
 }
+
+
+LISTS = {"video.txt", "prompt.txt", "metadata.jsonl", "metadata.csv"}
 
 
 class Row(NamedTuple):
@@ -411,27 +496,33 @@ def record_name(file):
     return f"{raw[:180].decode(errors='ignore')}-{hashlib.sha256(raw).hexdigest()[:16]}"
 
 
-def list_clips(folder):
+def list_clips(folder, given_negatives=False):
     """The clips of a folder in any of its three forms, in a fixed order, without those that a row's `keep` drops.
 
     Raises UserError for a folder without clips, lists that do not fit, or two clips of one name.
     """
-    folder, clips, dropped = Path(folder), [], 0
+    folder, clips, dropped = Path(folder), [], set()
     images = {path.stem: path for path in sorted(folder.glob("first_frames/*"))}
     for row in read_list(folder):
         if str(row.extra.get("keep", True)).lower() != "true":
-            dropped += 1
+            dropped.add(folder / row.file)
             continue
-        name = record_name(row.file)
-        negatives = sorted((folder / "negative_samples" / Path(row.file).stem).glob("*.mp4"))
+        name, negatives = record_name(row.file), []
+        if given_negatives and not row.fault:
+            found = (folder / "negative_samples" / Path(row.file).stem).glob("*")
+            negatives = sorted(path for path in found if path.suffix.lower() in SUFFIXES["video"])
         clips.append(Clip(name, folder / row.file, row.caption, images.get(name), tuple(negatives), row.fault))
-    if dropped:
-        print(f"{folder}: {dropped} clips are left out by their `keep`")
-    if not clips:
-        raise UserError(f"{folder}: no row of the list is kept")
     for name, count in Counter(clip.name for clip in clips if not clip.fault).items():
         if count > 1:
             raise UserError(f"{folder}: {count} clips are named {name}; rename all but one")
+    if dropped:
+        say(f"{folder}: {len(dropped)} clips are not used, by their `keep`")
+    used = dropped.union(*[(clip.video, clip.image, *clip.negatives) for clip in clips])
+    used |= {path.with_suffix(".txt") for path in used if path}
+    others = [path for path in folder.rglob("*") if path.is_file() and path not in used and path.name not in LISTS]
+    if others:
+        kinds = Counter(path.suffix.lower() or path.name for path in others).most_common(5)
+        say(f"{folder}: {len(others)} other files are not used: {', '.join(f'{n} {kind}' for kind, n in kinds)}")
     return clips
 
 
@@ -554,49 +645,65 @@ def clip_shape(options, folder):
     return shape
 
 
-def usable(clips, options, frames):
-    """The clips that can be decoded; the first that cannot stops the job, or with --skip-bad is listed and left out."""
-    good = []
-    for clip in tqdm(clips, desc="checking clips"):
-        try:
-            if clip.fault:
-                raise UserError(clip.fault)
-            if options.given_negatives and not clip.negatives:
-                raise UserError(f"{clip.video}: has no negatives; expected negative_samples/{clip.video.stem}/*.mp4")
-            for video in (clip.video, *(clip.negatives if options.given_negatives else ())):
-                read_frames(video, frames, options.fps)
-            good.append(clip)
-        except UserError as e:
-            if not options.skip_bad:
-                raise
-            tqdm.write(f"left out: {e}")
-    return good
+def check_clip(clip, usual, options, frames):
+    """Raise UserError for what can be wrong with a clip before its pictures are decoded."""
+    if clip.fault:
+        raise UserError(clip.fault)
+    if options.given_negatives and len(clip.negatives) != (usual or 1):
+        raise UserError(f"{clip.video}: has {len(clip.negatives)} negatives in negative_samples/{clip.video.stem}, "
+                        f"expected {usual or 'some'} as for most clips")
+    for video in (clip.video, *clip.negatives):
+        seconds = read_video_header(video).seconds
+        if seconds and seconds < (frames - 1) / options.fps:
+            read_video(video, frames, 16, 16, options.fps)              # whose word counts: a header may be wrong
 
 
-def encode_clip(clip, vae, shape, options, device):
+def read_clip(clip, shape, options):
+    """The pixels of a clip in [-1,1]: its video (3,F,H,W), first frame (3,1,H,W), and negatives (3,F,H,W)."""
+    video = read_video(clip.video, *shape, options.fps)
+    image = read_image(clip.image, *shape[1:]) if clip.image else video[:, :1]
+    return video, image, [read_video(negative, *shape, options.fps) for negative in clip.negatives]
+
+
+def read_ahead(clips, read, left_out, options):
+    """(clip, read(clip)) in their order, a few of them read ahead in threads. The first that raises UserError stops
+    the job; with --skip-bad its message goes to the list `left_out` instead."""
+    with ThreadPoolExecutor(READERS) as pool:
+        waiting = deque()
+        for i, clip in enumerate(clips):
+            waiting.extend(pool.submit(read, clip) for clip in clips[i + len(waiting):i + READERS])
+            try:
+                result = waiting.popleft().result()
+            except UserError as e:
+                if not options.skip_bad:
+                    raise
+                tqdm.write(f"left out: {e}")
+                left_out.append(str(e))
+                continue
+            yield clip, result
+
+
+def encode_clip(clip, pixels, vae, options, device):
     """Tensors of one record, without the text; and the negatives', where the folder brings them."""
-    frames, size = shape[0], shape[1:]
-    encode = lambda video, *key: vae.encode(video[None].to(device),
-                                            generator("posterior", options.seed, clip.name, *key))[0].bfloat16()
-    video = fit(read_frames(clip.video, frames, options.fps), *size)                    # (3,F,H,W)
-    image = fit(read_image(clip.image), *size) if clip.image else video[:, :1]          # (3,1,H,W)
+    def encode(video, *key):
+        return vae.encode(video[None].to(device), generator("posterior", options.seed, clip.name, *key))[0].bfloat16()
+
+    video, image, negatives = pixels
     record = {"win": encode(video, "win"), "image": encode(image, "image")}
     if options.image_noise:
         rng = generator("image noise", options.seed, clip.name)
         sigma = (torch.randn(options.image_noise, generator=rng) * 0.5 - 3).exp()  # the authors' σ, in pixels of [-1,1]
         noised = [image + s * torch.randn(image.shape, generator=rng) for s in sigma]
         record["noised"] = torch.stack([encode(x, "noised", k) for k, x in enumerate(noised)])
-    lose = [encode(fit(read_frames(v, frames, options.fps), *size), "lose", k)
-            for k, v in enumerate(clip.negatives)] if options.given_negatives else []
-    return record, lose
+    return record, [encode(negative, "lose", k) for k, negative in enumerate(negatives)]
 
 
 def encode_captions(clips, folder, out, device, dtype):
-    """{caption: embedding (L,D), bf16} of the clips, and the empty caption's beside the records."""
+    """{caption: embedding (L,D), bf16} of the clips; the empty caption's is written beside the records."""
     encode_text = load_text_encoder(folder, device, dtype)
     texts = [*dict.fromkeys(clip.caption for clip in clips), ""]
     embeddings = {text: encode_text([text])[0].bfloat16().cpu() for text in tqdm(texts, desc="encoding captions")}
-    write_tensors(out / "empty.safetensors", {"text": embeddings[""]})
+    write_tensors(out / "empty.safetensors", {"text": embeddings[""]}, model=folder)
     return embeddings
 
 
@@ -617,33 +724,42 @@ def main(options):
     rank, world, device, dtype = this_process()
     if not options.videos:
         raise UserError("--videos is missing: the folder of clips with captions")
-    listed = list_clips(options.videos)
-    usable([clip for clip in listed if clip.fault], options, 0)
-    clips = {clip.name: clip for clip in listed if not clip.fault}
+    clips = list_clips(options.videos, options.given_negatives)
     folder = resolve(options.model, "transformer/config.json", "vae", "text_encoder", "tokenizer")
-    out = Path(options.out)
-    shape = clip_shape(options, folder)
+    out, shape = Path(options.out), clip_shape(options, folder)
     made_by = dict(vae=digest(folder / "vae"), text_encoder=digest(folder / "text_encoder"),
                    frames=shape[0], height=shape[1], width=shape[2],
                    fps=options.fps, image_noise=options.image_noise, given_negatives=options.given_negatives,
                    seed=options.seed)
-    expected = {name: dict(fingerprint=made_by, caption=clip.caption, source=str(clip.video))
-                for name, clip in list(clips.items())[rank::world]}
-    todo = usable([clips[name] for name in missing(expected, out / "win")], options, shape[0])
-    if todo or not (out / "empty.safetensors").is_file():
-        embeddings = encode_captions(todo, folder, out, device, dtype)      # then that network is gone: one at a time
-    if todo:
+    usual = Counter(len(clip.negatives) for clip in clips if not clip.fault).most_common(1)[0][0]
+    clips = clips[rank::world]
+    expected = {clip.name: dict(fingerprint=made_by, caption=clip.caption, source=str(clip.video))
+                for clip in clips if not clip.fault}
+    todo = {*missing(expected, out / "win")}
+    clips = [clip for clip in clips if clip.fault or clip.name in todo]
+    left_out = []
+    check = partial(check_clip, usual=usual, options=options, frames=shape[0])
+    checked = tqdm(read_ahead(clips, check, left_out, options), "checking clips", len(clips), disable=rank > 0)
+    clips = [clip for clip, _ in checked]
+    if clips or not (out / "empty.safetensors").is_file():
+        embeddings = encode_captions(clips, folder, out, device, dtype)     # then that network is gone: one at a time
+    if clips:
         vae = load_vae(folder, device, dtype)
-    for clip in tqdm(todo, desc="encoding clips", disable=rank > 0):
-        record, lose = encode_clip(clip, vae, shape, options, device)
+    decoded = read_ahead(clips, partial(read_clip, shape=shape, options=options), left_out, options)
+    for clip, pixels in tqdm(decoded, "encoding clips", len(clips), disable=rank > 0):
+        record, lose = encode_clip(clip, pixels, vae, options, device)
         if lose:
-            write_tensors(out / "lose" / f"{clip.name}.safetensors", {"lose": torch.stack(lose)},
+            write_tensors(out / "lose" / f"{clip.name}.safetensors", {"lose": torch.stack(lose)}, model=folder,
                           fingerprint={"given": len(lose)})
         write_tensors(out / "win" / f"{clip.name}.safetensors", {**record, "text": embeddings[clip.caption]},
-                      **expected[clip.name])
-    if rank == 0:
-        print(f"{len(list((out / 'win').glob('*.safetensors')))} clips in {out}/win; next: python "
-              f"{'train' if options.given_negatives else 'sample'}.py --model {options.model} --data {out}")
+                      model=folder, **expected[clip.name])
+    if left_out:
+        file = out / f"left_out_{rank}.txt"
+        with whole_file(file) as part:
+            part.write_text("".join(f"{reason}\n" for reason in left_out), errors="replace")
+        print(f"{len(left_out)} clips left out; {file} says why")
+    say(f"{len(list((out / 'win').glob('*.safetensors')))} clips in {out}/win; next: python "
+        f"{'train' if options.given_negatives else 'sample'}.py --model {options.model} --data {out}")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from tqdm import tqdm
 
-from data import (Records, clip_shape, command, digest, fit, generator, missing, option, read_image, this_process,
+from data import (Records, clip_shape, command, digest, generator, missing, option, read_image, this_process,
                   to_uint8, write_tensors, write_video)
 from model import UserError, load_dit, load_text_encoder, load_vae, resolve
 from realdpo import Condition, sample
@@ -65,7 +65,7 @@ def negatives(options):
     for name in tqdm(todo, desc="sampling negatives", disable=process.rank > 0):
         lose = generate(denoiser, records[records.names.index(name)], empty, options, process.device,
                         "negative", options.seed, name, count=options.negatives, progress=False)
-        write_tensors(f"{options.data}/lose/{name}.safetensors", {"lose": lose.bfloat16()}, **made_by)
+        write_tensors(f"{options.data}/lose/{name}.safetensors", {"lose": lose.bfloat16()}, model=folder, **made_by)
     if process.rank == 0:
         print(f"{len(records)} × {options.negatives} negatives in {options.data}/lose; "
               f"next: python train.py --model {options.model} --data {options.data}")
@@ -75,7 +75,7 @@ def video_from(options):
     """One picture and one sentence to an mp4."""
     model, (_, _, device, dtype) = options.model, this_process()
     frames, height, width = clip_shape(options, resolve(model, "transformer/config.json", "vae/config.json"))
-    image = fit(read_image(options.image), height, width)                   # (3,1,H,W); fails before any network loads
+    image = read_image(options.image, height, width)                        # (3,1,H,W); fails before any network loads
     text, empty = load_text_encoder(model, device, dtype)([options.prompt, ""])
     image = load_vae(model, device, dtype).encode(image[None].to(device), generator("image", options.seed))[0]
     torch.cuda.empty_cache()
