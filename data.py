@@ -12,7 +12,7 @@ and prompt.txt, a line a clip. A record is a safetensors file that holds all tra
 Files are written whole or not at all, so every stage can be killed at any moment,
 and started again does what is missing.
 """
-import argparse, csv, hashlib, json, os, re, subprocess, sys
+import argparse, csv, hashlib, json, math, os, re, subprocess, sys
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -194,91 +194,81 @@ def from_uint8(frames):
     return rearrange(torch.from_numpy(frames).float() / 127.5 - 1, "f h w c -> c f h w")
 
 
-class Header(NamedTuple):
-    """What the header of a video says about its picture."""
-    stream: str                                            # ffmpeg's line: codec, pixel format (range, colours), size
-    alpha: bool
-    seconds: float | None                                  # of the whole file, sound included
-
-
-def run_ffmpeg(path, *arguments, before=()):
-    """Exit status, output and log of ffmpeg, to which a flaw in the video is an error. Raises UserError for no file."""
+def run_ffmpeg(path, *arguments, decoder=()):
+    """Output and log of ffmpeg, which stops at a flaw in the video. Raises UserError where it cannot be read."""
     if not Path(path).is_file():
         raise UserError(f"{path}: no such video")
-    command = [get_ffmpeg_exe(), "-nostdin", "-hide_banner", "-nostats", "-v", "level+info", "-xerror",
-               "-err_detect", "explode", "-threads", "2", *before, "-i", f"file:{path}", *arguments]
-    done = subprocess.run(command, capture_output=True)
-    return done.returncode, done.stdout, done.stderr.decode(errors="replace")
+    done = subprocess.run([get_ffmpeg_exe(), "-nostdin", "-hide_banner", "-nostats", "-v", "level+info", "-xerror",
+                           "-err_detect", "explode", "-threads", "2", *decoder, "-i", f"file:{path}", *arguments],
+                          capture_output=True)
+    log = done.stderr.decode(errors="replace")
+    codec = re.search(r"Video: (\w+)", log)
+    # Where it does not stop, it says so: its decoder, or the reader of ogg files.
+    flaws = re.findall(rf"\[(?:{codec[1]}|\S*ogg) @.*\[error\] (.*)", log) if codec and arguments else []
+    if flaws or not codec or (arguments and done.returncode):
+        reasons = flaws + re.findall(r"\[(?:error|fatal)\] (.*)", log)
+        raise UserError(f"{path}: cannot be read as a video ({reasons[0] if codec or 'Stream' not in log else 'no picture'})")
+    return done.stdout, log
 
 
 def read_video_header(path):
-    """The Header of a video. Raises UserError for a file that is missing or holds no moving picture."""
-    log = run_ffmpeg(path)[2]
-    streams = [line for line in re.findall(r"Stream #0:.*?: Video: (.*)", log) if "(attached pic)" not in line]
+    """(its stream of pictures as ffmpeg describes it, whether it is transparent in places, its length in seconds as
+    the file states it or infinity). Raises UserError for a file that is missing or not a video."""
+    log = run_ffmpeg(path)[1]
+    streams = [line for line in re.findall("Stream #0:.*?: Video: (.*)", log) if "(attached pic)" not in line]
     if not streams:
-        errors = re.findall(r"\[(?:error|fatal)\] (.*)", log)
-        raise UserError(f"{path}: cannot be read as a video ({errors[0] if 'Stream #' not in log else 'no pictures'})")
-    if "DOVI configuration record" in log and "profile: 5" in log:
-        raise UserError(f"{path}: is Dolby Vision of profile 5, which only its players show; convert it to SDR")
+        raise UserError(f"{path}: holds a cover picture, but no video")
+    alpha = re.search(", (yuva|gbrap|rgba|bgra|argb|abgr|pal8|ya)|alpha_mode *: 1", log)
     length = re.search(r"Duration: (\d+):(\d+):([\d.]+)", log)
-    seconds = 3600 * int(length[1]) + 60 * int(length[2]) + float(length[3]) if length else None
-    alpha = re.search(r", (yuva|gbrap|rgba|bgra|argb|abgr|pal8|ya\d)", streams[0]) or re.search("alpha_mode *: 1", log)
-    return Header(streams[0], bool(alpha), seconds)
+    seconds = 3600 * int(length[1]) + 60 * int(length[2]) + float(length[3]) if length else math.inf
+    return streams[0], bool(alpha), seconds
 
 
-def video_filters(header, frames, height, width, fps):
-    """ffmpeg's filters from decoded pictures to `frames` pictures as a player shows them; after any rotation."""
-    size = re.search(r", (\d+)x(\d+)", header.stream)
-    w, h = int(size[1]), int(size[2])
-    # The picture on show at k/fps is the last that began by then, so begins are rounded up; less 1 ms, to which some
+def video_filters(stream, alpha, height, width, fps):
+    """ffmpeg's filters from decoded pictures, upright already, to those of `read_video`."""
+    w, h = map(int, re.search(r", (\d+)x(\d+)", stream).groups())
+    scale = (f"scale=w='max({width},round({height}*dar))':h='max({height},round({width}/dar))':flags=accurate_rnd+"
+             f"full_chroma_int+full_chroma_inp+{'area' if w * h > width * height else 'bicubic'}")
+    if not re.search(r"\((\w+, )?(bt|smpte|gbr|fcc|ycgco)", stream) and (h > 576 or w >= 1280):
+        scale += ":in_color_matrix=bt709"                  # what players take HD for where the file does not say
+    # On show at k/fps is the last picture that began by then, so begins are rounded up; less 1 ms, to which some
     # formats round them.
-    time = (f"settb=AVTB,setpts=PTS-STARTPTS-1000,showinfo=checksum=0,bwdif=mode=send_frame:deint=interlaced,"
-            f"fps={fps}:start_time=0:round=up")
-    scale = (f"scale=w='max({width},round({height}*dar))':h='max({height},round({width}/dar))'"
-             f":flags={'area' if w * h > width * height else 'bicubic'}+accurate_rnd+full_chroma_int+full_chroma_inp")
-    if not re.search(r"\((?:\w+, )?(bt|smpte|gbr|fcc|ycgco)", header.stream) and (h > 576 or w >= 1280):
-        scale += ":in_color_matrix=bt709"                  # what players take an untagged HD video for
-    crop = f"crop={width}:{height}:exact=1"
-    if re.search("arib-std-b67|smpte2084", header.stream):                     # HDR: HLG or PQ
-        return (f"{time},{scale},format=yuv444p10le,zscale=t=linear:npl=100,format=gbrpf32le,zscale=p=bt709,"
-                f"tonemap=hable:desat=0,zscale=t=bt709:r=pc,format=gbrp,{crop}")
-    if header.alpha:
-        return f"{time},format=gbrap,premultiply=inplace=1,{scale},format=rgba,{crop}"
-    return f"{time},{scale},format=rgb24,{crop}"
+    steps = ["settb=AVTB,setpts=PTS-STARTPTS-1000,showinfo=checksum=0,bwdif=mode=send_frame:deint=interlaced",
+             f"fps={fps}:start_time=0:round=up"]
+    if re.search("arib-std-b67|smpte2084", stream):        # HDR: HLG or PQ
+        steps += [scale, "format=yuv444p10le,zscale=t=linear:npl=100,format=gbrpf32le,zscale=p=bt709",
+                  "tonemap=hable:desat=0,zscale=t=bt709:r=pc,format=gbrp"]
+    elif alpha:
+        steps += ["format=gbrap,premultiply=inplace=1", scale, "format=rgba"]
+    else:
+        steps += [scale, "format=rgb24"]
+    return ",".join(steps + [f"crop={width}:{height}:exact=1"])
 
 
 def read_video(path, frames, height, width, fps):
     """A video as a player shows it, (3,F,height,width) fp32 in [-1,1]: frame k is what is seen k/fps s after the first
     picture, upright, with square pixels, de-interlaced, in SDR, over white, resized to cover and cut at the centre.
 
-    The last picture is held for a frame where the video ends just before the last instant. Raises UserError for a file
-    that is missing, not a video, damaged or too short.
+    Where the video ends within a frame of the last instant, its last picture is held. Raises UserError for a file that
+    is missing, not a video, damaged or too short.
     """
-    header = read_video_header(path)
-    decoder, codec = [], header.stream.split()[0].strip(",")
-    if header.alpha and codec in ("vp8", "vp9"):           # ffmpeg's own decoders drop the transparency of these
-        decoder = ["-c:v", "libvpx" if codec == "vp8" else "libvpx-vp9"]
-    channels = 4 if header.alpha else 3
-    status, pixels, log = run_ffmpeg(
-        path, "-map", "0:V:0", "-vf", video_filters(header, frames, height, width, fps), "-frames:v", str(frames),
-        "-fps_mode", "passthrough", "-f", "rawvideo", "-pix_fmt", "rgba" if header.alpha else "rgb24", "-",
-        before=decoder)
-    times = re.findall(r"pts_time:(\S+) .*duration_time:(\S+)", log) or [("0", "0")]
-    end, last = float(times[-1][0]) + float(times[-1][1]), float(times[-1][1])
-    errors = re.findall(rf"\[(?:{codec} @|\S*ogg @).*\[error\] (.*)", log)
-    if status or errors:
-        reasons = errors or re.findall(r"\[(?:error|fatal)\] (.*)", log)
-        raise UserError(f"{path}: cannot be read as a video beyond {end:.2f} s ({reasons[0]})")
+    stream, alpha, _ = read_video_header(path)
+    # ffmpeg's own decoders of these two drop the transparency.
+    decoder = {"vp8": ("-c:v", "libvpx"), "vp9": ("-c:v", "libvpx-vp9")}.get(stream[:3], ()) if alpha else ()
+    pixels, log = run_ffmpeg(path, "-map", "0:V:0", "-vf", video_filters(stream, alpha, height, width, fps),
+                             "-frames:v", str(frames), "-fps_mode", "passthrough", "-f", "rawvideo",
+                             "-pix_fmt", "rgba" if alpha else "rgb24", "-", decoder=decoder)
     if log.count("config in time_base") > 1:
-        raise UserError(f"{path}: changes the size or format of its picture on the way; encode it again in one")
-    video = np.frombuffer(pixels, np.uint8).reshape(-1, height, width, channels)
-    needed = (frames - 1) / fps
+        raise UserError(f"{path}: changes the size or format of its pictures on the way; encode it again")
+    video = np.frombuffer(pixels, np.uint8).reshape(-1, height, width, 4 if alpha else 3)
+    begin, last = map(float, re.findall(r"pts_time:(\S+) .*duration_time:(\S+)", log)[-1])
+    end, needed = begin + last + 0.001, (frames - 1) / fps
     if len(video) < frames and end + min(last, 1 / fps) < needed - 0.002:
         raise UserError(f"{path}: lasts {end:.2f} s, but {frames} frames at {fps} fps need {needed:.2f} s; "
                         "leave it out or choose fewer --frames")
     video = np.concatenate([video, *[video[-1:]] * (frames - len(video))])
-    if header.alpha:
-        video = video[..., :3] + (255 - video[..., 3:])    # its colours came multiplied by alpha
+    if alpha:                                              # the colours come multiplied by it
+        video = video[..., :3] + (255 - video[..., 3:])
     return from_uint8(video)
 
 
@@ -323,49 +313,41 @@ def write_video(path, frames, fps):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# A folder of videos with captions
+# A folder of videos or pictures with captions
 # ---------------------------------------------------------------------------------------------------------------------
 
-# Files that are videos or pictures by their names. Another name counts where a caption stands beside it.
-SUFFIXES = {
-    "video": ".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .ts .mts .m2ts .wmv .flv .ogv .3gp .gif".split(),
-    "picture": ".png .jpg .jpeg .webp .bmp .tif .tiff .gif .avif".split(),
-}
-
-
-LISTS = {"video.txt", "prompt.txt", "metadata.jsonl", "metadata.csv"}
+# Names that promise a video or a picture. Any other file is taken for one where a caption stands beside it.
+SUFFIXES = {"video": ".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .ts .mts .m2ts .wmv .flv .ogv .3gp .gif".split(),
+            "picture": ".png .jpg .jpeg .webp .bmp .tif .tiff .gif .avif".split()}
+LISTS = ("video.txt", "prompt.txt", "metadata.jsonl", "metadata.csv")
 
 
 class Row(NamedTuple):
     """One row of a list of videos or pictures with captions."""
-    where: str                                             # list and row, for messages
     file: str                                              # relative to the folder of the list
     caption: str
-    extra: dict = {}                                       # other fields of the row, such as name and keep
-    fault: str = ""                                        # why the row cannot be used, as one line for the user
+    extra: dict                                            # its other fields, such as name and keep
+    fault: str                                             # why it cannot be used, in one line; else empty
+
+
+def make_row(where, file, caption, extra=None):
+    """A Row, with its fault where it has one; `where` names it in messages."""
+    fault = ""
+    for what, value in (("caption", caption), ("file name", file)):
+        if not isinstance(value, str):
+            fault = f"{where}: the {what} is {json.dumps(value):.60}, expected text"
+        elif wrong := re.search("[\0\ud800-\udfff]", value):
+            fault = f"{where}: character {wrong.start() + 1} of the {what} is {wrong[0]!a}, expected text in UTF-8"
+        elif what == "file name" and Path(value.strip()).name == "":
+            fault = f"{where}: the file name is {value!r}, expected one"
+    return Row(str(file).strip(), str(caption).strip(), extra or {}, fault)
 
 
 def read_lines(path):
-    """The lines of a UTF-8 file, with or without a byte order mark. Only \\n and \\r\\n end a line: Unicode has others,
-    which are part of a caption. A byte that is not UTF-8 becomes a surrogate, which `check_row` reports by its row."""
-    try:
-        text = path.read_bytes().decode("utf-8-sig", "surrogateescape")
-    except OSError as e:
-        raise UserError(f"{path}: cannot be read ({e.strerror})") from e
+    """The lines of a UTF-8 file, with or without a byte order mark. Only \\n or \\r\\n ends one: the others that Unicode
+    knows belong to the caption. A byte that is not UTF-8 becomes a surrogate, which `make_row` finds."""
+    text = path.read_bytes().decode("utf-8-sig", "surrogateescape")
     return text.replace("\r\n", "\n").removesuffix("\n").split("\n")
-
-
-def check_row(where, file, caption, extra={}):
-    """A Row, with its fault where it has one."""
-    fault = ""
-    for name, value in (("caption", caption), ("file name", file)):
-        if not isinstance(value, str):
-            fault = f"{where}: the {name} is {json.dumps(value):.60}, expected text"
-        elif wrong := re.search("[\0\ud800-\udfff]", value):
-            fault = f"{where}: the {name} is not UTF-8 text, character {wrong.start() + 1} is {wrong[0]!a}; save it as UTF-8"
-    if not fault and not file.strip():
-        fault = f"{where}: the file name is empty"
-    return Row(where, "", "", extra, fault) if fault else Row(where, file.strip(), caption.strip(), extra)
 
 
 def paired_rows(folder, files, prompts):
@@ -378,101 +360,77 @@ def paired_rows(folder, files, prompts):
         names.pop()
     if len(captions) < len(names) or "".join(captions[len(names):]).strip():
         raise UserError(f"{folder}: {files} has {len(names)} lines and {prompts} {len(captions)}; "
-                        "expected a caption a line for each")
-    rows = []
-    for number, (name, caption) in enumerate(zip(names, captions), start=1):
-        if name.strip() or caption.strip():
-            rows.append(check_row(f"{folder / files}, row {number}", name, caption))
-    return rows
-
-
-def jsonl_rows(path):
-    """metadata.jsonl: (row number, its fields) or (row number, what is wrong with it)."""
-    for number, line in enumerate(read_lines(path), start=1):
-        if line.strip():
-            try:
-                yield number, json.loads(line)
-            except (ValueError, RecursionError) as e:
-                yield number, f"is not JSON ({e})"
-
-
-def csv_rows(path):
-    """metadata.csv: (row number, its fields) or (row number, what is wrong with it)."""
-    columns, reader = [], csv.reader([line + "\n" for line in read_lines(path)], strict=True)
-    while True:
-        number = reader.line_num + 1
-        try:
-            cells = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as e:
-            yield f"{number} to {reader.line_num}", f"cannot be read ({e}); check the quotes"
-            continue
-        if not "".join(cells).strip():
-            continue
-        if not columns:
-            columns = [cell.strip() for cell in cells]
-            if not {"file_name", "text"} <= {*columns}:
-                raise UserError(f"{path}: has the columns {', '.join(columns)}, expected file_name and text")
-        elif len(cells) != len(columns):
-            yield number, (f"has {len(cells)} cells, expected {len(columns)} ({', '.join(columns)}); "
-                           "put a caption with commas in double quotes")
-        else:
-            yield number, dict(zip(columns, cells))
+                        "expected a caption for each")
+    return [make_row(f"{folder / files}, row {number}", name, caption)
+            for number, (name, caption) in enumerate(zip(names, captions), 1) if name.strip() or caption.strip()]
 
 
 def metadata_rows(path):
     """metadata.jsonl or metadata.csv with file_name and text: the layout of Hugging Face's video folders."""
-    rows = []
-    for number, fields in jsonl_rows(path) if path.suffix == ".jsonl" else csv_rows(path):
+    lines, rows, number = read_lines(path), [], 0
+    is_csv = path.suffix == ".csv"
+    if is_csv:
+        table = csv.DictReader([line + "\n" for line in lines], strict=True)
+    else:
+        table = map(json.loads, [line.strip() or "{}" for line in lines])
+    while True:
+        try:
+            fields, fault = next(table, None), ""
+        except (ValueError, csv.Error) as e:
+            fields, fault = {}, f"cannot be read ({e})"
+        if fields is None:
+            return rows
+        number = table.line_num if is_csv else number + 1
+        if is_csv and (None in fields or None in fields.values()):
+            fault = f"does not have the {len(table.fieldnames)} cells of the head; put a caption with commas in quotes"
+        elif fields and not {"file_name", "text"} <= {*fields}:
+            fault = f"has {[*fields]!r:.80}"
         where = f"{path}, row {number}"
-        if isinstance(fields, str):
-            rows.append(Row(where, "", "", fault=f"{where}: {fields}"))
-        elif not isinstance(fields, dict) or not {"file_name", "text"} <= {*fields}:
-            found = f"has the fields {', '.join(fields)}" if isinstance(fields, dict) else f"is {json.dumps(fields):.60}"
-            rows.append(Row(where, "", "", fault=f"{where}: {found}, expected file_name and text"))
-        else:
-            rows.append(check_row(where, fields.pop("file_name"), fields.pop("text"), fields))
-    return rows
+        if fault:
+            rows.append(Row("", "", {}, f"{where}: {fault}; expected file_name and text"))
+        elif "".join(map(str, fields.values())).strip():
+            rows.append(make_row(where, fields.pop("file_name"), fields.pop("text"), fields))
 
 
 def sidecar_rows(folder, what):
-    """A video or picture beside NAME.txt: those whose names end like one, and any other beside a caption."""
+    """NAME.mp4 beside NAME.txt."""
     files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
     captions = {path.stem: path for path in files if path.suffix.lower() == ".txt"}
-    known = {path.stem for path in files if path.suffix.lower() in SUFFIXES[what]}
+    typical = [path for path in files if path.suffix.lower() in SUFFIXES[what]]
+    stems = {path.stem for path in typical}
+    others = [path for path in files if path.stem in captions and path.stem not in stems and path not in captions.values()]
     rows = []
-    for path in files:
-        if path.suffix.lower() in SUFFIXES[what] or (path not in captions.values() and path.stem in captions
-                                                     and path.stem not in known):
-            if path.stem in captions:
-                rows.append(check_row(str(captions[path.stem]), path.name, "\n".join(read_lines(captions[path.stem]))))
-            else:
-                rows.append(Row(str(path), path.name, "", fault=f"{path}: has no caption; write one into "
-                                f"{path.with_suffix('.txt')} or into a list"))
+    for path in sorted(typical + others):
+        if path.stem in captions:
+            caption = captions[path.stem]
+            rows.append(make_row(caption, path.name, "\n".join(read_lines(caption))))
+        else:
+            rows.append(Row(path.name, "", {}, f"{path}: has no caption; write one into {path.with_suffix('.txt')}"))
     return rows
 
 
 def read_list(folder, files="video.txt", prompts="prompt.txt", what="video"):
-    """The Rows of a folder of videos or pictures (`what`) with captions, in a fixed order, whatever its form: a line a
-    sample in `files` and `prompts`; metadata.jsonl or metadata.csv with file_name and text; or NAME.mp4 beside NAME.txt.
+    """The Rows of a folder of videos or pictures (`what`) with captions, in a fixed order: a line a sample in `files`
+    and `prompts`; or metadata.jsonl or metadata.csv with file_name and text; or NAME.mp4 beside NAME.txt.
 
-    Raises UserError for a folder without rows. The fault of a single row is in its `fault`, for the caller to raise.
+    Raises UserError for a folder without rows; the fault of a single one is in its `fault`.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder")
-    lists = [folder / name for name in ("metadata.jsonl", "metadata.csv") if (folder / name).is_file()]
-    if (folder / files).is_file():
-        rows = paired_rows(folder, files, prompts)
-    elif lists:
-        rows = metadata_rows(lists[0])
-    else:
-        rows = sidecar_rows(folder, what)
+    try:
+        if (folder / files).is_file():
+            rows = paired_rows(folder, files, prompts)
+        elif (folder / "metadata.jsonl").is_file():
+            rows = metadata_rows(folder / "metadata.jsonl")
+        elif (folder / "metadata.csv").is_file():
+            rows = metadata_rows(folder / "metadata.csv")
+        else:
+            rows = sidecar_rows(folder, what)
+        found = sorted(path.name for path in folder.iterdir())[:9]
+    except OSError as e:
+        raise UserError(f"{e.filename}: cannot be read ({e.strerror})") from e
     if not rows:
-        found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
-        raise UserError(f"{folder}: holds no {what}s with captions, but {found}; expected a {what} beside NAME.txt, "
-                        f"metadata.jsonl, metadata.csv, or {files} and {prompts}")
+        raise UserError(f"{folder}: holds no {what}s with captions, only {', '.join(found) or 'nothing'}; expected "
+                        f"NAME.txt beside each {what}, {files} and {prompts}, metadata.jsonl or metadata.csv")
     return rows
 
 
@@ -482,37 +440,39 @@ class Clip(NamedTuple):
     video: Path
     caption: str
     image: Path | None = None                              # a first frame of its own, where the folder has one
-    negatives: tuple[Path, ...] = ()                       # generated videos, where the folder has them
-    fault: str = ""                                        # of its row in the list
+    negatives: tuple[Path, ...] = ()                       # generated videos, where they are asked for
+    fault: str = ""                                        # of its row
 
 
 def record_name(file):
-    """A plain name for the record of a file: its path without the suffix; where too long for a file, ended by a hash."""
+    """The name of a file's record: its path in one word, where too long for a file name ended by a hash."""
     path = Path(file)
     name = "_".join(part for part in path.with_suffix("").parts if part not in (path.anchor, ".."))
     raw = os.fsencode(name)
-    if len(raw) <= 200:                                    # of 255, less suffixes
-        return name
-    return f"{raw[:180].decode(errors='ignore')}-{hashlib.sha256(raw).hexdigest()[:16]}"
+    return name if len(raw) <= 200 else raw[:180].decode(errors="ignore") + hashlib.sha256(raw).hexdigest()[:20]
 
 
 def list_clips(folder, given_negatives=False):
-    """The clips of a folder in any of its three forms, in a fixed order, without those that a row's `keep` drops.
+    """The clips of a folder, in a fixed order, without those that a row's `keep` drops. Prints what is not used.
 
     Raises UserError for a folder without clips, lists that do not fit, or two clips of one name.
     """
     folder, clips, dropped = Path(folder), [], set()
     images = {path.stem: path for path in sorted(folder.glob("first_frames/*"))}
     for row in read_list(folder):
+        video, negatives = folder / row.file, []
         if str(row.extra.get("keep", True)).lower() != "true":
-            dropped.add(folder / row.file)
+            dropped.add(video)
             continue
-        name, negatives = record_name(row.file), []
-        if given_negatives and not row.fault:
-            found = (folder / "negative_samples" / Path(row.file).stem).glob("*")
-            negatives = sorted(path for path in found if path.suffix.lower() in SUFFIXES["video"])
-        clips.append(Clip(name, folder / row.file, row.caption, images.get(name), tuple(negatives), row.fault))
-    for name, count in Counter(clip.name for clip in clips if not clip.fault).items():
+        if row.fault:
+            clips.append(Clip("", video, row.caption, fault=row.fault))
+            continue
+        if given_negatives:
+            found = sorted((folder / "negative_samples" / video.stem).glob("*"))
+            negatives = [path for path in found if path.suffix.lower() in SUFFIXES["video"]]
+        name = record_name(row.file)
+        clips.append(Clip(name, video, row.caption, images.get(name), tuple(negatives)))
+    for name, count in Counter(clip.name for clip in clips if clip.name).items():
         if count > 1:
             raise UserError(f"{folder}: {count} clips are named {name}; rename all but one")
     if dropped:
@@ -521,8 +481,8 @@ def list_clips(folder, given_negatives=False):
     used |= {path.with_suffix(".txt") for path in used if path}
     others = [path for path in folder.rglob("*") if path.is_file() and path not in used and path.name not in LISTS]
     if others:
-        kinds = Counter(path.suffix.lower() or path.name for path in others).most_common(5)
-        say(f"{folder}: {len(others)} other files are not used: {', '.join(f'{n} {kind}' for kind, n in kinds)}")
+        kinds = Counter(path.suffix.lower() for path in others).most_common(5)
+        say(f"{folder}: {len(others)} other files are not used ({', '.join(f'{n} {kind}' for kind, n in kinds)})")
     return clips
 
 
@@ -653,8 +613,7 @@ def check_clip(clip, usual, options, frames):
         raise UserError(f"{clip.video}: has {len(clip.negatives)} negatives in negative_samples/{clip.video.stem}, "
                         f"expected {usual or 'some'} as for most clips")
     for video in (clip.video, *clip.negatives):
-        seconds = read_video_header(video).seconds
-        if seconds and seconds < (frames - 1) / options.fps:
+        if read_video_header(video)[2] < (frames - 1) / options.fps:
             read_video(video, frames, 16, 16, options.fps)              # whose word counts: a header may be wrong
 
 
