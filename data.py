@@ -20,6 +20,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from functools import partial
 from io import BytesIO
 from pathlib import Path
+from statistics import mode
 from typing import Literal, NamedTuple, get_args, get_origin
 
 import imageio.v2 as imageio
@@ -227,8 +228,11 @@ def read_video_header(path):
 def video_filters(stream, alpha, height, width, fps):
     """ffmpeg's filters from decoded pictures, upright already, to those of `read_video`."""
     w, h = map(int, re.search(r", (\d+)x(\d+)", stream).groups())
-    scale = (f"scale=w='max({width},round({height}*dar))':h='max({height},round({width}/dar))':flags=accurate_rnd+"
-             f"full_chroma_int+full_chroma_inp+{'area' if w * h > width * height else 'bicubic'}")
+    flags = "bicubic"
+    if (w, h) != (width, height):                          # at the same size, ffmpeg's usual colours to the bit
+        flags = "area" if w * h > width * height else "bicubic"
+        flags += "+accurate_rnd+full_chroma_int+full_chroma_inp"
+    scale = f"scale=w='max({width},round({height}*dar))':h='max({height},round({width}/dar))':flags={flags}"
     if not re.search(r"\((\w+, )?(bt|smpte|gbr|fcc|ycgco)", stream) and (h > 576 or w >= 1280):
         scale += ":in_color_matrix=bt709"                  # what players take HD for where the file does not say
     # On show at k/fps is the last picture that began by then, so begins are rounded up; less 1 ms, to which some
@@ -477,6 +481,8 @@ def list_clips(folder, given_negatives=False):
             raise UserError(f"{folder}: {count} clips are named {name}; rename all but one")
     if dropped:
         say(f"{folder}: {len(dropped)} clips are not used, by their `keep`")
+    if not clips:
+        raise UserError(f"{folder}: no clip is left; none has a `keep` that is true")
     used = dropped.union(*[(clip.video, clip.image, *clip.negatives) for clip in clips])
     used |= {path.with_suffix(".txt") for path in used if path}
     others = [path for path in folder.rglob("*") if path.is_file() and path not in used and path.name not in LISTS]
@@ -690,7 +696,7 @@ def main(options):
                    frames=shape[0], height=shape[1], width=shape[2],
                    fps=options.fps, image_noise=options.image_noise, given_negatives=options.given_negatives,
                    seed=options.seed)
-    usual = Counter(len(clip.negatives) for clip in clips if not clip.fault).most_common(1)[0][0]
+    usual = mode([len(clip.negatives) for clip in clips if not clip.fault] or [0])
     clips = clips[rank::world]
     expected = {clip.name: dict(fingerprint=made_by, caption=clip.caption, source=str(clip.video))
                 for clip in clips if not clip.fault}
