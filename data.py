@@ -203,12 +203,15 @@ def run_ffmpeg(path, *arguments, decoder=()):
                            "-err_detect", "explode", "-threads", "2", *decoder, "-i", f"file:{path}", *arguments],
                           capture_output=True)
     log = done.stderr.decode(errors="replace")
-    codec = re.search(r"Video: (\w+)", log)
-    # Where it does not stop, it says so: its decoder, or the reader of ogg files.
-    flaws = re.findall(rf"\[(?:{codec[1]}|\S*ogg) @.*\[error\] (.*)", log) if codec and arguments else []
-    if flaws or not codec or (arguments and done.returncode):
-        reasons = flaws + re.findall(r"\[(?:error|fatal)\] (.*)", log)
-        raise UserError(f"{path}: cannot be read as a video ({reasons[0] if codec or 'Stream' not in log else 'no picture'})")
+    reasons = re.findall(r"\[(?:error|fatal)\] (.*)", log)
+    if arguments:
+        # At some flaws it does not stop: then it was the decoder that complained, or the reader of ogg files.
+        codecs = "|".join(re.findall(r"Video: (\w+)", log.split("Output #")[0]))
+        flaws = re.findall(rf"\[(?:{codecs}|\S*ogg) @.*\[error\] (.*)", log)
+        if flaws or done.returncode:
+            raise UserError(f"{path}: is damaged or cannot be decoded ({(flaws + reasons)[0]})")
+    elif "Stream #" not in log:
+        raise UserError(f"{path}: cannot be read as a video ({reasons[0]})")
     return done.stdout, log
 
 
@@ -216,9 +219,10 @@ def read_video_header(path):
     """(its stream of pictures as ffmpeg describes it, whether it is transparent in places, its length in seconds as
     the file states it or infinity). Raises UserError for a file that is missing or not a video."""
     log = run_ffmpeg(path)[1]
-    streams = [line for line in re.findall("Stream #0:.*?: Video: (.*)", log) if "(attached pic)" not in line]
+    streams = re.findall(r"Stream #0:.*?: Video: (.*, \d+x\d+.*)", log)
+    streams = [stream for stream in streams if "(attached pic)" not in stream]
     if not streams:
-        raise UserError(f"{path}: holds a cover picture, but no video")
+        raise UserError(f"{path}: holds no moving picture")
     alpha = re.search(", (yuva|gbrap|rgba|bgra|argb|abgr|pal8|ya)|alpha_mode *: 1", log)
     length = re.search(r"Duration: (\d+):(\d+):([\d.]+)", log)
     seconds = 3600 * int(length[1]) + 60 * int(length[2]) + float(length[3]) if length else math.inf
@@ -235,10 +239,10 @@ def video_filters(stream, alpha, height, width, fps):
     scale = f"scale=w='max({width},round({height}*dar))':h='max({height},round({width}/dar))':flags={flags}"
     if not re.search(r"\((\w+, )?(bt|smpte|gbr|fcc|ycgco)", stream) and (h > 576 or w >= 1280):
         scale += ":in_color_matrix=bt709"                  # what players take HD for where the file does not say
-    # On show at k/fps is the last picture that began by then, so begins are rounded up; less 1 ms, to which some
-    # formats round them.
+    # On show at k/fps is the last picture that began by then: begins are rounded up, less 1 ms, to which some formats
+    # round them. A fine grid first, on which the last picture is held.
     steps = ["settb=AVTB,setpts=PTS-STARTPTS-1000,showinfo=checksum=0,bwdif=mode=send_frame:deint=interlaced",
-             f"fps={fps}:start_time=0:round=up"]
+             f"fps={30 * fps}:start_time=0:round=up,tpad=stop_mode=clone:stop_duration=2,fps={fps}:round=up"]
     if re.search("arib-std-b67|smpte2084", stream):        # HDR: HLG or PQ
         steps += [scale, "format=yuv444p10le,zscale=t=linear:npl=100,format=gbrpf32le,zscale=p=bt709",
                   "tonemap=hable:desat=0,zscale=t=bt709:r=pc,format=gbrp"]
@@ -265,12 +269,12 @@ def read_video(path, frames, height, width, fps):
     if log.count("config in time_base") > 1:
         raise UserError(f"{path}: changes the size or format of its pictures on the way; encode it again")
     video = np.frombuffer(pixels, np.uint8).reshape(-1, height, width, 4 if alpha else 3)
-    begin, last = map(float, re.findall(r"pts_time:(\S+) .*duration_time:(\S+)", log)[-1])
+    times = re.findall(r"pts_time:(\S+) .*duration_time:([\d.]+)", log) or [(0, 0)]
+    begin, last = map(float, times[-1])                    # of the last picture, in seconds
     end, needed = begin + last + 0.001, (frames - 1) / fps
-    if len(video) < frames and end + min(last, 1 / fps) < needed - 0.002:
+    if end + min(last, 1 / fps) < needed - 0.002:
         raise UserError(f"{path}: lasts {end:.2f} s, but {frames} frames at {fps} fps need {needed:.2f} s; "
                         "leave it out or choose fewer --frames")
-    video = np.concatenate([video, *[video[-1:]] * (frames - len(video))])
     if alpha:                                              # the colours come multiplied by it
         video = video[..., :3] + (255 - video[..., 3:])
     return from_uint8(video)
@@ -282,6 +286,8 @@ def read_image(path, height, width):
     try:
         with Image.open(path) as image:
             image = ImageOps.exif_transpose(image)
+        if image.mode == "F":
+            raise ValueError("floating-point numbers")
         if image.mode.startswith("I"):                     # 16 bits
             image = Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))
         profile = image.info.get("icc_profile")

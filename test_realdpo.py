@@ -25,6 +25,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn as nn
 import torch.nn.functional as nnf
+from PIL import Image
 from safetensors.torch import load, load_file, save_file
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -944,6 +945,143 @@ def seen_times(video):
         assert np.abs(found - colour).max() < 50, (found[0], colour)
     white = (video[:, H // 2 - 4:H // 2 + 4].min(-1).mean(1) - 110).clip(0)                        # (F,W)
     return ((white * (np.arange(W) + 0.5)).sum(1) / white.sum(1) / W - 0.1) * 4
+
+
+def video(path, frames=17, fps=8):
+    return data.read_video(path, frames, H, W, fps)
+
+
+PHONE = "-vf select='lt(mod(n*n*3,7),4)' -fps_mode passthrough -c:v libx264 -pix_fmt yuv420p"
+
+
+@pytest.mark.parametrize("rate, arguments, frames, tolerance", [
+    (30, PHONE, 17, 0.17),                                 # up to 4 frames are missing in a row
+    (120, "-vf select='eq(n,1)+not(mod(n,4))' -fps_mode passthrough -c:v libx264", 17, 0.04),
+    (8, "-c:v libx264", 17, 0.01), (24, "-c:v libx264 -g 12 -bf 3", 49, 0.01), (60, "-c:v libx264", 17, 0.02),
+])
+def test_frames_are_those_that_a_player_shows(rate, arguments, frames, tolerance, tmp_path):
+    times = np.arange(round(frames / 8 * rate) + 1) / rate
+    path = write_scene(tmp_path / "a.mp4", times, *arguments.split(), rate=rate)
+    fps = 8 if frames == 17 else 24
+    late = np.arange(frames) / fps - seen_times(video(path, frames, fps))
+    assert late.min() > -0.015 and late.max() < tolerance
+
+
+def test_a_clip_that_ends_at_the_last_instant_is_held_and_a_shorter_one_refused_with_its_length(tmp_path):
+    for count in (60, 59):
+        path = write_scene(tmp_path / f"{count}.mp4", np.arange(count) / 30, "-c:v", "libx264")
+        assert abs(seen_times(video(path))[-1] - count / 30) < 0.05
+    path = write_scene(tmp_path / "57.mkv", np.arange(57) / 30, "-c:v", "libx264")
+    with pytest.raises(model.UserError, match=r"57.mkv: lasts 1.90 s, but 17 frames at 8 fps need 2.00 s"):
+        video(path)
+    path = write_scene(tmp_path / "slow.mp4", np.arange(78) / 1000, "-c:v", "libx264", rate=1000)
+    with pytest.raises(model.UserError, match=r"lasts 0.08 s"):
+        video(path)
+
+
+def test_the_clip_starts_at_its_first_picture_whatever_comes_before(tmp_path):
+    path = write_scene(tmp_path / "a.mov", np.arange(90) / 30, *"-f lavfi -i sine=d=4 -map 0:v -map 1:a -vf".split(),
+                       "setpts=PTS+1/TB", "-c:v", "libx264")
+    assert np.abs(seen_times(video(path)) - np.arange(17) / 8).max() < 0.04
+    long = write_scene(tmp_path / "b.mp4", np.arange(120) / 30, "-c:v", "libx264", "-g", 15)
+    ffmpeg("-ss", 1.2, "-i", long, "-c", "copy", tmp_path / "cut.mp4")     # an edit list hides what precedes 1.2 s
+    assert np.abs(seen_times(video(tmp_path / "cut.mp4")) - 1.2 - np.arange(17) / 8).max() < 0.04
+
+
+def test_interlaced_pictures_are_taken_apart(tmp_path):
+    fields = np.arange(150) / 60
+    path = write_scene(tmp_path / "a.mp4", fields, "-vf", "interlace=lowpass=0", "-flags", "+ildct+ilme", "-c:v", "libx264",
+                       rate=60, height=2 * H, width=2 * W)
+    pictures = data.to_uint8(data.read_video(path, 17, 2 * H, 2 * W, 8)).astype(int)[:, H - 10:H + 10].sum(-1)
+    combs = np.abs(pictures[:, 1:-1] * 2 - pictures[:, :-2] - pictures[:, 2:]).max((1, 2))
+    assert np.median(combs) < 200 and np.abs(seen_times(video(path)) - np.arange(17) / 8).max() < 0.04
+
+
+def test_pixels_that_are_not_square_and_rotation(tmp_path):
+    path = write_scene(tmp_path / "a.mp4", np.arange(75) / 30, "-vf", "setsar=2", "-c:v", "libx264", height=H, width=W // 2)
+    seen_times(video(path))
+    turned = write_scene(tmp_path / "b.mp4", np.arange(75) / 30, "-vf", "transpose=1", "-c:v", "libx264")
+    ffmpeg("-display_rotation", 90, "-i", turned, "-c", "copy", tmp_path / "c.mp4")
+    assert np.abs(seen_times(video(tmp_path / "c.mp4")) - np.arange(17) / 8).max() < 0.04
+
+
+@pytest.mark.parametrize("transfer", ["arib-std-b67", "smpte2084"])
+def test_hdr_becomes_sdr(transfer, tmp_path):
+    to_hdr = (f"setparams=color_primaries=bt709:color_trc=bt709:colorspace=bt709,zscale=t=linear:npl=203,format=gbrpf32le,"
+              f"zscale=p=bt2020,zscale=t={transfer}:m=bt2020nc:r=tv,format=yuv420p10le")
+    path = write_scene(tmp_path / "a.mp4", np.arange(75) / 30, "-vf", f"scale=out_color_matrix=bt709,format=yuv444p,{to_hdr}",
+                       "-c:v", "libx265", "-x265-params", f"log-level=0:colorprim=bt2020:transfer={transfer}:colormatrix=bt2020nc")
+    red, green, blue = data.to_uint8(video(path))[0, 4, 4].astype(int)
+    assert red > 120 and green < 60 and blue < 60, (red, green, blue)
+
+
+def test_colours_follow_what_the_file_says_and_hd_is_bt709_where_it_says_nothing(tmp_path):
+    for name, height, arguments in (("hd", 720, "scale=out_color_matrix=bt709"), ("sd", 480, "scale=out_color_matrix=bt601"),
+                                    ("full", 480, "scale=out_range=full:out_color_matrix=bt601,setrange=full"),
+                                    ("tagged", 480, "scale=out_color_matrix=bt709,setparams=colorspace=bt709")):
+        path = write_scene(tmp_path / f"{name}.mp4", np.zeros(5), "-vf", f"{arguments},format=yuv420p", "-c:v", "libx264",
+                           height=height, width=height * 3 // 2)
+        found = data.to_uint8(video(path, 1))[0, 4, 4].astype(int)
+        assert np.abs(found - COLOURS["red"]).max() < 6, (name, found)
+
+
+@pytest.mark.parametrize("name, encoder", [("a.webm", "libvpx-vp9 -pix_fmt yuva420p"), ("a.mov", "png"), ("a.mkv", "ffv1 -pix_fmt yuva420p")])
+def test_transparency_shows_white_and_not_what_lies_under_it(name, encoder, tmp_path):
+    frames = np.zeros((20, 48, 64, 4), np.uint8)
+    frames[:, :, :32] = 255, 0, 0, 255
+    frames[:, :, 32:] = 0, 255, 0, 0
+    ffmpeg("-f", "rawvideo", "-pix_fmt", "rgba", "-s", "64x48", "-r", 8, "-i", "-", "-c:v", *encoder.split(), tmp_path / name,
+           frames=frames)
+    picture = data.to_uint8(data.read_video(tmp_path / name, 17, 48, 64, 8))[5].astype(int)
+    assert np.abs(picture[20, 50] - 255).max() < 6 and np.abs(picture[20, 10] - (255, 0, 0)).max() < 6
+
+
+def test_a_large_picture_is_averaged_without_aliasing(tmp_path):
+    stripes = np.zeros((17, 256, 384, 3), np.uint8)
+    stripes[:, ::2] = 255                                  # a picture of every second row would be black or white
+    ffmpeg("-f", "rawvideo", "-pix_fmt", "rgb24", "-s", "384x256", "-r", 8, "-i", "-", "-c:v", "ffv1", tmp_path / "a.mkv",
+           frames=stripes)
+    Image.fromarray(stripes[0]).save(tmp_path / "a.png")
+    for pixels in (data.to_uint8(video(tmp_path / "a.mkv")), data.to_uint8(data.read_image(tmp_path / "a.png", H, W))):
+        assert np.abs(pixels.astype(int) - 127).max() <= 2
+
+
+@pytest.mark.parametrize("codec, suffix", [("libx264", "mp4"), ("libvpx-vp9", "webm"), ("mjpeg", "mov"), ("ffv1", "mkv"),
+                                           ("mpeg4", "avi"), ("libtheora", "ogv"), ("gif", "gif")])
+def test_damage_in_the_middle_is_refused(codec, suffix, tmp_path):
+    path, rng = tmp_path / f"a.{suffix}", random.Random(0)
+    ffmpeg("-f", "lavfi", "-i", "testsrc2=s=160x120:r=30:d=3", "-c:v", codec, path)
+    content = bytearray(path.read_bytes())
+    for _ in range(40):
+        content[rng.randrange(len(content) * 3 // 10, len(content) // 2)] ^= 1 << rng.randrange(8)
+    path.write_bytes(content)
+    with pytest.raises(model.UserError, match=f"a.{suffix}: (is damaged|lasts)"):
+        video(path)
+    path.write_bytes(content[:len(content) // 5])
+    with pytest.raises(model.UserError, match=f"a.{suffix}: (is damaged|lasts|cannot be read)"):
+        video(path)
+
+
+def test_odd_files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("-a.mp4", "a:b.mp4", "50%03d.mp4"):
+        write_scene(tmp_path / name, np.arange(75) / 30, "-c:v", "libx264")
+        seen_times(video(Path(name)))
+    Image.fromarray(scene([0])[0]).save("cover.png")
+    ffmpeg("-i", "cover.png", "-i", "file:a:b.mp4", "-map", 0, "-map", 1, "-c:v:1", "copy", "-c:v:0", "png",
+           "-disposition:v:0", "attached_pic", "covered.mp4")
+    assert seen_times(video(Path("covered.mp4")))[-1] > 1.9            # the film, not its cover
+    ffmpeg("-f", "lavfi", "-i", "sine=d=3", "-i", "cover.png", "-map", 0, "-map", 1, "-c:v", "png", "-disposition:v",
+           "attached_pic", "song.m4a")
+    for name, found in (("song.m4a", "no moving picture"), ("nowhere.mp4", "no such video"), ("cover.png", "lasts 0.0")):
+        with pytest.raises(model.UserError, match=f"{name}: .*{found}"):
+            video(Path(name))
+    for name, height in (("small.ts", 48), ("large.ts", 96)):
+        write_scene(tmp_path / name, np.arange(45) / 30, "-c:v", "libx264", height=height, width=96)
+    Path("list").write_text("file small.ts\nfile large.ts\n")
+    ffmpeg("-f", "concat", "-i", "list", "-c", "copy", "both.mkv")
+    with pytest.raises(model.UserError, match="both.mkv: changes the size"):
+        video(Path("both.mkv"))
 
 
 ENCODERS = {
