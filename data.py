@@ -12,23 +12,26 @@ and prompt.txt, a line a clip. A record is a safetensors file that holds all tra
 Files are written whole or not at all, so every stage can be killed at any moment,
 and started again does what is missing.
 """
-import argparse, base64, csv, hashlib, json, os, re, subprocess, sys, time
-from collections import Counter
+import argparse, base64, csv, hashlib, json, math, os, re, subprocess, sys, time
+from collections import Counter, deque
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import MISSING, dataclass, field, fields
 from functools import lru_cache, partial
+from io import BytesIO
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from statistics import mode
 from typing import Literal, NamedTuple, get_args, get_origin
 
 import imageio.v2 as imageio
-import imageio_ffmpeg
 import numpy as np
 import torch
-import torch.nn.functional as nnf
 from einops import rearrange
 from huggingface_hub import InferenceClient
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
+from imageio_ffmpeg import count_frames_and_secs, get_ffmpeg_exe
+from PIL import Image, ImageCms, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
@@ -40,6 +43,7 @@ from model import UserError, defaults_of, load_text_encoder, load_vae, read_conf
 # ---------------------------------------------------------------------------------------------------------------------
 
 HUB_MODEL = "zai-org/CogVideoX-5b-I2V"
+READERS = 4                                                # clips read ahead in threads; 200 MB each at 49×480×720
 
 
 def default_model():
@@ -132,6 +136,12 @@ def command(main, options, name):
         sys.exit("interrupted; nothing finished is lost, and the same command goes on from here")
 
 
+def say(message):
+    """Print once, however many processes there are."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(message)
+
+
 def generator(*key):
     """A CPU generator whose stream depends on `key` alone: the same numbers on any device and any number of ranks."""
     return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big"))
@@ -155,8 +165,12 @@ def whole_file(path):
             part.unlink()
 
 
-def write_tensors(path, tensors, **metadata):
-    """A safetensors file; `metadata` is JSON in its header, as one entry: safetensors writes several in any order."""
+def write_tensors(path, tensors, model="the model", **metadata):
+    """A safetensors file; `metadata` is JSON in its header, as one entry: safetensors writes several in any order.
+    Raises UserError, naming `path` and `model`, rather than write numbers that are not finite."""
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise UserError(f"{path}: {name} would hold numbers that are not finite; check the weights of {model}")
     with whole_file(path) as part:
         save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, part, {"made_by": json.dumps(metadata)})
 
@@ -182,53 +196,120 @@ def read_tensors(path):
 # Pixels: reading and writing pictures and videos
 # ---------------------------------------------------------------------------------------------------------------------
 
-def read_frames(path, frames, fps):
-    """`frames` frames of a video, taken evenly at `fps` from its start: (F,H,W,3) uint8.
+def from_uint8(frames):
+    """(F,H,W,3) uint8 -> (3,F,H,W) fp32 in [-1,1]."""
+    return rearrange(torch.from_numpy(frames).float() / 127.5 - 1, "f h w c -> c f h w")
 
-    Raises UserError for a file that is missing, not a video, or too short.
-    """
+
+def run_ffmpeg(path, *arguments, decoder=()):
+    """Output and log of ffmpeg, which stops at a flaw in the video. Raises UserError where it cannot be read."""
     if not Path(path).is_file():
         raise UserError(f"{path}: no such video")
-    try:
-        # Else ffmpeg offers to be stopped by a key, now and then in the middle of a line that imageio waits for.
-        with imageio.get_reader(path, "ffmpeg", input_params=["-nostdin"]) as reader:
-            rate, taken = reader.get_meta_data()["fps"], []
-            for i, frame in enumerate(reader):
-                while len(taken) < frames and i >= int(len(taken) * rate / fps + 0.5):    # a slow video repeats frames
-                    taken.append(frame)
-                if len(taken) == frames:
-                    return np.stack(taken)
-    except (OSError, RuntimeError, KeyError, ValueError) as e:
-        reason = [line for line in str(e).splitlines() if line.strip()][-1]
-        raise UserError(f"{path}: cannot be read as a video ({reason.strip()})") from e
-    raise UserError(f"{path}: is too short, {len(taken)} of the {frames} frames at {fps} fps; "
-                    f"give a clip of {(frames - 1) / fps:.1f} s or fewer --frames")
+    done = subprocess.run([get_ffmpeg_exe(), "-nostdin", "-hide_banner", "-nostats", "-v", "level+info", "-xerror",
+                           "-err_detect", "explode", "-threads", "2", *decoder, "-i", f"file:{path}", *arguments],
+                          capture_output=True)
+    log = done.stderr.decode(errors="replace")
+    reasons = re.findall(r"\[(?:error|fatal)\] (.*)", log)
+    if arguments:
+        # At some flaws it does not stop: then it was the decoder that complained, or the reader of ogg files.
+        codecs = "|".join(re.findall(r"Video: (\w+)", log.split("Output #")[0]))
+        flaws = re.findall(rf"\[(?:{codecs}|\S*ogg) @.*\[error\] (.*)", log)
+        if flaws or done.returncode:
+            raise UserError(f"{path}: is damaged or cannot be decoded ({(flaws + reasons)[0]})")
+    elif "Stream #" not in log:
+        raise UserError(f"{path}: cannot be read as a video ({reasons[0]})")
+    return done.stdout, log
 
 
-def read_image(path):
-    """A picture as (1,H,W,3) uint8. Raises UserError for a file that is missing or not a picture."""
+def read_video_header(path):
+    """(its stream of pictures as ffmpeg describes it, whether it is transparent in places, its length in seconds as
+    the file states it or infinity). Raises UserError for a file that is missing or not a video."""
+    log = run_ffmpeg(path)[1]
+    streams = re.findall(r"Stream #0:.*?: Video: (.*, \d+x\d+.*)", log)
+    streams = [stream for stream in streams if "(attached pic)" not in stream]
+    if not streams:
+        raise UserError(f"{path}: holds no moving picture")
+    alpha = re.search(", (yuva|gbrap|rgba|bgra|argb|abgr|pal8|ya)|alpha_mode *: 1", log)
+    length = re.search(r"Duration: (\d+):(\d+):([\d.]+)", log)
+    seconds = 3600 * int(length[1]) + 60 * int(length[2]) + float(length[3]) if length else math.inf
+    return streams[0], bool(alpha), seconds
+
+
+def video_filters(stream, alpha, height, width, fps):
+    """ffmpeg's filters from decoded pictures, upright already, to those of `read_video`."""
+    w, h = map(int, re.search(r", (\d+)x(\d+)", stream).groups())
+    flags = "bicubic"
+    if (w, h) != (width, height):                          # at the same size, ffmpeg's usual colours to the bit
+        flags = "area" if w * h > width * height else "bicubic"
+        flags += "+accurate_rnd+full_chroma_int+full_chroma_inp"
+    scale = f"scale=w='max({width},round({height}*dar))':h='max({height},round({width}/dar))':flags={flags}"
+    if not re.search(r"\((\w+, )?(bt|smpte|gbr|fcc|ycgco)", stream) and (h > 576 or w >= 1280):
+        scale += ":in_color_matrix=bt709"                  # what players take HD for where the file does not say
+    # On show at k/fps is the last picture that began by then: begins are rounded up, less 1 ms, to which some formats
+    # round them. A fine grid first, on which the last picture is held.
+    steps = ["settb=AVTB,setpts=PTS-STARTPTS-1000,showinfo=checksum=0,bwdif=mode=send_frame:deint=interlaced",
+             f"fps={30 * fps}:start_time=0:round=up,tpad=stop_mode=clone:stop_duration=2,fps={fps}:round=up"]
+    if re.search("arib-std-b67|smpte2084", stream):        # HDR: HLG or PQ
+        steps += [scale, "format=yuv444p10le,zscale=t=linear:npl=100,format=gbrpf32le,zscale=p=bt709",
+                  "tonemap=hable:desat=0,zscale=t=bt709:r=pc,format=gbrp"]
+    elif alpha:
+        steps += ["format=gbrap,premultiply=inplace=1", scale, "format=rgba"]
+    else:
+        steps += [scale, "format=rgb24"]
+    return ",".join(steps + [f"crop={width}:{height}:exact=1"])
+
+
+def read_video(path, frames, height, width, fps):
+    """A video as a player shows it, (3,F,height,width) fp32 in [-1,1]: frame k is what is seen k/fps s after the first
+    picture, upright, with square pixels, de-interlaced, in SDR, over white, resized to cover and cut at the centre.
+
+    Where the video ends within a frame of the last instant, its last picture is held. Raises UserError for a file that
+    is missing, not a video, damaged or too short.
+    """
+    stream, alpha, _ = read_video_header(path)
+    # ffmpeg's own decoders of these two drop the transparency.
+    decoder = {"vp8": ("-c:v", "libvpx"), "vp9": ("-c:v", "libvpx-vp9")}.get(stream[:3], ()) if alpha else ()
+    pixels, log = run_ffmpeg(path, "-map", "0:V:0", "-vf", video_filters(stream, alpha, height, width, fps),
+                             "-frames:v", str(frames), "-fps_mode", "passthrough", "-f", "rawvideo",
+                             "-pix_fmt", "rgba" if alpha else "rgb24", "-", decoder=decoder)
+    if log.count("config in time_base") > 1:
+        raise UserError(f"{path}: changes the size or format of its pictures on the way; encode it again")
+    video = np.frombuffer(pixels, np.uint8).reshape(-1, height, width, 4 if alpha else 3)
+    times = re.findall(r"pts_time:(\S+) .*duration_time:([\d.]+)", log) or [(0, 0)]
+    begin, last = map(float, times[-1])                    # of the last picture, in seconds
+    end, needed = begin + last + 0.001, (frames - 1) / fps
+    if end + min(last, 1 / fps) < needed - 0.002:
+        raise UserError(f"{path}: lasts {end:.2f} s, but {frames} frames at {fps} fps need {needed:.2f} s; "
+                        "leave it out or choose fewer --frames")
+    if alpha:                                              # the colours come multiplied by it
+        video = video[..., :3] + (255 - video[..., 3:])
+    return from_uint8(video)
+
+
+def read_image(path, height, width):
+    """A picture as a viewer shows it, (3,1,height,width) fp32 in [-1,1]: upright, in sRGB, over white, resized to cover
+    and cut at the centre. Raises UserError for a file that is missing or not a picture."""
     try:
-        image = np.asarray(imageio.imread(path))
-    except (OSError, ValueError, SyntaxError) as e:        # SyntaxError: what Pillow makes of a broken PNG
+        with Image.open(path) as image:
+            image = ImageOps.exif_transpose(image)
+        if image.mode == "F":
+            raise ValueError("floating-point numbers")
+        if image.mode.startswith("I"):                     # 16 bits
+            image = Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))
+        profile = image.info.get("icc_profile")
+        if image.mode != "CMYK" or not profile:
+            image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+        if profile:
+            with suppress(ImageCms.PyCMSError):            # a broken profile: viewers pass over it too
+                image = ImageCms.profileToProfile(image, BytesIO(profile), ImageCms.createProfile("sRGB"),
+                                                  outputMode="RGB" if image.mode == "CMYK" else None)
+        image = image.convert("RGBA")
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as e:    # what Pillow raises
         raise UserError(f"{path}: cannot be read as a picture ({str(e).splitlines()[0]})") from e
-    image = np.stack([image] * 3, axis=-1) if image.ndim == 2 else image[..., :3]
-    if image.ndim != 3 or image.shape[-1] != 3 or image.dtype != np.uint8:
-        raise UserError(f"{path}: is {image.dtype} of shape {image.shape}, expected a picture of 8 bits a channel")
-    return image[None]
-
-
-def fit(frames, height, width):
-    """(F,H,W,3) uint8 of any size -> (3,F,height,width) in [-1,1]: resized to cover, then cut at the centre."""
-    x = rearrange(torch.from_numpy(frames), "f h w c -> f c h w").float()
-    h, w = x.shape[2:]
-    scale = max(height / h, width / w)
-    size = max(height, round(h * scale)), max(width, round(w * scale))
-    if scale < 1:
-        x = nnf.interpolate(x, size, mode="area")          # the mean of the pixels that fall together: no aliasing
-    elif scale > 1:
-        x = nnf.interpolate(x, size, mode="bicubic").clamp(0, 255)
-    top, left = (x.shape[2] - height) // 2, (x.shape[3] - width) // 2
-    return rearrange(x[:, :, top:top + height, left:left + width], "f c h w -> c f h w") / 127.5 - 1
+    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    smaller = height < image.height and width < image.width
+    image = ImageOps.fit(image, (width, height), Image.Resampling.BOX if smaller else Image.Resampling.BICUBIC)
+    return from_uint8(np.array(image)[None])
 
 
 def to_uint8(video):
@@ -248,46 +329,41 @@ def write_video(path, frames, fps):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# A folder of videos with captions
+# A folder of videos or pictures with captions
 # ---------------------------------------------------------------------------------------------------------------------
 
-# Files that are videos or pictures by their names. Another name counts where a caption stands beside it.
-SUFFIXES = {
-    "video": ".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .ts .mts .m2ts .wmv .flv .ogv .3gp .gif".split(),
-    "picture": ".png .jpg .jpeg .webp .bmp .tif .tiff .gif .avif".split(),
-}
+# Names that promise a video or a picture. Any other file is taken for one where a caption stands beside it.
+SUFFIXES = {"video": ".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .ts .mts .m2ts .wmv .flv .ogv .3gp .gif".split(),
+            "picture": ".png .jpg .jpeg .webp .bmp .tif .tiff .gif .avif".split()}
+LISTS = ("video.txt", "prompt.txt", "metadata.jsonl", "metadata.csv")
 
 
 class Row(NamedTuple):
     """One row of a list of videos or pictures with captions."""
-    where: str                                             # list and row, for messages
     file: str                                              # relative to the folder of the list
     caption: str
-    extra: dict = {}                                       # other fields of the row, such as name and keep
-    fault: str = ""                                        # why the row cannot be used, as one line for the user
+    extra: dict                                            # its other fields, such as name and keep
+    fault: str                                             # why it cannot be used, in one line; else empty
+
+
+def make_row(where, file, caption, extra=None):
+    """A Row, with its fault where it has one; `where` names it in messages."""
+    fault = ""
+    for what, value in (("caption", caption), ("file name", file)):
+        if not isinstance(value, str):
+            fault = f"{where}: the {what} is {json.dumps(value):.60}, expected text"
+        elif wrong := re.search("[\0\ud800-\udfff]", value):
+            fault = f"{where}: character {wrong.start() + 1} of the {what} is {wrong[0]!a}, expected text in UTF-8"
+        elif what == "file name" and Path(value.strip()).name == "":
+            fault = f"{where}: the file name is {value!r}, expected one"
+    return Row(str(file).strip(), str(caption).strip(), extra or {}, fault)
 
 
 def read_lines(path):
-    """The lines of a UTF-8 file, with or without a byte order mark. Only \\n and \\r\\n end a line: Unicode has others,
-    which are part of a caption. A byte that is not UTF-8 becomes a surrogate, which `check_row` reports by its row."""
-    try:
-        text = path.read_bytes().decode("utf-8-sig", "surrogateescape")
-    except OSError as e:
-        raise UserError(f"{path}: cannot be read ({e.strerror})") from e
+    """The lines of a UTF-8 file, with or without a byte order mark. Only \\n or \\r\\n ends one: the others that Unicode
+    knows belong to the caption. A byte that is not UTF-8 becomes a surrogate, which `make_row` finds."""
+    text = path.read_bytes().decode("utf-8-sig", "surrogateescape")
     return text.replace("\r\n", "\n").removesuffix("\n").split("\n")
-
-
-def check_row(where, file, caption, extra={}):
-    """A Row, with its fault where it has one."""
-    fault = ""
-    for name, value in (("caption", caption), ("file name", file)):
-        if not isinstance(value, str):
-            fault = f"{where}: the {name} is {json.dumps(value):.60}, expected text"
-        elif wrong := re.search("[\0\ud800-\udfff]", value):
-            fault = f"{where}: the {name} is not UTF-8 text, character {wrong.start() + 1} is {wrong[0]!a}; save it as UTF-8"
-    if not fault and not file.strip():
-        fault = f"{where}: the file name is empty"
-    return Row(where, "", "", extra, fault) if fault else Row(where, file.strip(), caption.strip(), extra)
 
 
 def paired_rows(folder, files, prompts):
@@ -300,101 +376,77 @@ def paired_rows(folder, files, prompts):
         names.pop()
     if len(captions) < len(names) or "".join(captions[len(names):]).strip():
         raise UserError(f"{folder}: {files} has {len(names)} lines and {prompts} {len(captions)}; "
-                        "expected a caption a line for each")
-    rows = []
-    for number, (name, caption) in enumerate(zip(names, captions), start=1):
-        if name.strip() or caption.strip():
-            rows.append(check_row(f"{folder / files}, row {number}", name, caption))
-    return rows
-
-
-def jsonl_rows(path):
-    """metadata.jsonl: (row number, its fields) or (row number, what is wrong with it)."""
-    for number, line in enumerate(read_lines(path), start=1):
-        if line.strip():
-            try:
-                yield number, json.loads(line)
-            except (ValueError, RecursionError) as e:
-                yield number, f"is not JSON ({e})"
-
-
-def csv_rows(path):
-    """metadata.csv: (row number, its fields) or (row number, what is wrong with it)."""
-    columns, reader = [], csv.reader([line + "\n" for line in read_lines(path)], strict=True)
-    while True:
-        number = reader.line_num + 1
-        try:
-            cells = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as e:
-            yield f"{number} to {reader.line_num}", f"cannot be read ({e}); check the quotes"
-            continue
-        if not "".join(cells).strip():
-            continue
-        if not columns:
-            columns = [cell.strip() for cell in cells]
-            if not {"file_name", "text"} <= {*columns}:
-                raise UserError(f"{path}: has the columns {', '.join(columns)}, expected file_name and text")
-        elif len(cells) != len(columns):
-            yield number, (f"has {len(cells)} cells, expected {len(columns)} ({', '.join(columns)}); "
-                           "put a caption with commas in double quotes")
-        else:
-            yield number, dict(zip(columns, cells))
+                        "expected a caption for each")
+    return [make_row(f"{folder / files}, row {number}", name, caption)
+            for number, (name, caption) in enumerate(zip(names, captions), 1) if name.strip() or caption.strip()]
 
 
 def metadata_rows(path):
     """metadata.jsonl or metadata.csv with file_name and text: the layout of Hugging Face's video folders."""
-    rows = []
-    for number, fields in jsonl_rows(path) if path.suffix == ".jsonl" else csv_rows(path):
+    lines, rows, number = read_lines(path), [], 0
+    is_csv = path.suffix == ".csv"
+    if is_csv:
+        table = csv.DictReader([line + "\n" for line in lines], strict=True)
+    else:
+        table = map(json.loads, [line.strip() or "{}" for line in lines])
+    while True:
+        try:
+            fields, fault = next(table, None), ""
+        except (ValueError, csv.Error) as e:
+            fields, fault = {}, f"cannot be read ({e})"
+        if fields is None:
+            return rows
+        number = table.line_num if is_csv else number + 1
+        if is_csv and (None in fields or None in fields.values()):
+            fault = f"does not have the {len(table.fieldnames)} cells of the head; put a caption with commas in quotes"
+        elif fields and not {"file_name", "text"} <= {*fields}:
+            fault = f"has {[*fields]!r:.80}"
         where = f"{path}, row {number}"
-        if isinstance(fields, str):
-            rows.append(Row(where, "", "", fault=f"{where}: {fields}"))
-        elif not isinstance(fields, dict) or not {"file_name", "text"} <= {*fields}:
-            found = f"has the fields {', '.join(fields)}" if isinstance(fields, dict) else f"is {json.dumps(fields):.60}"
-            rows.append(Row(where, "", "", fault=f"{where}: {found}, expected file_name and text"))
-        else:
-            rows.append(check_row(where, fields.pop("file_name"), fields.pop("text"), fields))
-    return rows
+        if fault:
+            rows.append(Row("", "", {}, f"{where}: {fault}; expected file_name and text"))
+        elif "".join(map(str, fields.values())).strip():
+            rows.append(make_row(where, fields.pop("file_name"), fields.pop("text"), fields))
 
 
 def sidecar_rows(folder, what):
-    """A video or picture beside NAME.txt: those whose names end like one, and any other beside a caption."""
+    """NAME.mp4 beside NAME.txt."""
     files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
     captions = {path.stem: path for path in files if path.suffix.lower() == ".txt"}
-    known = {path.stem for path in files if path.suffix.lower() in SUFFIXES[what]}
+    typical = [path for path in files if path.suffix.lower() in SUFFIXES[what]]
+    stems = {path.stem for path in typical}
+    others = [path for path in files if path.stem in captions and path.stem not in stems and path not in captions.values()]
     rows = []
-    for path in files:
-        if path.suffix.lower() in SUFFIXES[what] or (path not in captions.values() and path.stem in captions
-                                                     and path.stem not in known):
-            if path.stem in captions:
-                rows.append(check_row(str(captions[path.stem]), path.name, "\n".join(read_lines(captions[path.stem]))))
-            else:
-                rows.append(Row(str(path), path.name, "", fault=f"{path}: has no caption; write one into "
-                                f"{path.with_suffix('.txt')} or into a list"))
+    for path in sorted(typical + others):
+        if path.stem in captions:
+            caption = captions[path.stem]
+            rows.append(make_row(caption, path.name, "\n".join(read_lines(caption))))
+        else:
+            rows.append(Row(path.name, "", {}, f"{path}: has no caption; write one into {path.with_suffix('.txt')}"))
     return rows
 
 
 def read_list(folder, files="video.txt", prompts="prompt.txt", what="video"):
-    """The Rows of a folder of videos or pictures (`what`) with captions, in a fixed order, whatever its form: a line a
-    sample in `files` and `prompts`; metadata.jsonl or metadata.csv with file_name and text; or NAME.mp4 beside NAME.txt.
+    """The Rows of a folder of videos or pictures (`what`) with captions, in a fixed order: a line a sample in `files`
+    and `prompts`; or metadata.jsonl or metadata.csv with file_name and text; or NAME.mp4 beside NAME.txt.
 
-    Raises UserError for a folder without rows. The fault of a single row is in its `fault`, for the caller to raise.
+    Raises UserError for a folder without rows; the fault of a single one is in its `fault`.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder")
-    lists = [folder / name for name in ("metadata.jsonl", "metadata.csv") if (folder / name).is_file()]
-    if (folder / files).is_file():
-        rows = paired_rows(folder, files, prompts)
-    elif lists:
-        rows = metadata_rows(lists[0])
-    else:
-        rows = sidecar_rows(folder, what)
+    try:
+        if (folder / files).is_file():
+            rows = paired_rows(folder, files, prompts)
+        elif (folder / "metadata.jsonl").is_file():
+            rows = metadata_rows(folder / "metadata.jsonl")
+        elif (folder / "metadata.csv").is_file():
+            rows = metadata_rows(folder / "metadata.csv")
+        else:
+            rows = sidecar_rows(folder, what)
+        found = sorted(path.name for path in folder.iterdir())[:9]
+    except OSError as e:
+        raise UserError(f"{e.filename}: cannot be read ({e.strerror})") from e
     if not rows:
-        found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
-        raise UserError(f"{folder}: holds no {what}s with captions, but {found}; expected a {what} beside NAME.txt, "
-                        f"metadata.jsonl, metadata.csv, or {files} and {prompts}")
+        raise UserError(f"{folder}: holds no {what}s with captions, only {', '.join(found) or 'nothing'}; expected "
+                        f"NAME.txt beside each {what}, {files} and {prompts}, metadata.jsonl or metadata.csv")
     return rows
 
 
@@ -404,41 +456,51 @@ class Clip(NamedTuple):
     video: Path
     caption: str
     image: Path | None = None                              # a first frame of its own, where the folder has one
-    negatives: tuple[Path, ...] = ()                       # generated videos, where the folder has them
-    fault: str = ""                                        # of its row in the list
+    negatives: tuple[Path, ...] = ()                       # generated videos, where they are asked for
+    fault: str = ""                                        # of its row
 
 
 def record_name(file):
-    """A plain name for the record of a file: its path without the suffix; where too long for a file, ended by a hash."""
+    """The name of a file's record: its path in one word, where too long for a file name ended by a hash."""
     path = Path(file)
     name = "_".join(part for part in path.with_suffix("").parts if part not in (path.anchor, ".."))
     raw = os.fsencode(name)
-    if len(raw) <= 200:                                    # of 255, less suffixes
-        return name
-    return f"{raw[:180].decode(errors='ignore')}-{hashlib.sha256(raw).hexdigest()[:16]}"
+    return name if len(raw) <= 200 else raw[:180].decode(errors="ignore") + hashlib.sha256(raw).hexdigest()[:20]
 
 
-def list_clips(folder):
-    """The clips of a folder in any of its three forms, in a fixed order, without those that a row's `keep` drops.
+def list_clips(folder, given_negatives=False):
+    """The clips of a folder, in a fixed order, without those that a row's `keep` drops. Prints what is not used.
 
     Raises UserError for a folder without clips, lists that do not fit, or two clips of one name.
     """
-    folder, clips, dropped = Path(folder), [], 0
+    folder, clips, dropped = Path(folder), [], set()
     images = {path.stem: path for path in sorted(folder.glob("first_frames/*"))}
     for row in read_list(folder):
+        video, negatives = folder / row.file, []
         if str(row.extra.get("keep", True)).lower() != "true":
-            dropped += 1
+            dropped.add(video)
             continue
+        if row.fault:
+            clips.append(Clip("", video, row.caption, fault=row.fault))
+            continue
+        if given_negatives:
+            found = sorted((folder / "negative_samples" / video.stem).glob("*"))
+            negatives = [path for path in found if path.suffix.lower() in SUFFIXES["video"]]
         name = record_name(row.file)
-        negatives = sorted((folder / "negative_samples" / Path(row.file).stem).glob("*.mp4"))
-        clips.append(Clip(name, folder / row.file, row.caption, images.get(name), tuple(negatives), row.fault))
-    if dropped:
-        print(f"{folder}: {dropped} clips are left out by their `keep`")
-    if not clips:
-        raise UserError(f"{folder}: no row of the list is kept")
-    for name, count in Counter(clip.name for clip in clips if not clip.fault).items():
+        clips.append(Clip(name, video, row.caption, images.get(name), tuple(negatives)))
+    for name, count in Counter(clip.name for clip in clips if clip.name).items():
         if count > 1:
             raise UserError(f"{folder}: {count} clips are named {name}; rename all but one")
+    if dropped:
+        say(f"{folder}: {len(dropped)} clips are not used, by their `keep`")
+    if not clips:
+        raise UserError(f"{folder}: no clip is left; none has a `keep` that is true")
+    used = dropped.union(*[(clip.video, clip.image, *clip.negatives) for clip in clips])
+    used |= {path.with_suffix(".txt") for path in used if path}
+    others = [path for path in folder.rglob("*") if path.is_file() and path not in used and path.name not in LISTS]
+    if others:
+        kinds = Counter(path.suffix.lower() for path in others).most_common(5)
+        say(f"{folder}: {len(others)} other files are not used ({', '.join(f'{n} {kind}' for kind, n in kinds)})")
     return clips
 
 
@@ -527,20 +589,18 @@ ASSETS = Path(__file__).parent / "assets"
 KEY = "VLM_API_KEY"                                        # the environment variable that holds the server's key
 
 
-@lru_cache(maxsize=64)                                     # a video is asked about four times
+@lru_cache(maxsize=64)                                     # the verdict asks about a video four times
 def frames_as_jpeg(video, count):
     """`count` frames of a whole clip, evenly spaced in time, or a picture: JPEG files of at most 768 pixels a side."""
-    with suppress(RuntimeError, OSError):
-        seconds = imageio_ffmpeg.count_frames_and_secs(str(video))[1]
-        filters = f"fps={count / max(seconds, 0.04)},scale='min(768,iw*sar)':'min(768,ih)'" \
-                  ":force_original_aspect_ratio=decrease"
-        made = subprocess.run([imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-v", "error", "-i", str(video), "-vf", filters,
-                               "-frames:v", str(count), "-c:v", "mjpeg", "-q:v", "3", "-f", "image2pipe", "-"],
-                              capture_output=True).stdout
-        start = b"\xff\xd8\xff"                           # of a JPEG; never inside one
-        if start in made:
-            return [start + rest for rest in made.split(start)[1:]]
-    raise UserError(f"{video}: cannot be read as a video or picture")
+    try:
+        seconds = max(0.04, count_frames_and_secs(str(video))[1])
+    except (RuntimeError, OSError) as e:
+        raise UserError(f"{video}: cannot be read as a video or picture") from e
+    size = "scale='min(768,iw*sar)':'min(768,ih)':force_original_aspect_ratio=decrease"
+    made = run_ffmpeg(video, "-map", "0:V:0", "-vf", f"setpts=PTS-STARTPTS,fps={count / seconds},{size}", "-frames:v",
+                      str(count), "-c:v", "mjpeg", "-q:v", "3", "-f", "image2pipe", "-")[0]
+    start = b"\xff\xd8\xff"                               # of a JPEG, and never inside one
+    return [start + rest for rest in made.split(start)[1:]]
 
 
 def connect(options):
@@ -585,12 +645,16 @@ def in_parallel(work, items, options):
 
 def read_rows(file, key, **asked):
     """{row[key]: row} of the JSON lines that an earlier call wrote, if any. Raises UserError where it `asked` another."""
-    rows = {}
-    for number, row in jsonl_rows(file) if file.is_file() else ():
-        if not isinstance(row, dict) or key not in row:
-            raise UserError(f"{file}, row {number}: is not one that this command wrote; give another --out")
+    rows, lines = {}, file.read_text(encoding="utf-8").split("\n") if file.is_file() else []
+    for number, line in enumerate(lines, start=1):
+        if not line:
+            continue
+        try:
+            row = json.loads(line)
+            rows[row[key]] = row
+        except (ValueError, TypeError, LookupError) as e:
+            raise UserError(f"{file}, row {number}: is not one that this command wrote; give another --out") from e
         check_metadata(file, {"fingerprint": {k: row.get(k) for k in asked}}, {"fingerprint": asked})
-        rows[row[key]] = row
     return rows
 
 
@@ -697,49 +761,64 @@ def clip_shape(options, folder):
     return shape
 
 
-def usable(clips, options, frames):
-    """The clips that can be decoded; the first that cannot stops the job, or with --skip-bad is listed and left out."""
-    good = []
-    for clip in tqdm(clips, desc="checking clips"):
-        try:
-            if clip.fault:
-                raise UserError(clip.fault)
-            if options.given_negatives and not clip.negatives:
-                raise UserError(f"{clip.video}: has no negatives; expected negative_samples/{clip.video.stem}/*.mp4")
-            for video in (clip.video, *(clip.negatives if options.given_negatives else ())):
-                read_frames(video, frames, options.fps)
-            good.append(clip)
-        except UserError as e:
-            if not options.skip_bad:
-                raise
-            tqdm.write(f"left out: {e}")
-    return good
+def check_clip(clip, usual, options, frames):
+    """Raise UserError for what can be wrong with a clip before its pictures are decoded."""
+    if clip.fault:
+        raise UserError(clip.fault)
+    if options.given_negatives and len(clip.negatives) != (usual or 1):
+        raise UserError(f"{clip.video}: has {len(clip.negatives)} negatives in negative_samples/{clip.video.stem}, "
+                        f"expected {usual or 'some'} as for most clips")
+    for video in (clip.video, *clip.negatives):
+        if read_video_header(video)[2] < (frames - 1) / options.fps:
+            read_video(video, frames, 16, 16, options.fps)              # whose word counts: a header may be wrong
 
 
-def encode_clip(clip, vae, shape, options, device):
+def read_clip(clip, shape, options):
+    """The pixels of a clip in [-1,1]: its video (3,F,H,W), first frame (3,1,H,W), and negatives (3,F,H,W)."""
+    video = read_video(clip.video, *shape, options.fps)
+    image = read_image(clip.image, *shape[1:]) if clip.image else video[:, :1]
+    return video, image, [read_video(negative, *shape, options.fps) for negative in clip.negatives]
+
+
+def read_ahead(clips, read, left_out, options):
+    """(clip, read(clip)) in their order, a few of them read ahead in threads. The first that raises UserError stops
+    the job; with --skip-bad its message goes to the list `left_out` instead."""
+    with ThreadPoolExecutor(READERS) as pool:
+        waiting = deque()
+        for i, clip in enumerate(clips):
+            waiting.extend(pool.submit(read, clip) for clip in clips[i + len(waiting):i + READERS])
+            try:
+                result = waiting.popleft().result()
+            except UserError as e:
+                if not options.skip_bad:
+                    raise
+                tqdm.write(f"left out: {e}")
+                left_out.append(str(e))
+                continue
+            yield clip, result
+
+
+def encode_clip(clip, pixels, vae, options, device):
     """Tensors of one record, without the text; and the negatives', where the folder brings them."""
-    frames, size = shape[0], shape[1:]
-    encode = lambda video, *key: vae.encode(video[None].to(device),
-                                            generator("posterior", options.seed, clip.name, *key))[0].bfloat16()
-    video = fit(read_frames(clip.video, frames, options.fps), *size)                    # (3,F,H,W)
-    image = fit(read_image(clip.image), *size) if clip.image else video[:, :1]          # (3,1,H,W)
+    def encode(video, *key):
+        return vae.encode(video[None].to(device), generator("posterior", options.seed, clip.name, *key))[0].bfloat16()
+
+    video, image, negatives = pixels
     record = {"win": encode(video, "win"), "image": encode(image, "image")}
     if options.image_noise:
         rng = generator("image noise", options.seed, clip.name)
         sigma = (torch.randn(options.image_noise, generator=rng) * 0.5 - 3).exp()  # the authors' σ, in pixels of [-1,1]
         noised = [image + s * torch.randn(image.shape, generator=rng) for s in sigma]
         record["noised"] = torch.stack([encode(x, "noised", k) for k, x in enumerate(noised)])
-    lose = [encode(fit(read_frames(v, frames, options.fps), *size), "lose", k)
-            for k, v in enumerate(clip.negatives)] if options.given_negatives else []
-    return record, lose
+    return record, [encode(negative, "lose", k) for k, negative in enumerate(negatives)]
 
 
 def encode_captions(clips, folder, out, device, dtype):
-    """{caption: embedding (L,D), bf16} of the clips, and the empty caption's beside the records."""
+    """{caption: embedding (L,D), bf16} of the clips; the empty caption's is written beside the records."""
     encode_text = load_text_encoder(folder, device, dtype)
     texts = [*dict.fromkeys(clip.caption for clip in clips), ""]
     embeddings = {text: encode_text([text])[0].bfloat16().cpu() for text in tqdm(texts, desc="encoding captions")}
-    write_tensors(out / "empty.safetensors", {"text": embeddings[""]})
+    write_tensors(out / "empty.safetensors", {"text": embeddings[""]}, model=folder)
     return embeddings
 
 
@@ -762,33 +841,42 @@ def main(options):
         raise UserError("--videos is missing: the folder of clips with captions")
     if options.curate:
         return curate(options)
-    listed = list_clips(options.videos)
-    usable([clip for clip in listed if clip.fault], options, 0)
-    clips = {clip.name: clip for clip in listed if not clip.fault}
+    clips = list_clips(options.videos, options.given_negatives)
     folder = resolve(options.model, "transformer/config.json", "vae", "text_encoder", "tokenizer")
-    out = Path(options.out)
-    shape = clip_shape(options, folder)
+    out, shape = Path(options.out), clip_shape(options, folder)
     made_by = dict(vae=digest(folder / "vae"), text_encoder=digest(folder / "text_encoder"),
                    frames=shape[0], height=shape[1], width=shape[2],
                    fps=options.fps, image_noise=options.image_noise, given_negatives=options.given_negatives,
                    seed=options.seed)
-    expected = {name: dict(fingerprint=made_by, caption=clip.caption, source=str(clip.video))
-                for name, clip in list(clips.items())[rank::world]}
-    todo = usable([clips[name] for name in missing(expected, out / "win")], options, shape[0])
-    if todo or not (out / "empty.safetensors").is_file():
-        embeddings = encode_captions(todo, folder, out, device, dtype)      # then that network is gone: one at a time
-    if todo:
+    usual = mode([len(clip.negatives) for clip in clips if not clip.fault] or [0])
+    clips = clips[rank::world]
+    expected = {clip.name: dict(fingerprint=made_by, caption=clip.caption, source=str(clip.video))
+                for clip in clips if not clip.fault}
+    todo = {*missing(expected, out / "win")}
+    clips = [clip for clip in clips if clip.fault or clip.name in todo]
+    left_out = []
+    check = partial(check_clip, usual=usual, options=options, frames=shape[0])
+    checked = tqdm(read_ahead(clips, check, left_out, options), "checking clips", len(clips), disable=rank > 0)
+    clips = [clip for clip, _ in checked]
+    if clips or not (out / "empty.safetensors").is_file():
+        embeddings = encode_captions(clips, folder, out, device, dtype)     # then that network is gone: one at a time
+    if clips:
         vae = load_vae(folder, device, dtype)
-    for clip in tqdm(todo, desc="encoding clips", disable=rank > 0):
-        record, lose = encode_clip(clip, vae, shape, options, device)
+    decoded = read_ahead(clips, partial(read_clip, shape=shape, options=options), left_out, options)
+    for clip, pixels in tqdm(decoded, "encoding clips", len(clips), disable=rank > 0):
+        record, lose = encode_clip(clip, pixels, vae, options, device)
         if lose:
-            write_tensors(out / "lose" / f"{clip.name}.safetensors", {"lose": torch.stack(lose)},
+            write_tensors(out / "lose" / f"{clip.name}.safetensors", {"lose": torch.stack(lose)}, model=folder,
                           fingerprint={"given": len(lose)})
         write_tensors(out / "win" / f"{clip.name}.safetensors", {**record, "text": embeddings[clip.caption]},
-                      **expected[clip.name])
-    if rank == 0:
-        print(f"{len(list((out / 'win').glob('*.safetensors')))} clips in {out}/win; next: python "
-              f"{'train' if options.given_negatives else 'sample'}.py --model {options.model} --data {out}")
+                      model=folder, **expected[clip.name])
+    if left_out:
+        file = out / f"left_out_{rank}.txt"
+        with whole_file(file) as part:
+            part.write_text("".join(f"{reason}\n" for reason in left_out), errors="replace")
+        print(f"{len(left_out)} clips left out; {file} says why")
+    say(f"{len(list((out / 'win').glob('*.safetensors')))} clips in {out}/win; next: python "
+        f"{'train' if options.given_negatives else 'sample'}.py --model {options.model} --data {out}")
 
 
 if __name__ == "__main__":

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import (ASSETS, KEY, SUFFIXES, Records, ask, check_metadata, clip_shape, command, connect, digest, fit,
-                  frames_as_jpeg, generator, in_parallel, missing, option, read_frames, read_image, read_list, read_rows,
+from data import (ASSETS, KEY, SUFFIXES, Records, ask, check_metadata, clip_shape, command, connect, digest,
+                  frames_as_jpeg, generator, in_parallel, missing, option, read_image, read_list, read_rows, read_video,
                   this_process, to_uint8, whole_file, write_page, write_rows, write_tensors, write_video)
 from model import UserError, load_dit, load_text_encoder, load_vae, resolve
 from realdpo import Condition, sample
@@ -92,7 +92,7 @@ def negatives(options):
     for name in tqdm(todo, desc="sampling negatives", disable=process.rank > 0):
         lose = generate(denoiser, records[records.names.index(name)], empty, options, process.device,
                         "negative", options.seed, name, count=options.negatives, progress=False)
-        write_tensors(f"{options.data}/lose/{name}.safetensors", {"lose": lose.bfloat16()}, **made_by)
+        write_tensors(f"{options.data}/lose/{name}.safetensors", {"lose": lose.bfloat16()}, model=folder, **made_by)
     if process.rank == 0:
         print(f"{len(records)} × {options.negatives} negatives in {options.data}/lose; "
               f"next: python train.py --model {options.model} --data {options.data}")
@@ -108,7 +108,7 @@ class Prompt(NamedTuple):
 def first_frame(path, height, width):
     """A picture, or the first frame of a clip: (3,1,height,width)."""
     is_clip = path.suffix.lower() in SUFFIXES["video"] and path.suffix.lower() not in SUFFIXES["picture"]
-    return fit(read_frames(path, 1, 1) if is_clip else read_image(path), height, width)
+    return read_video(path, 1, height, width, 1) if is_clip else read_image(path, height, width)
 
 
 def film(options, shots):

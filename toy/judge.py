@@ -101,7 +101,7 @@ def codec():
     vae = model.load_vae("tiny")
 
     def reconstruct(videos):
-        clips = torch.stack([data.fit(video, *video.shape[1:3]) for video in videos])
+        clips = torch.stack([data.from_uint8(video) for video in videos])
         return np.stack([data.to_uint8(video) for video in vae.decode(vae.encode(clips))])
 
     return reconstruct

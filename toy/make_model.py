@@ -122,7 +122,7 @@ def make_vae(folder, steps):
     """A small CogVideoX autoencoder, trained on clean and imperfect figures alike."""
     torch.manual_seed(0)
     vae, config = model.VAE(TINY_VAE), dict(TINY_VAE)
-    clips = torch.stack([data.fit(corpus_clip(i, i % 2)[0], 32, 32) for i in tqdm(range(2048), desc="drawing figures")])
+    clips = torch.stack([data.from_uint8(corpus_clip(i, i % 2)[0]) for i in tqdm(range(2048), desc="drawing figures")])
 
     def reconstruct(video, noise):
         mean, std = vae.posterior(video)
@@ -137,7 +137,7 @@ def make_vae(folder, steps):
 
     optimize(vae.parameters(), loss, steps, 3e-3, folder / "autoencoder.safetensors")
     with torch.no_grad():
-        held_out = torch.stack([data.fit(toy_video(world_of(0, "held-out"), i)[0], 32, 32) for i in range(32)])
+        held_out = torch.stack([data.from_uint8(toy_video(world_of(0, "held-out"), i)[0]) for i in range(32)])
         output, mean, _ = reconstruct(held_out, torch.zeros_like)
     config["scaling_factor"] = round(1 / mean.std().item(), 6)
     error = (output.clamp(-1, 1) - held_out).square().mean().item() / 4
@@ -155,7 +155,7 @@ def make_base(folder, steps, seed=0, imperfect=True, clips=4096, unseen=128):
     empty, samples = encode_text([""])[0], []
     for first in tqdm(range(0, clips + unseen, 16), desc="encoding the corpus"):
         drawn, rng = [corpus_clip(first + i, imperfect, seed) for i in range(16)], generator("corpus", seed, first)
-        video = torch.stack([data.fit(frames, 32, 32) for frames, _ in drawn])
+        video = torch.stack([data.from_uint8(frames) for frames, _ in drawn])
         samples.append((vae.encode(video, rng), vae.encode(video[:, :, :1], rng), encode_text([c for _, c in drawn])))
     win, image, text = (torch.cat(x) for x in zip(*samples))
     torch.manual_seed(seed)

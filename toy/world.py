@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from data import fit, read_frames, to_uint8, whole_file, write_video
+from data import read_video, to_uint8, whole_file, write_video
 
 # Figures that the base saw, that it is aligned with, that judge the result, and that choose a learning rate before.
 KINDS = ("corpus", "real", "held-out", "validation")
@@ -151,7 +151,7 @@ def write_toy_video(path, video):
 
 def read_toy_video(path, frames=17, size=32):
     """A clip from an mp4 of any size: (F,H,W,3) uint8."""
-    return to_uint8(fit(read_frames(path, frames, FPS), size, size))
+    return to_uint8(read_video(path, frames, size, size, FPS))
 
 
 def write_toy_videos(folder, count, seed, strength=0.0, frames=17, size=32):
