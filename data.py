@@ -603,42 +603,38 @@ def frames_as_jpeg(video, count):
     return [start + rest for rest in made.split(start)[1:]]
 
 
-def connect(options):
-    """A client of the server at --endpoint. A key is always given: else the client would send the user's hub token."""
-    if not options.endpoint.startswith(("http://", "https://")) or not options.vlm:
-        raise UserError(f"--endpoint {options.endpoint} --vlm {options.vlm}: expected the http:// address of an "
-                        "OpenAI-compatible server, such as http://localhost:8000/v1, and the name of a model there")
-    return InferenceClient(base_url=options.endpoint, api_key=os.environ.get(KEY) or "none", timeout=options.timeout)
-
-
-def ask(client, options, text, images, read):
-    """The model's answers to a text with JPEG images: one, or two where `read` makes None of the first.
+def ask(options, text, images, read):
+    """The answers of --vlm to a text with JPEG images: one, or two where `read` makes None of the first.
 
     Raises UserError, with the address, where the server is absent, silent or answers with an error three times.
     """
-    content, answers, tries = [{"type": "text", "text": text}], [], 0
-    for image in images:
-        url = "data:image/jpeg;base64," + base64.b64encode(image).decode()
-        content.insert(-1, {"type": "image_url", "image_url": {"url": url}})
+    if not options.endpoint.startswith("http") or not options.vlm:
+        raise UserError(f"--endpoint {options.endpoint} --vlm {options.vlm}: expected the address of an OpenAI-compatible "
+                        "server, such as http://localhost:8000/v1, and the name of a model there")
+    # With a key of its own, if only a made-up one: else the client would send the user's hub token.
+    client = InferenceClient(base_url=options.endpoint, api_key=os.environ.get(KEY) or "none", timeout=options.timeout)
+    urls = ["data:image/jpeg;base64," + base64.b64encode(image).decode() for image in images]
+    content = [*({"type": "image_url", "image_url": {"url": url}} for url in urls), {"type": "text", "text": text}]
+    answers, failures = [], 0
     while not answers or len(answers) < 2 and read(answers[-1]) is None:
         try:
-            found = client.chat_completion([{"role": "user", "content": content}], model=options.vlm, max_tokens=1000,
-                                           temperature=0.7 * len(answers))
-            answers.append(found.choices[0].message.content or "")
+            reply = client.chat_completion([{"role": "user", "content": content}], model=options.vlm, max_tokens=1000,
+                                           temperature=0.7 * len(answers))     # the second answer may differ
+            answers.append(reply.choices[0].message.content or "")
         except (HTTPError, OSError, ValueError, LookupError, TypeError, AttributeError) as e:
-            tries += 1
-            status, reason = None, f"{type(e).__name__}: {e}"
+            failures, reason, final = failures + 1, f"{type(e).__name__}: {e}", False
             if isinstance(e, HfHubHTTPError):
-                status, reason = e.response.status_code, f"{e.response.status_code} {e.response.text or e}"
-            if tries == 3 or status in (400, 401, 403, 404, 413, 422):         # what another try would not change
+                reason = f"{e.response.status_code} {e.response.text or e}"
+                final = e.response.status_code in (400, 401, 403, 404, 413, 422)       # another try would not help
+            if final or failures == 3:
                 raise UserError(f"{options.endpoint}: {' '.join(reason.split()):.300}; "
                                 "what was answered is kept, the same command goes on from here") from e
-            time.sleep(5 ** tries)
+            time.sleep(failures ** 2)
     return answers
 
 
 def in_parallel(work, items, options):
-    """Yield work(item) for every item, in the order in which they come, --parallel at a time."""
+    """Yield work(item) of every item as it is done, --parallel at a time."""
     with ThreadPool(max(1, options.parallel)) as pool:
         yield from tqdm(pool.imap_unordered(work, items), desc=f"asking {options.vlm}", total=len(items))
 
@@ -678,21 +674,26 @@ def read_judgement(answer):
     """(keep, reason, caption) in an answer to assets/curate.txt, or None where it is not what that asks for."""
     try:
         found = json.loads(answer[answer.index("{"):answer.rindex("}") + 1])
-        failed = [name for name in CHECKS if {"yes": False, "no": True}[found[name].lower()]]
-        caption, reason = found["description"].strip(), found["reason"].strip()
+        verdicts, reason, caption = [found[name].lower() for name in CHECKS], found["reason"], found["description"].strip()
     except (ValueError, KeyError, TypeError, AttributeError):
         return None
-    return (not failed, f"not {', '.join(failed)}: {reason}" if failed else "", caption) if failed or caption else None
+    failed = ", ".join(name for name, verdict in zip(CHECKS, verdicts) if verdict == "no")
+    if not {*verdicts} <= {"yes", "no"} or not failed and not caption:
+        return None
+    return not failed, f"not {failed}: {reason}" if failed else "", caption
 
 
 def curate(options):
     """Sec. 4.1: a model judges and describes every clip in or below a folder. OUT/metadata.jsonl gets a row for each,
     with keep true, false, or null where the answer could not be read; OUT/inspect.html shows them to a person."""
-    out, asked, client = Path(options.out).resolve(), {"theme": options.theme, "vlm": options.vlm}, connect(options)
-    rows, clips = read_rows(out / "metadata.jsonl", "file_name", **asked), {}
+    out, asked, clips = Path(options.out).resolve(), {"theme": options.theme, "vlm": options.vlm}, {}
     for path in sorted(Path(options.videos).resolve().rglob("[!.]*")):
         if path.suffix.lower() in SUFFIXES["video"]:
             clips[Path(os.path.relpath(path, out)).as_posix()] = path
+    if not clips or not options.theme:
+        raise UserError(f"--videos {options.videos} --theme {options.theme}: expected a folder with videos in or below it, "
+                        "and what they are to show")
+    rows = read_rows(out / "metadata.jsonl", "file_name", **asked)
     text = (ASSETS / "curate.txt").read_text(encoding="utf-8").format(theme=options.theme)
 
     def judge(name):
@@ -700,7 +701,7 @@ def curate(options):
             images = frames_as_jpeg(clips[name], 8)
         except UserError as e:
             return dict(file_name=name, text="", keep=False, reason=str(e), **asked)
-        answer = ask(client, options, text, images, read_judgement)[-1]
+        answer = ask(options, text, images, read_judgement)[-1]
         keep, reason, caption = read_judgement(answer) or (None, f"cannot read the answer: {answer:.300}", "")
         return dict(file_name=name, text=caption, keep=keep, reason=reason, **asked)
 
@@ -711,7 +712,7 @@ def curate(options):
     finally:
         write_page("inspect.html", out / "inspect.html", list(rows.values()))
     kept = Counter(row.get("keep", True) for row in rows.values())
-    print(f"{kept[True]} clips kept, {kept[False]} dropped, {kept[None]} undecided: look at them in {options.out}/inspect.html, "
+    print(f"{kept[True]} clips kept, {kept[False]} dropped, {kept[None]} undecided: see {options.out}/inspect.html, "
           f"move what it saves to {options.out}/metadata.jsonl, then: python data.py --videos {options.out}")
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import (ASSETS, KEY, SUFFIXES, Records, ask, check_metadata, clip_shape, command, connect, digest,
+from data import (ASSETS, KEY, SUFFIXES, Records, ask, check_metadata, clip_shape, command, digest,
                   frames_as_jpeg, generator, in_parallel, missing, option, read_image, read_list, read_rows, read_video,
                   this_process, to_uint8, whole_file, write_page, write_rows, write_tensors, write_video)
 from model import UserError, load_dit, load_text_encoder, load_vae, resolve
@@ -325,7 +325,7 @@ def read_scores(answer):
 
 def ask_verdicts(options, file):
     """The model's answers about each dimension of every video, rows of `file`: those that are there, else it is asked."""
-    prompts, client, jobs = read_bench(options.bench), connect(options), {}
+    prompts, jobs = read_bench(options.bench), {}
     template, *sections = (ASSETS / "verdict.txt").read_text(encoding="utf-8").split("\n# ")
     for method, videos in read_methods(options.verdict, prompts).items():
         for prompt, video in zip(prompts, videos):
@@ -339,7 +339,7 @@ def ask_verdicts(options, file):
     def judge(about):
         row, text, image, video = jobs[about]
         pictures = [*frames_as_jpeg(image, 1), *frames_as_jpeg(video, 8)]
-        return dict(about=about, **row, answers=ask(client, options, text, pictures, read_scores))
+        return dict(about=about, **row, answers=ask(options, text, pictures, read_scores))
 
     rows = read_rows(file, "about", vlm=options.vlm)
     for row in in_parallel(judge, [about for about in jobs if about not in rows], options):
