@@ -152,7 +152,7 @@ def read_bench(folder):
     folder, prompts = Path(folder), {}
     lists = [path.name for path in folder.glob("*.txt") if path.name not in ("images.txt", "videos.txt")]
     for row in read_list(folder, "images.txt", lists[0] if len(lists) == 1 else "prompts.txt", what="picture"):
-        name = row.extra.get("name") or Path(row.file).stem
+        name = str(row.extra.get("name") or Path(row.file).stem)
         if row.fault or not (folder / row.file).is_file():
             raise UserError(row.fault or f"{row.where}: {folder / row.file} is not there")
         if name in prompts or "/" in name:
@@ -270,17 +270,6 @@ def read_answers(file, key):
     return rater, ratings
 
 
-def with_interval(values):
-    """The mean of values (raters, prompts) from 0 to 1 and, if both are drawn again, 95 % of such means: in per cent."""
-    if values.size == 0:
-        return "–"
-    rng, means = np.random.default_rng(0), []
-    for _ in range(2000):
-        raters, prompts = (rng.integers(size, size=size) for size in values.shape)
-        means.append(values[raters][:, prompts].mean())
-    return "{:.2f} [{:.1f}, {:.1f}]".format(*(100 * x for x in (values.mean(), *np.percentile(means, (2.5, 97.5)))))
-
-
 def agreement(ratings):
     """Krippendorff's alpha of ratings (raters, videos) on an interval scale: 1 perfect, 0 by chance."""
     if len(ratings) < 2 or ratings.var() == 0:
@@ -288,32 +277,43 @@ def agreement(ratings):
     return 1 - ratings.var(axis=0, ddof=1).mean() / ratings.var(ddof=1)
 
 
-def print_table(*rows):
-    """A Markdown table."""
-    for row in [rows[0], ["---"] * len(rows[0]), *rows[1:]]:
-        print(f"| {' | '.join(row)} |")
+def print_table(title, table):
+    """Markdown of {row: {column: values (raters, prompts) from 0 to 1}}: the means in per cent and, in brackets, what
+    holds 95 % of such means if raters and prompts are drawn again (bootstrap)."""
+    columns = list(next(iter(table.values())))
+    print(f"| {' | '.join([title, *columns])} |\n|{' --- |' * (len(columns) + 1)}")
+    for name, cells in table.items():
+        texts = [name]
+        for values in cells.values():
+            rng, means = np.random.default_rng(0), []
+            for _ in range(2000 if values.size else 0):
+                raters, prompts = (rng.integers(size, size=size) for size in values.shape)
+                means.append(100 * values[raters][:, prompts].mean())
+            low, high = np.percentile(means, (2.5, 97.5)) if means else (np.nan, np.nan)
+            texts.append(f"{100 * values.mean():.2f} [{low:.1f}, {high:.1f}]" if means else "–")
+        print(f"| {' | '.join(texts)} |")
+    print()
 
 
 def tally(options):
     """Table 1 of the paper from raters' answers: ratings in per cent of the highest, and comparisons won."""
-    key, raters, ratings, won = read_key(Path(f"{options.out or 'study'}-key.json")), {}, {}, {}
+    key, raters, ratings, rated, won = read_key(Path(f"{options.out or 'study'}-key.json")), {}, {}, {}, {}
     for file in options.tally:
         rater, answers = read_answers(file, key)
         if rater in raters:
             raise UserError(f"{file}: {rater} has answered in an earlier file, too; give one of the two")
         raters[rater] = answers
-    for method, clips in key["clips"].items():                                 # (raters, prompts, 5)
+    for method, clips in key["clips"].items():
         ratings[method] = np.array([[answers[clip] for clip in clips] for answers in raters.values()])
-    for method, mine in ratings.items():
-        won[method] = [with_interval((np.sign(mine - theirs)[..., -1] + 1) / 2) for theirs in ratings.values()]
-    columns = range(len(STUDY))
-    print_table(["rating, % of the highest", *STUDY],
-                *([method, *(with_interval(mine[..., d] / 5) for d in columns)] for method, mine in ratings.items()))
-    print_table(["overall quality, % won against", *ratings], *([method, *cells] for method, cells in won.items()))
-    together = np.concatenate(list(ratings.values()), axis=1)
-    alphas = ", ".join(f"{name} {agreement(together[..., d]):.2f}" for d, name in enumerate(STUDY))
-    print(f"{len(raters)} raters, {len(clips)} prompts; a tie is half won; in brackets 95 % over raters and prompts; "
-          f"agreement (Krippendorff's alpha, interval scale): {alphas}")
+    for method, mine in ratings.items():                                       # (raters, prompts, 5)
+        rated[method] = {name: mine[..., d] / 5 for d, name in enumerate(STUDY)}
+        won[method] = {other: (np.sign(mine - theirs)[..., -1] + 1) / 2 for other, theirs in ratings.items()}
+    print_table("rating, % of the highest", rated)
+    print_table("overall quality, % won against (ties half)", won)
+    videos = np.concatenate(list(ratings.values()), axis=1)                    # (raters, all videos, 5)
+    alphas = [f"{name} {agreement(videos[..., d]):.2f}" for d, name in enumerate(STUDY)]
+    print(f"{len(raters)} raters, {len(clips)} prompts, 95 % intervals over both in brackets; agreement of the raters "
+          f"(Krippendorff's alpha, interval scale): {', '.join(alphas)}")
 
 
 def read_scores(answer):
@@ -362,9 +362,9 @@ def verdict(options):
             unreadable.append(f"{row['method']}/{row['name']} {row['dimension']}")
     for columns in table.values():
         for dimension, column in columns.items():
-            columns[dimension] = with_interval(np.array([column]))
-    print_table(["score, % of the highest", *columns], *([method, *cells.values()] for method, cells in table.items()))
-    print(f"by {row['vlm']}; in brackets 95 % over prompts; every answer is in {file}")
+            columns[dimension] = np.array([column])                            # (1, prompts)
+    print_table("score, % of the highest", table)
+    print(f"by {row['vlm']}; 95 % intervals over prompts in brackets; every answer is in {file}")
     if unreadable:
         print(f"left out, twice without five numbers from 0 to 10: {', '.join(unreadable)}")
 

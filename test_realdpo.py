@@ -1431,12 +1431,14 @@ def test_agreement_is_krippendorffs_alpha():
     assert sample.agreement(ratings) == pytest.approx(1 - within / among)
 
 
-def test_intervals_come_from_both_raters_and_prompts():
+def test_intervals_come_from_both_raters_and_prompts(capsys):
     rng = np.random.default_rng(0)
     raters, prompts = rng.normal(size=(100, 1)) / 10, rng.normal(size=(1, 25)) / 10
-    found = re.fullmatch(r"(\S+) \[(\S+), (\S+)\]", sample.with_interval(0.5 + raters + prompts))
+    sample.print_table("", {"row": {"column": 0.5 + raters + prompts, "nothing": np.zeros((1, 0))}})
+    found = re.search(r"\| row \| (\S+) \[(\S+), (\S+)\] \| – \|", capsys.readouterr().out)
     mean, low, high = map(float, found.groups())
-    assert (high - low) / 2 == pytest.approx(196 * 0.1 * (1 / 100 + 1 / 25) ** 0.5, rel=0.25) and low < mean < high
+    assert mean == pytest.approx(100 * (0.5 + raters.mean() + prompts.mean()), abs=0.005) and low < mean < high
+    assert (high - low) / 2 == pytest.approx(196 * 0.1 * (1 / 100 + 1 / 25) ** 0.5, rel=0.25)
 
 
 # ---- A server that speaks the protocol, and does what a test tells it to
