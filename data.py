@@ -609,8 +609,8 @@ def ask(options, text, images, read):
     Raises UserError, with the address, where the server is absent, silent or answers with an error three times.
     """
     if not options.endpoint.startswith("http") or not options.vlm:
-        raise UserError(f"--endpoint {options.endpoint} --vlm {options.vlm}: expected the address of an OpenAI-compatible "
-                        "server, such as http://localhost:8000/v1, and the name of a model there")
+        raise UserError(f"--endpoint {options.endpoint} --vlm {options.vlm}: expected the address of an OpenAI-"
+                        "compatible server, such as http://localhost:8000/v1, and the name of a model there")
     # With a key of its own, if only a made-up one: else the client would send the user's hub token.
     client = InferenceClient(base_url=options.endpoint, api_key=os.environ.get(KEY) or "none", timeout=options.timeout)
     urls = ["data:image/jpeg;base64," + base64.b64encode(image).decode() for image in images]
@@ -635,12 +635,12 @@ def ask(options, text, images, read):
 
 def in_parallel(work, items, options):
     """Yield work(item) of every item as it is done, --parallel at a time."""
-    with ThreadPool(max(1, options.parallel)) as pool:
+    with ThreadPool(max(1, options.parallel)) as pool:      # its threads do not outlive an interruption
         yield from tqdm(pool.imap_unordered(work, items), desc=f"asking {options.vlm}", total=len(items))
 
 
 def read_rows(file, key, **asked):
-    """{row[key]: row} of the JSON lines that an earlier call wrote, if any. Raises UserError where it `asked` another."""
+    """{row[key]: row} of the JSON lines that an earlier call wrote, if any. Raises UserError if it `asked` another."""
     rows, lines = {}, file.read_text(encoding="utf-8").split("\n") if file.is_file() else []
     for number, line in enumerate(lines, start=1):
         if not line:
@@ -674,7 +674,8 @@ def read_judgement(answer):
     """(keep, reason, caption) in an answer to assets/curate.txt, or None where it is not what that asks for."""
     try:
         found = json.loads(answer[answer.index("{"):answer.rindex("}") + 1])
-        verdicts, reason, caption = [found[name].lower() for name in CHECKS], found["reason"], found["description"].strip()
+        verdicts, reason = [found[name].lower() for name in CHECKS], found["reason"]
+        caption = found["description"].strip()
     except (ValueError, KeyError, TypeError, AttributeError):
         return None
     failed = ", ".join(name for name, verdict in zip(CHECKS, verdicts) if verdict == "no")
@@ -691,8 +692,8 @@ def curate(options):
         if path.suffix.lower() in SUFFIXES["video"]:
             clips[Path(os.path.relpath(path, out)).as_posix()] = path
     if not clips or not options.theme:
-        raise UserError(f"--videos {options.videos} --theme {options.theme}: expected a folder with videos in or below it, "
-                        "and what they are to show")
+        raise UserError(f"--videos {options.videos} --theme {options.theme}: expected a folder with videos in or below "
+                        "it, and what they are to show")
     rows = read_rows(out / "metadata.jsonl", "file_name", **asked)
     text = (ASSETS / "curate.txt").read_text(encoding="utf-8").format(theme=options.theme)
 

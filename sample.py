@@ -1,12 +1,13 @@
-"""Videos out: one picture and one sentence become an mp4; every record of a cache gets its offline negatives; a bench of
-pictures becomes a folder of mp4s, which people rate on a page of their own and a language model by 20 questions.
+"""Videos out: one picture and one sentence become an mp4, every record of a cache gets its offline negatives, and a
+bench of pictures becomes a folder of mp4s, which people and a language model compare with other methods' ones.
 
     python sample.py --image first.png --prompt "a figure waves its left arm slowly" --out video.mp4
     python sample.py --data CACHE                                      (torchrun --nproc_per_node 8 sample.py … as well)
-    python sample.py --bench BENCH --out videos/NAME                   (torchrun as well)
+    python sample.py --bench BENCH --out videos/METHOD                 (torchrun as well)
+    python sample.py --study videos --bench BENCH, then --tally answers/*.json; or --verdict videos --bench BENCH …
 
-MODEL is a model folder, a hub id, or the --out folder of a training run. BENCH is a folder of pictures with captions, in
-any of the three forms of data.py's folders. The text encoder, the largest network, leaves before the transformer comes.
+MODEL is a model folder, a hub id, or the --out folder of a training run. BENCH is a folder of pictures with captions
+in any of data.py's three forms. The text encoder, the largest network, leaves before the transformer comes.
 """
 import hashlib, json, re, secrets
 from dataclasses import dataclass
@@ -17,9 +18,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import (ASSETS, KEY, SUFFIXES, Records, ask, check_metadata, clip_shape, command, digest,
-                  frames_as_jpeg, generator, in_parallel, missing, option, read_image, read_list, read_rows, read_video,
-                  this_process, to_uint8, whole_file, write_page, write_rows, write_tensors, write_video)
+from data import (ASSETS, KEY, SUFFIXES, Records, ask, check_metadata, clip_shape, command, digest, frames_as_jpeg,
+                  generator, in_parallel, missing, option, read_image, read_list, read_rows, read_video, this_process,
+                  to_uint8, whole_file, write_page, write_rows, write_tensors, write_video)
 from model import UserError, load_dit, load_text_encoder, load_vae, resolve
 from realdpo import Condition, sample
 
@@ -116,7 +117,7 @@ def film(options, shots):
     model, process = options.model, this_process()
     device, dtype = process.device, process.dtype
     frames, height, width = clip_shape(options, resolve(model, "transformer/config.json", "vae/config.json"))
-    images = {prompt.image: first_frame(prompt.image, height, width) for prompt, _, _ in shots}    # fails early
+    images = {prompt.image: first_frame(prompt.image, height, width) for prompt, _, _ in shots}    # all, to fail early
     encode_text = load_text_encoder(model, device, dtype)
     texts = {text: encode_text([text])[0] for text in {"", *(prompt.caption for prompt, _, _ in shots)}}
     del encode_text
@@ -202,18 +203,18 @@ STUDY = "visual alignment", "text alignment", "motion quality", "human quality",
 
 
 def read_methods(folder, prompts):
-    """{method: the first video of every prompt} of a folder with a folder a method. Raises UserError where one lacks."""
+    """{method: the first video of every prompt} of a folder with a folder a method. Raises UserError if one lacks."""
     methods = {}
     for path in sorted(path for path in Path(folder).glob("[!.]*") if path.is_dir()):
         if (path / "bench.json").is_file():
             made_of = json.loads((path / "bench.json").read_text())["fingerprint"]["bench"]
             check_metadata(path, {"fingerprint": {"bench": made_of}}, {"fingerprint": {"bench": fingerprint(prompts)}})
         methods[path.name] = []
-        for name in [prompt.name for prompt in prompts]:
-            videos = [file for file in (path / f"{name}.mp4", path / f"{name}-0.mp4") if file.is_file()]
-            if not videos:
-                raise UserError(f"{path}: lacks {name}.mp4 (or {name}-0.mp4), which --bench asks every method for")
-            methods[path.name].append(videos[0])
+        for prompt in prompts:
+            one, first = path / f"{prompt.name}.mp4", path / f"{prompt.name}-0.mp4"
+            if not one.is_file() and not first.is_file():
+                raise UserError(f"{path}: lacks {one.name} (or {first.name}), which --bench asks every method for")
+            methods[path.name].append(one if one.is_file() else first)
     if not methods:
         raise UserError(f"{folder}: holds no folders; expected one a method, with its videos")
     return methods
@@ -232,18 +233,20 @@ def write_study(options):
 
     The names of the clips come from a secret in the key: a study that is written again is the same study.
     """
-    out, pages, contents = Path(options.out or "study"), [], hashlib.sha256()
+    out, pages, clips, contents = Path(options.out or "study"), [], {}, hashlib.sha256()
     prompts, key = read_bench(options.bench), Path(f"{out}-key.json")
     methods = read_methods(options.study, prompts)
     secret = read_key(key)["secret"] if key.exists() else secrets.token_hex(16)
-    clips = {method: [hashlib.sha256(f"{secret}/{method}/{prompt.name}".encode()).hexdigest()[:16] for prompt in prompts]
-             for method in methods}
     for i, prompt in enumerate(tqdm(prompts, desc="copying clips")):
-        pages.append(dict(caption=prompt.caption, clips=sorted(clips[method][i] for method in methods)))
-        files = {f"{clips[method][i]}.mp4": videos[i].read_bytes() for method, videos in methods.items()}
-        files[f"{pages[-1]['clips'][0]}.jpg"] = frames_as_jpeg(prompt.image, 1)[0]
-        for name, content in sorted(files.items()):
-            with whole_file(out / "clips" / name) as part:
+        files = {}
+        for method, videos in methods.items():
+            clip = hashlib.sha256(f"{secret}/{method}/{prompt.name}".encode()).hexdigest()[:16]
+            clips.setdefault(method, []).append(clip)
+            files[clip + ".mp4"] = videos[i].read_bytes()
+        pages.append(dict(caption=prompt.caption, clips=sorted(Path(file).stem for file in files)))
+        files[pages[-1]["clips"][0] + ".jpg"] = frames_as_jpeg(prompt.image, 1)[0]
+        for file, content in sorted(files.items()):
+            with whole_file(out / "clips" / file) as part:
                 part.write_bytes(content)
             contents.update(content)
     contents.update(json.dumps([secret, pages]).encode())
@@ -251,8 +254,8 @@ def write_study(options):
     with whole_file(key) as part:
         part.write_text(json.dumps(dict(study=study, secret=secret, clips=clips)))
     write_page("study.html", out / "study.html", dict(study=study, pages=pages))
-    print(f"{len(pages)} pages of {len(methods)} videos: give raters the folder {out}, keep {key} from them, and collect "
-          f"what they save, for: python sample.py --tally answers/*.json --out {out}")
+    print(f"{len(pages)} pages of {len(methods)} videos in {out}: give raters this folder, without {key}, and collect "
+          f"what they save; then: python sample.py --tally answers/*.json --out {out}")
 
 
 def read_answers(file, key):
@@ -324,7 +327,7 @@ def read_scores(answer):
 
 
 def ask_verdicts(options, file):
-    """The model's answers about each dimension of every video, rows of `file`: those that are there, else it is asked."""
+    """Rows with the model's answers about each dimension of every video: from `file`, or asked where it lacks one."""
     prompts, jobs = read_bench(options.bench), {}
     template, *sections = (ASSETS / "verdict.txt").read_text(encoding="utf-8").split("\n# ")
     for method, videos in read_methods(options.verdict, prompts).items():
@@ -374,8 +377,8 @@ def verdict(options):
 def main(options):
     """Do the one thing that is asked for."""
     if not 1 <= options.steps <= 1000 or options.negatives < 1 or options.samples < 0:
-        raise UserError(f"--steps {options.steps} --negatives {options.negatives} --samples {options.samples}: expected "
-                        "1 to 1000 steps, at least 1 negative and 0 samples")
+        raise UserError(f"--steps {options.steps} --negatives {options.negatives} --samples {options.samples}: "
+                        "expected 1 to 1000 steps, at least 1 negative and 0 samples")
     actions = dict(data=negatives, image=generate_one, study=write_study, verdict=verdict, tally=tally,
                    bench=generate_bench)
     given = [name for name in actions if getattr(options, name)]
