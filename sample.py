@@ -21,7 +21,7 @@ from tqdm import tqdm
 from data import (ASSETS, KEY, SUFFIXES, Records, ask, check_metadata, clip_shape, command, digest, frames_as_jpeg,
                   generator, in_parallel, missing, option, read_image, read_list, read_rows, read_video, this_process,
                   to_uint8, whole_file, write_page, write_rows, write_tensors, write_video)
-from model import UserError, load_dit, load_text_encoder, load_vae, resolve
+from model import UserError, load_dit, load_text_encoder, load_vae, read_json, resolve
 from realdpo import Condition, sample
 
 
@@ -183,7 +183,7 @@ def generate_bench(options):
     made_by = {"fingerprint": {"transformer": digest(folder / "transformer"), "bench": fingerprint(prompts),
                                **{name: getattr(options, name) for name in names}}}
     if (out / "bench.json").is_file():
-        check_metadata(out / "bench.json", json.loads((out / "bench.json").read_text()), made_by)
+        check_metadata(out / "bench.json", read_json(out / "bench.json"), made_by)
     with whole_file(out / "bench.json") as part:
         part.write_text(json.dumps(made_by))
     for prompt in prompts:
@@ -207,8 +207,8 @@ def read_methods(folder, prompts):
     methods = {}
     for path in sorted(path for path in Path(folder).glob("[!.]*") if path.is_dir()):
         if (path / "bench.json").is_file():
-            made_of = json.loads((path / "bench.json").read_text())["fingerprint"]["bench"]
-            check_metadata(path, {"fingerprint": {"bench": made_of}}, {"fingerprint": {"bench": fingerprint(prompts)}})
+            made_by = {"bench": read_json(path / "bench.json")["fingerprint"]["bench"]}
+            check_metadata(path, {"fingerprint": made_by}, {"fingerprint": {"bench": fingerprint(prompts)}})
         methods[path.name] = []
         for prompt in prompts:
             one, first = path / f"{prompt.name}.mp4", path / f"{prompt.name}-0.mp4"
@@ -220,14 +220,6 @@ def read_methods(folder, prompts):
     return methods
 
 
-def read_key(file):
-    """What `write_study` wrote beside a study. Raises UserError where it is not there."""
-    try:
-        return json.loads(file.read_text())
-    except (OSError, ValueError) as e:
-        raise UserError(f"{file}: is not the key of a study ({e}); --out names the folder of the study") from e
-
-
 def write_study(options):
     """OUT/study.html with its clips, for raters, and OUT-key.json, which tells what method a clip is of.
 
@@ -236,7 +228,7 @@ def write_study(options):
     out, pages, clips, contents = Path(options.out or "study"), [], {}, hashlib.sha256()
     prompts, key = read_bench(options.bench), Path(f"{out}-key.json")
     methods = read_methods(options.study, prompts)
-    secret = read_key(key)["secret"] if key.exists() else secrets.token_hex(16)
+    secret = read_json(key)["secret"] if key.exists() else secrets.token_hex(16)
     for i, prompt in enumerate(tqdm(prompts, desc="copying clips")):
         files = {}
         for method, videos in methods.items():
@@ -260,15 +252,13 @@ def write_study(options):
 
 def read_answers(file, key):
     """A rater's name and {clip: five ratings}. Raises UserError for a file cut short or of another study."""
-    try:
-        found = json.loads(Path(file).read_text(encoding="utf-8"))
-        rater, study, ratings = found["rater"], found["study"], {k: tuple(v) for k, v in found["ratings"].items()}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
-        raise UserError(f"{file}: is not a whole file of answers ({type(e).__name__}: {e}); save it again") from e
+    found = read_json(Path(file))
+    study, rater, ratings = found["study"], str(found["rater"]), found["ratings"]
     if study != key["study"]:
         raise UserError(f"{file}: answers study {study}, not {key['study']}; --out names the folder of the study")
     for clip in sum(key["clips"].values(), []):
-        if len(ratings.get(clip, ())) != len(STUDY) or not {*ratings[clip]} <= {1, 2, 3, 4, 5}:
+        five = ratings.get(clip, [])
+        if len(five) != len(STUDY) or not all(points in (1, 2, 3, 4, 5) for points in five):
             raise UserError(f"{file}: has not five ratings from 1 to 5 of {clip}; let {rater} go on and save again")
     return rater, ratings
 
@@ -300,7 +290,7 @@ def print_table(title, table):
 
 def tally(options):
     """Table 1 of the paper from raters' answers: ratings in per cent of the highest, and comparisons won."""
-    key, raters, ratings, rated, won = read_key(Path(f"{options.out or 'study'}-key.json")), {}, {}, {}, {}
+    key, raters, ratings, rated, won = read_json(Path(f"{options.out or 'study'}-key.json")), {}, {}, {}, {}
     for file in options.tally:
         rater, answers = read_answers(file, key)
         if rater in raters:
