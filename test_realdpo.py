@@ -1615,7 +1615,7 @@ def five(*scores):
     return "\n".join(f"Answer {i}: {score}" for i, score in enumerate(scores, start=1))
 
 
-def judge(methods, shots, file, server, **options):
+def ask_for_verdicts(methods, shots, file, server):
     sample.main(sample.Options(verdict=str(methods), bench=str(shots), out=str(file), parallel=1, **server.options))
 
 
@@ -1627,20 +1627,20 @@ def test_the_verdict_is_table_2_and_can_be_made_again_without_asking(server, sho
         return five(10, 10, 10, 10, 10) if "text alignment of" in text else five(8, 7, 6, 5, 4)
 
     server.answer, file = answer, tmp_path / "verdict.jsonl"
-    judge(methods, shots, file, server)
+    ask_for_verdicts(methods, shots, file, server)
     table, asked = capsys.readouterr().out, len(server.asked)
     assert asked == 3 * (2 * 4 + 1)                                            # what cannot be read is asked twice
     assert "| alpha-method | 60.00 [60.0, 60.0] | 100.00 [100.0, 100.0] | 60.00" in table
     assert table.count("walk-12 human quality") == 3 and "left out" in table
     assert sum(HOSTILE.strip() in text for text, *_ in server.asked) == 3 * 4
-    judge(methods, shots, file, server)
+    ask_for_verdicts(methods, shots, file, server)
     sample.main(sample.Options(verdict=str(file)))
     assert capsys.readouterr().out == 2 * table and len(server.asked) == asked
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows[:5] + rows[6:]))
     rewritten = shutil.copytree(methods, tmp_path / "methods")
     shutil.copy(methods / "beta-method" / "somersault-0.mp4", rewritten / "alpha-method" / "somersault.mp4")
-    judge(rewritten, shots, file, server)
+    ask_for_verdicts(rewritten, shots, file, server)
     assert len(server.asked) == asked + 1 + 4              # the missing one, and those about the changed video
 
 
