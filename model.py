@@ -114,23 +114,29 @@ def pieces(x, channels):
 
 
 class Norm(nn.GroupNorm):
-    """GroupNorm in two parts: `norm(x)` looks at all of x (B,C,F,H,W), and gives what normalises pieces of it."""
+    """GroupNorm in two steps, so that few frames at a time can be normalised: scale and shift of x (B,C,F,H,W), each
+    (B,C,F,1,1) and fp32, for `affine`."""
 
-    def forward(self, x):
+    def forward(self, x, z=None):
         count = x[0].numel() // self.num_groups            # of numbers behind a mean
         # Summed frame by frame, then in fp64: a single fp32 sum over a long chunk loses the variance beside the mean.
-        sums = sum(torch.stack([f.sum((2, 3)), f.square().sum((2, 3))]).double()
-                   for f in (frame.float() for frame in x.unbind(2)))                                          # (2,B,C)
-        mean, square = sums.unflatten(2, (self.num_groups, -1)).sum(3) / count                                 # (B,G)
+        sums = 0
+        for frame in x.unbind(2):
+            frame = frame.float()
+            sums = sums + torch.stack([frame.sum((2, 3)), frame.square().sum((2, 3))]).double()             # (2,B,C)
+        mean, square = sums.unflatten(2, (self.num_groups, -1)).sum(3) / count                                # (B,G)
         std = ((square - mean ** 2).clamp(min=0) + self.eps).sqrt()                        # rounding may leave it < 0
-        mean, std = (v.repeat_interleave(x.shape[1] // self.num_groups, dim=1) for v in (mean, std))           # (B,C)
-        scale, shift = (v.float()[:, :, None, None, None]
-                        for v in (self.weight / std, self.bias - self.weight * mean / std))
-        return lambda piece, frames: torch.addcmul(shift, piece, scale)
+        mean = mean.repeat_interleave(x.shape[1] // self.num_groups, dim=1)                                   # (B,C)
+        scale = self.weight / std.repeat_interleave(x.shape[1] // self.num_groups, dim=1)
+        shift = self.bias - mean * scale
+        return [v.float()[:, :, None, None, None].expand(-1, -1, x.shape[2], -1, -1) for v in (scale, shift)]
 
 
 class SpatialNorm(nn.Module):
-    """GroupNorm whose scale and shift are read off the latents being decoded (Zheng et al. 2022, MoVQ)."""
+    """GroupNorm with a further scale and shift that are read off the latents z (Zheng et al. 2022, MoVQ).
+
+    Scale and shift together come at z's height and width, (B,C,F,h,w), which `affine` stretches to x's.
+    """
 
     def __init__(self, groups, channels, latent_channels):
         super().__init__()
@@ -139,36 +145,47 @@ class SpatialNorm(nn.Module):
         self.conv_b = nn.ModuleDict({"conv": nn.Conv3d(latent_channels, channels, 1)})
 
     def forward(self, x, z):
-        # A 1×1×1 convolution commutes with the nearest upsampling that follows: run it on the few latent pixels.
-        normalise, scale, shift = self.norm_layer(x), self.conv_y["conv"](z), self.conv_b["conv"](z)
-        n, odd, size = x.shape[2], x.shape[2] % 2, x.shape[3:]
-        source = [0] * odd + [odd + i * (z.shape[2] - odd) // (n - odd) for i in range(n - odd)]   # z's frame of each
+        scale, shift = self.norm_layer(x)
+        frames, odd = x.shape[2], x.shape[2] % 2           # frame 0 of an odd clip has a latent frame to itself
+        source = [0] * odd + [odd + i * (z.shape[2] - odd) // (frames - odd) for i in range(frames - odd)]
+        y, b = self.conv_y["conv"](z)[:, :, source], self.conv_b["conv"](z)[:, :, source]
+        return scale * y, torch.addcmul(b, shift, y)
 
-        def apply(piece, frames):
-            stretch = lambda v: nnf.interpolate(v[:, :, source[frames]], (piece.shape[2], *size))
-            return torch.addcmul(stretch(shift), normalise(piece, frames), stretch(scale))
-        return apply
+
+def affine(x, scale, shift):
+    """x·scale + shift, after stretching scale and shift (nearest) to the size of x (B,C,F,H,W)."""
+    if scale.shape[3:] != (1, 1):                          # one number for the whole frame broadcasts as it is
+        scale, shift = nnf.interpolate(scale, x.shape[2:]), nnf.interpolate(shift, x.shape[2:])
+    return torch.addcmul(shift, x, scale)
+
+
+def make_norm(channels, groups, eps, latent_channels):
+    """The decoder's norm reads the latents, the encoder's has none."""
+    return SpatialNorm(groups, channels, latent_channels) if latent_channels else Norm(groups, channels, eps)
 
 
 class CausalConv3d(nn.Module):
     """3×3×3 convolution of (B,C,F,H,W) that never sees the future: two past frames in front, zeros at the borders.
 
-    Where `normalise` is given, it and SiLU come first. With `overwrite` the result may take the place of x.
+    With `norm`, a scale and a shift, `affine` and SiLU come first. With `overwrite` the result may take x's memory.
     """
 
     def __init__(self, c_in, c_out):
         super().__init__()
         self.conv = nn.Conv3d(c_in, c_out, 3, padding=(0, 1, 1))
 
-    def forward(self, x, past, normalise=None, overwrite=False):
-        out = (x if overwrite and not torch.is_grad_enabled()
-               else x.new_empty(len(x), self.conv.out_channels, *x.shape[2:]))
+    def forward(self, x, past, norm=None, overwrite=False):
+        in_place = not torch.is_grad_enabled()
+        out = x if overwrite and in_place else x.new_empty(len(x), self.conv.out_channels, *x.shape[2:])
         before = past.pop(self, None)                      # taken, so that it goes once the first piece has used it
         for frames in pieces(x, max(self.conv.weight.shape[:2])):
             piece = x[:, :, frames]
-            if normalise:
-                piece = nnf.silu(normalise(piece, frames), inplace=not torch.is_grad_enabled()).to(x.dtype)
-            piece = torch.cat([piece[:, :, :1], piece[:, :, :1], piece] if before is None else [before, piece], dim=2)
+            if norm:
+                piece = affine(piece, *(v[:, :, frames] for v in norm))
+                piece = nnf.silu(piece, inplace=in_place).to(x.dtype)
+            if before is None:                             # the clip begins: its first frame stands for the past
+                before = piece[:, :, :1].expand(-1, -1, 2, -1, -1)
+            piece = torch.cat([before, piece], dim=2)
             before = None                                  # freed before the convolution makes copies of its own
             out[:, :, frames] = self.convolve(piece)
             before = piece[:, :, -2:].clone()              # a view would keep the whole piece alive
@@ -176,7 +193,8 @@ class CausalConv3d(nn.Module):
         return out
 
     def convolve(self, x):
-        """The convolution itself; on a CPU by oneDNN, where torch would unfold a small x to 27 times its size."""
+        """The convolution itself. On a CPU oneDNN is called directly, because torch unfolds a small x to 27 times its
+        size instead; a GPU never comes here."""
         if x.device.type == "cpu" and torch.backends.mkldnn.is_available():
             return torch.mkldnn_convolution(x, self.conv.weight, self.conv.bias, (0, 1, 1), (1, 1, 1), (1, 1, 1), 1)
         return self.conv(x)
@@ -187,15 +205,13 @@ class Resnet(nn.Module):
 
     def __init__(self, c_in, c_out, groups, eps, latent_channels=None):
         super().__init__()
-        norm = ((lambda c: SpatialNorm(groups, c, latent_channels)) if latent_channels
-                else (lambda c: Norm(groups, c, eps)))
-        self.norm1, self.conv1 = norm(c_in), CausalConv3d(c_in, c_out)
-        self.norm2, self.conv2 = norm(c_out), CausalConv3d(c_out, c_out)
+        self.norm1, self.conv1 = make_norm(c_in, groups, eps, latent_channels), CausalConv3d(c_in, c_out)
+        self.norm2, self.conv2 = make_norm(c_out, groups, eps, latent_channels), CausalConv3d(c_out, c_out)
         self.conv_shortcut = nn.Conv3d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
-    def forward(self, x, past, *z):                        # z: the latents, or nothing in the encoder
-        h = self.conv1(x, past, self.norm1(x, *z))
-        h = self.conv2(h, past, self.norm2(h, *z), overwrite=True)
+    def forward(self, x, past, z):
+        h = self.conv1(x, past, self.norm1(x, z))
+        h = self.conv2(h, past, self.norm2(h, z), overwrite=True)
         return h.add_(self.conv_shortcut(x))
 
 
@@ -230,61 +246,58 @@ class Upsample(nn.Module):
 class Coder(nn.Module):
     """What encoder and decoder share: `widths` along the way, resnets at each level, a resampler between levels."""
 
-    def __init__(self, c, widths, c_in, c_out, layers, latent_channels, resample, names):
+    def __init__(self, c, widths, c_in, c_out, layers, latent_channels, resample):
         super().__init__()
-        resnet = partial(Resnet, groups=c["norm_num_groups"], eps=c["norm_eps"], latent_channels=latent_channels)
-        levels, time_levels = nn.ModuleList(), int(math.log2(c["temporal_compression_ratio"]))
-        for i, (before, width) in enumerate(zip([widths[0]] + widths, widths)):
-            resnets = nn.ModuleList([resnet(width if n else before, width) for n in range(layers)])
-            level = nn.ModuleDict({"resnets": resnets})
+        norm = dict(groups=c["norm_num_groups"], latent_channels=latent_channels)
+        resnet = partial(Resnet, eps=c["norm_eps"], **norm)
+        time_levels = int(math.log2(c["temporal_compression_ratio"]))
+        levels, before = nn.ModuleList(), widths[0]
+        for i, width in enumerate(widths):
+            resnets = [resnet(before if n == 0 else width, width) for n in range(layers)]
+            level = nn.ModuleDict({"resnets": nn.ModuleList(resnets)})
             if i < len(widths) - 1:
-                level[names[1]] = nn.ModuleList([resample(width, time=i < time_levels)])
+                level[self.resamplers] = nn.ModuleList([resample(width, time=i < time_levels)])
             levels.append(level)
+            before = width
+        setattr(self, self.blocks, levels)
         middle = c["block_out_channels"][-1]
         self.conv_in = CausalConv3d(c_in, widths[0])
-        self.mid_block = nn.ModuleDict({"resnets": nn.ModuleList([resnet(middle, middle) for _ in range(2)])})
-        setattr(self, names[0], levels)
-        self.norm_out = (SpatialNorm(c["norm_num_groups"], widths[-1], latent_channels) if latent_channels
-                         else Norm(c["norm_num_groups"], widths[-1], eps=1e-6))
-        self.conv_out = CausalConv3d(widths[-1], c_out)
+        self.mid_block = nn.ModuleDict({"resnets": nn.ModuleList([resnet(middle, middle), resnet(middle, middle)])})
+        self.norm_out, self.conv_out = make_norm(widths[-1], eps=1e-6, **norm), CausalConv3d(widths[-1], c_out)
+
+    def run(self, levels, x, past, z=None):
+        """x through conv_in, these levels and conv_out. z: the latents, in the decoder."""
+        x = self.conv_in(x, past)
+        for level in levels:
+            for resnet in level["resnets"]:
+                x = resnet(x, past, z)
+            if self.resamplers in level:
+                x = level[self.resamplers][0](x)
+        return self.conv_out(x, past, self.norm_out(x, z))
 
 
 class Encoder(Coder):
     """(B,3,F,H,W) -> mean and log-variance of the posterior, stacked: (B,2C,f,h,w)."""
+    blocks, resamplers = "down_blocks", "downsamplers"     # the published names
 
     def __init__(self, c):
         super().__init__(c, list(c["block_out_channels"]), c["in_channels"], 2 * c["latent_channels"],
-                         c["layers_per_block"], None, Downsample, ("down_blocks", "downsamplers"))
+                         c["layers_per_block"], None, Downsample)
 
     def forward(self, x, past):
-        x = self.conv_in(x, past)
-        for level in self.down_blocks:
-            for resnet in level["resnets"]:
-                x = resnet(x, past)
-            for downsample in level["downsamplers"] if "downsamplers" in level else ():
-                x = downsample(x)
-        for resnet in self.mid_block["resnets"]:
-            x = resnet(x, past)
-        return self.conv_out(x, past, self.norm_out(x))
+        return self.run([*self.down_blocks, self.mid_block], x, past)
 
 
 class Decoder(Coder):
     """Latents (B,C,f,h,w) -> video (B,3,F,H,W)."""
+    blocks, resamplers = "up_blocks", "upsamplers"
 
     def __init__(self, c):
         super().__init__(c, list(reversed(c["block_out_channels"])), c["latent_channels"], c["out_channels"],
-                         c["layers_per_block"] + 1, c["latent_channels"], Upsample, ("up_blocks", "upsamplers"))
+                         c["layers_per_block"] + 1, c["latent_channels"], Upsample)
 
     def forward(self, z, past):
-        x = self.conv_in(z, past)
-        for resnet in self.mid_block["resnets"]:
-            x = resnet(x, past, z)
-        for level in self.up_blocks:
-            for resnet in level["resnets"]:
-                x = resnet(x, past, z)
-            for upsample in level["upsamplers"] if "upsamplers" in level else ():
-                x = upsample(x)
-        return self.conv_out(x, past, self.norm_out(x, z))
+        return self.run([self.mid_block, *self.up_blocks], z, past, z)
 
 
 class VAE(nn.Module):
@@ -328,24 +341,23 @@ class VAE(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 
 class AdaptiveNorm(nn.Module):
-    """LayerNorm, and a linear map of the time embedding to `chunks` vectors of shift, scale and gate, each (B,1,D)."""
+    """LayerNorm, shifted and scaled by what a linear map makes of the time embedding: `chunks` vectors, each (B,1,D)."""
 
     def __init__(self, width, time_width, eps, chunks):
         super().__init__()
         self.linear, self.norm, self.chunks = nn.Linear(time_width, chunks * width), nn.LayerNorm(width, eps), chunks
 
-    def forward(self, time, *tokens):
-        return self.linear(nnf.silu(time))[:, None].chunk(self.chunks, dim=-1), *map(self.norm, tokens)
+    def forward(self, time):
+        return self.linear(nnf.silu(time))[:, None].chunk(self.chunks, dim=-1)
 
-
-def modulate(x, shift, scale):
-    """(B,S,D), shifted and scaled by (B,1,D)."""
-    return torch.addcmul(shift, x, 1 + scale)
+    def modulate(self, x, shift, scale):
+        return torch.addcmul(shift, self.norm(x), 1 + scale)                                                # (B,S,D)
 
 
 @lru_cache(maxsize=8)
 def rope_table(grid, n_text, head_dim, device):
-    """e^(i·angle) (S,1,head_dim/2), complex fp32: a quarter of a head turns with time, 3/8 with height, 3/8 with width.
+    """Cosine and sine of each token's angles (S,1,head_dim/2,2), fp32: a quarter of a head turns with time, 3/8 with
+    height, 3/8 with width.
 
     Text tokens stand at angle zero, so the whole sequence is rotated in one go.
     """
@@ -354,13 +366,18 @@ def rope_table(grid, n_text, head_dim, device):
     positions = torch.cartesian_prod(*(torch.arange(n, dtype=torch.float32) for n in grid))                 # (FHW,3)
     angles = torch.cat([positions[:, i, None] * f for i, f in enumerate(frequencies)], dim=1)
     angles = torch.cat([torch.zeros(n_text, angles.shape[1]), angles])                                      # (S,d/2)
-    return torch.polar(torch.ones_like(angles), angles)[:, None].to(device)
+    return torch.view_as_real(torch.polar(torch.ones_like(angles), angles))[:, None].to(device)
 
 
-def rotate(x, turn):
-    """Turn adjacent pairs of features of x (B,S,heads,d), read as complex numbers, by `rope_table`, in fp32."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * turn).flatten(-2).to(x.dtype)
+def rotate(x, rope):
+    """Turn adjacent pairs of features of x (B,S,heads,d), as points of a plane, by `rope_table`'s angles, in fp32."""
+    pairs = x.float().unflatten(-1, (-1, 2))
+    if torch.compiler.is_compiling():                      # the compiler knows no complex numbers, but fuses all this
+        (a, b), (cos, sin) = pairs.unbind(-1), rope.unbind(-1)
+        turned = torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1)
+    else:                                                  # without it, one complex product touches memory least
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(rope))
+    return turned.flatten(-2).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -379,6 +396,11 @@ class Attention(nn.Module):
         return self.to_out[0](rearrange(nnf.scaled_dot_product_attention(q, k, v), "b h s d -> b s (h d)"))
 
 
+# What "selective" checkpointing keeps: attention's output, half of a 5B block's work for one activation more.
+KEPT = [getattr(torch.ops.aten, f"_scaled_dot_product_{kind}").default
+        for kind in ("flash_attention", "flash_attention_for_cpu", "efficient_attention", "cudnn_attention")]
+
+
 class Block(nn.Module):
     """Attention and feed-forward, shifted, scaled and gated by the time embedding; text has its own coefficients."""
 
@@ -389,27 +411,30 @@ class Block(nn.Module):
         up, down = nn.ModuleDict({"proj": nn.Linear(width, 4 * width)}), nn.Linear(4 * width, width)
         self.ff = nn.ModuleDict({"net": nn.ModuleList([up, nn.Identity(), down])})
 
-    def forward(self, text, video, time, rope):
+    def forward(self, text, video, time, rope, checkpointing=False):
+        """text (B,L,D) and video (B,FHW,D) after the block. `checkpointing`: see Denoiser."""
+        if not checkpointing:
+            return self.layers(text, video, time, rope)
+        options = {"use_reentrant": False}
+        if checkpointing == "selective":
+            options["context_fn"] = partial(create_selective_checkpoint_contexts, KEPT)
+        return checkpoint(self.layers, text, video, time, rope, **options)
+
+    def layers(self, text, video, time, rope):
+        text, video = self.residual(self.norm1, self.attn1, text, video, time, rope)
+        return self.residual(self.norm2, self.feed_forward, text, video, time)
+
+    def residual(self, norm, layer, text, video, time, *rope):
+        """Add gate · layer(norm(·)) to text and video, which the layer sees as one sequence."""
+        shift, scale, gate, text_shift, text_scale, text_gate = norm(time)
+        h = torch.cat([norm.modulate(text, text_shift, text_scale), norm.modulate(video, shift, scale)], dim=1)
+        # Split, not sliced: the backward pass of a slice is a whole tensor of zeros to copy into and to add.
+        text_h, video_h = layer(h, *rope).split([text.shape[1], video.shape[1]], dim=1)
+        return torch.addcmul(text, text_gate, text_h), torch.addcmul(video, gate, video_h)
+
+    def feed_forward(self, x):
         up, _, down = self.ff["net"]
-        feed_forward = lambda h: down(nnf.gelu(up["proj"](h), approximate="tanh"))
-        for norm, layer in (self.norm1, lambda h: self.attn1(h, rope)), (self.norm2, feed_forward):
-            (shift, scale, gate, text_shift, text_scale, text_gate), text_h, h = norm(time, text, video)
-            h = layer(torch.cat([modulate(text_h, text_shift, text_scale), modulate(h, shift, scale)], 1))    # (B,S,D)
-            # Split, not sliced: the backward pass of a slice is a whole tensor of zeros to copy into and to add.
-            text_h, h = h.split([text.shape[1], video.shape[1]], dim=1)
-            text, video = torch.addcmul(text, text_gate, text_h), torch.addcmul(video, gate, h)
-        return text, video                                                              # (B,L,D), (B,FHW,D)
-
-
-ATTENTION = [getattr(torch.ops.aten, f"_scaled_dot_product_{kind}").default
-             for kind in ("flash_attention", "flash_attention_for_cpu", "efficient_attention", "cudnn_attention")]
-
-
-def recomputed(block, how):
-    """`block` with its activations recomputed in the backward pass: all of them, or ("selective") all but what
-    attention put out, half of a 5B block's work for one activation more."""
-    keep = dict(context_fn=partial(create_selective_checkpoint_contexts, ATTENTION)) if how == "selective" else {}
-    return partial(checkpoint, block, use_reentrant=False, **keep)
+        return down(nnf.gelu(up["proj"](x), approximate="tanh"))
 
 
 class DiT(nn.Module):
@@ -433,19 +458,24 @@ class DiT(nn.Module):
         self.norm_out = AdaptiveNorm(width, time_width, c["norm_eps"], 2)
         self.proj_out = nn.Linear(width, p * p * c["out_channels"])
 
+    def compile_blocks(self):
+        """Compile each block, whole. To be called before sharding; parameter names stay."""
+        for block in self.transformer_blocks:
+            block.forward = torch.compile(block.forward, fullgraph=True)    # not the block: FSDP's hooks stay outside
+
     def forward(self, x, text, time_code, checkpointing=False):
         p, (_, _, frames, height, width) = self.config["patch_size"], x.shape
         grid, n_text = (frames, height // p, width // p), text.shape[1]
         time = self.time_embedding["linear_2"](nnf.silu(self.time_embedding["linear_1"](time_code)))        # (B,T)
         text, video = self.patch_embed["text_proj"](text), self.embed_patches(x)                # (B,L,D), (B,FHW,D)
         if self.config["use_learned_positional_embeddings"]:
-            text, video = (x + place for x, place in zip((text, video), self.positions(grid, n_text, text)))
+            text_positions, video_positions = self.positions(grid, n_text, text)
+            text, video = text + text_positions, video + video_positions
         rope = rope_table(grid, n_text, self.config["attention_head_dim"], x.device)
         for block in self.transformer_blocks:
-            text, video = (recomputed(block, checkpointing) if checkpointing and torch.is_grad_enabled()
-                           else block)(text, video, time, rope)
-        (shift, scale), video = self.norm_out(time, self.norm_final(video))
-        video = self.proj_out(modulate(video, shift, scale))
+            text, video = block(text, video, time, rope, checkpointing)
+        shift, scale = self.norm_out(time)
+        video = self.proj_out(self.norm_out.modulate(self.norm_final(video), shift, scale))
         f, h, w = grid
         return rearrange(video, "b (f h w) (c p q) -> b c f (h p) (w q)", f=f, h=h, w=w, p=p, q=p)
 
