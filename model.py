@@ -12,7 +12,7 @@ A model is a folder in the published layout (transformer/ vae/ text_encoder/ tok
 
 Axes: B batch, C channels, F latent frames, H W latent height and width, L text tokens, S all tokens, D width.
 """
-import ctypes, json, math, shutil
+import ctypes, json, math, shutil, warnings
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -22,9 +22,8 @@ import torch.nn as nn
 import torch.nn.functional as nnf
 from einops import rearrange
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from torch.distributed import checkpoint as dcp
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 
@@ -630,32 +629,46 @@ def read_json(file):
         raise UserError(f"{file}: cannot be read as a JSON object ({e})") from e
 
 
+def local_folder(path):
+    return TINY if str(path) == "tiny" else Path(path)
+
+
 def base_of(path):
     """The model a training run started from, by the note in its folder; any other model as it is."""
     note = Path(path) / "base.json"
     return read_json(note)["model"] if note.is_file() else str(path)
 
 
+def defaults_of(path, command):
+    """The option defaults that suit a model, from {command: {option: value}} in the defaults.json of its folder, or of
+    its base's where it is a training run. {} where there is none; the hub is never asked."""
+    for model in (path, base_of(path)):
+        file = local_folder(model) / "defaults.json"
+        if file.is_file():
+            return read_json(file).get(command, {})
+    return {}
+
+
 def resolve(path, *parts):
     """The local folder that holds the named parts of a model: the model's own, its base's where it is a training run
     that does not have them, or the hub's, downloaded once. Raises UserError where there is none."""
-    folder = TINY if str(path) == "tiny" else Path(path)
-    if folder.is_dir() and base_of(path) != str(path) and not all((folder / part).exists() for part in parts):
+    folder = local_folder(path)
+    missing = [part for part in parts if not (folder / part).exists()]
+    if folder.is_dir() and not missing:
+        return folder
+    if folder.is_dir() and base_of(path) != str(path):
         return resolve(base_of(path), *parts)
-    if not folder.is_dir():
-        if str(path) == "tiny" or str(path).count("/") != 1 or str(path).startswith((".", "/")):
-            raise UserError(f"{folder}: no such model folder, and not a hub id (owner/name)")
-        try:
-            patterns = [part if "." in part else f"{part}/*" for part in parts]
-            return Path(huggingface_hub.snapshot_download(str(path), allow_patterns=patterns))
-        except (huggingface_hub.errors.HfHubHTTPError, huggingface_hub.errors.LocalEntryNotFoundError, OSError) as e:
-            raise UserError(f"{path}: no such model folder, and the hub gave no such model "
-                            f"({str(e).splitlines()[0]})") from e
-    for part in parts:
-        if not (folder / part).exists():
-            raise UserError(f"{folder}: has no {part}; "
-                            "a model folder holds transformer/ vae/ text_encoder/ tokenizer/ scheduler/")
-    return folder
+    if folder.is_dir():
+        raise UserError(f"{folder}: has no {missing[0]}; "
+                        "a model folder holds transformer/ vae/ text_encoder/ tokenizer/ scheduler/")
+    if str(path) == "tiny" or str(path).count("/") != 1 or str(path).startswith((".", "/")):
+        raise UserError(f"{folder}: no such model folder, and not a hub id (owner/name)")
+    try:
+        patterns = [part if "." in part else f"{part}/*" for part in parts]
+        return Path(huggingface_hub.snapshot_download(str(path), allow_patterns=patterns))
+    except (huggingface_hub.errors.HfHubHTTPError, huggingface_hub.errors.LocalEntryNotFoundError, OSError) as e:
+        raise UserError(f"{path}: no such model folder, and the hub gave no such model "
+                        f"({str(e).splitlines()[0]})") from e
 
 
 def read_config(folder, part, *class_names):
@@ -694,60 +707,56 @@ def empty(network, config, dtype, device, shard=lambda net: None):
 @lru_cache
 def keep_freed_memory():
     """Have glibc keep what is freed: else each large activation on a CPU is mapped, zeroed page by page and given back,
-    which takes half of the autoencoder's time. Elsewhere nothing happens."""
+    which takes half of the autoencoder's time. A GPU never sees it, nor does any other C library."""
     try:
         libc = ctypes.CDLL("libc.so.6")
     except OSError:
         return
     M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4                  # malloc.h
-    for option, value in (M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2 ** 31 - 1):
-        libc.mallopt(option, value)
+    libc.mallopt(M_MMAP_MAX, 0)
+    libc.mallopt(M_TRIM_THRESHOLD, 2 ** 31 - 1)
 
 
-def weight_files(where):
-    """{tensor name: file} of a part's safetensors: those an index names, or the only one. Nothing else is opened."""
-    index = sorted(where.glob("*.safetensors.index.json"))
-    files = ({where / name for name in Config(index[0], read_json(index[0])["weight_map"]).values()} if index
-             else set(where.glob("*.safetensors")))
-    if not files:
+def stored_tensors(where):
+    """{name: (file, shape)} of a part's weights. Raises UserError unless its .safetensors are one file, or just those
+    that an index names, because DCP's reader takes every one in the folder."""
+    files, index = set(where.glob("*.safetensors")), min(where.glob("*.safetensors.index.json"), default=None)
+    named = {where / name for name in Config(index, read_json(index)["weight_map"]).values()} if index else files
+    if not files | named:
         raise UserError(f"{where}: holds no .safetensors weights (pickled weights are not read)")
     if len(files) > 1 and not index:
         raise UserError(f"{where}: holds {len(files)} .safetensors files and no index that says which are the weights")
-    names = {}
-    for file in sorted(files):
+    found = {}
+    for file in sorted(named):
         try:
             with safe_open(file, "pt") as f:
-                names.update(dict.fromkeys(f.keys(), file))
+                for name in f.keys():
+                    if name in found:
+                        raise UserError(f"{file}: tensor {name} is also in {found[name][0].name}")
+                    found[name] = file, tuple(f.get_slice(name).get_shape())
         except (OSError, SafetensorError) as e:
             raise UserError(f"{file}: not a whole safetensors file ({e}); download or copy it again") from e
-    return names
+    if files - named:
+        raise UserError(f"{min(files - named)}: is none of the weights that {index.name} names; move it elsewhere")
+    return found
 
 
-def copy_slice(stored, tensor):
-    """Fill a tensor, or this rank's shard of a DTensor, from a stored one without reading the rest of it."""
-    if not isinstance(tensor, DTensor):
-        return tensor.copy_(stored[...])
-    shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-    tensor.to_local().copy_(stored[tuple(slice(o, o + n) for o, n in zip(offset, shape))])
-
-
-@torch.no_grad()
 def read_weights(net, where):
-    """Copy a part's tensors into `net`, each rank only its slice. Names and shapes must match exactly."""
-    files, target = weight_files(where), net.state_dict()
-    for problem, names in (("is missing", target.keys() - files.keys()),
-                           ("is not expected", files.keys() - target.keys())):
+    """Fill `net` from a part's safetensors, each rank only its own shards. Names and shapes must match exactly."""
+    found, target = stored_tensors(where), net.state_dict()
+    for problem, names in (("is missing", target.keys() - found.keys()),
+                           ("is not expected", found.keys() - target.keys())):
         if names:
             raise UserError(f"{where}: tensor {min(names)} {problem} "
-                            f"({len(names)} such; {len(target)} expected, {len(files)} found)")
-    for file in sorted(set(files.values())):
-        with safe_open(file, "pt") as f:
-            for name in f.keys():
-                stored, tensor = f.get_slice(name), target[name]
-                if tuple(stored.get_shape()) != tuple(tensor.shape):
-                    raise UserError(f"{file}: tensor {name} is {tuple(stored.get_shape())}, "
-                                    f"expected {tuple(tensor.shape)}")
-                copy_slice(stored, tensor)
+                            f"({len(names)} such; {len(target)} expected, {len(found)} found)")
+    for name, (file, shape) in found.items():
+        if shape != target[name].shape:
+            raise UserError(f"{file}: tensor {name} is {shape}, expected {tuple(target[name].shape)}")
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")             # on purpose: no_dist
+    try:
+        dcp.load(target, storage_reader=dcp.HuggingFaceStorageReader(str(where)), no_dist=True)  # ranks need no talk
+    except dcp.api.CheckpointException as e:
+        raise UserError(f"{where}: cannot be read ({list(e.failures.values())[0][0]})") from e
 
 
 def materialize(network, config, where, device, dtype, shard=lambda net: None):
@@ -774,36 +783,39 @@ def replace_folder(new, old):
     shutil.rmtree(aside, ignore_errors=True)
 
 
+def whole_tensors(net, dtype):
+    """The state dict in `dtype`, gathered in rank 0's CPU memory; elsewhere {}. A collective.
+
+    Shards are converted before they are gathered, which halves the traffic and the memory of an export to bf16.
+    """
+    whole = {}
+    for name, tensor in net.state_dict().items():
+        tensor = tensor.to(dtype or tensor.dtype)
+        if isinstance(tensor, DTensor):
+            tensor = tensor.full_tensor()
+        if is_first():
+            whole[name] = tensor.cpu()
+    return whole
+
+
 def save_part(net, config, where, dtype=None, stem="diffusion_pytorch_model", config_name="config.json",
               shard_bytes=5 * 10 ** 9):
     """Write a network and its config as the folder `where`, whole or not at all. Every rank calls it.
 
-    Tensors are gathered and converted to `dtype` one at a time, so that rank 0 needs the memory of one file (the 5 GB
-    at which published checkpoints are split) beside its own shard. Raises UserError where there is no room.
+    Rank 0 holds the whole network in `dtype` in CPU memory meanwhile (11 GB of bf16 at 5B). Files are split where
+    published ones are, at 5 GB. Raises UserError where there is no room.
     """
-    tensors, part = net.state_dict() if net else {}, where.with_name(where.name + ".part")
-    plan = huggingface_hub.split_torch_state_dict_into_shards(
-        {name: torch.empty(t.shape, dtype=dtype or t.dtype, device="meta") for name, t in tensors.items()},
-        filename_pattern=stem + "{suffix}.safetensors", max_shard_size=shard_bytes)
+    tensors, part = whole_tensors(net, dtype) if net else {}, where.with_name(where.name + ".part")
+    if not is_first():
+        return
     try:
-        if is_first():
-            shutil.rmtree(part, ignore_errors=True)        # left by a run that was killed while writing
-            part.mkdir(parents=True)
-            (part / config_name).write_text(json.dumps(config, indent=2) + "\n")
-        for file, names in plan.filename_to_tensors.items():
-            gathered = {}
-            for name in names:
-                tensor = tensors[name].to(dtype or tensors[name].dtype)
-                tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor                # a collective
-                if is_first():
-                    gathered[name] = tensor.cpu().contiguous()
-            if gathered:
-                save_file(gathered, part / file, metadata={"format": "pt"})
-        if is_first():
-            if plan.is_sharded:
-                index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-                (part / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2))
-            replace_folder(part, where)
+        shutil.rmtree(part, ignore_errors=True)            # left by a run that was killed while writing
+        part.mkdir(parents=True)
+        (part / config_name).write_text(json.dumps(config, indent=2) + "\n")
+        if tensors:
+            huggingface_hub.save_torch_state_dict(tensors, part, filename_pattern=stem + "{suffix}.safetensors",
+                                                  max_shard_size=shard_bytes)
+        replace_folder(part, where)
     except (OSError, SafetensorError) as e:
         shutil.rmtree(part, ignore_errors=True)
         raise UserError(f"{where}: cannot be written ({e}); what was there before is untouched: "
