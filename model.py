@@ -113,29 +113,25 @@ def pieces(x, channels):
 
 
 class Norm(nn.GroupNorm):
-    """GroupNorm in two steps, so that few frames at a time can be normalised: scale and shift of x (B,C,F,H,W), each
-    (B,C,F,1,1) and fp32, for `affine`."""
+    """GroupNorm as scale and shift of x (B,C,F,H,W), each (B,C,F,1,1) and fp32, for `affine` to apply to pieces of x."""
 
-    def forward(self, x, z=None):
-        count = x[0].numel() // self.num_groups            # of numbers behind a mean
+    def forward(self, x, z=None):                          # z: for SpatialNorm only
         # Summed frame by frame, then in fp64: a single fp32 sum over a long chunk loses the variance beside the mean.
         sums = 0
         for frame in x.unbind(2):
             frame = frame.float()
             sums = sums + torch.stack([frame.sum((2, 3)), frame.square().sum((2, 3))]).double()             # (2,B,C)
-        mean, square = sums.unflatten(2, (self.num_groups, -1)).sum(3) / count                                # (B,G)
+        sums = sums.unflatten(2, (self.num_groups, -1))                                                       # (2,B,G,·)
+        mean, square = sums.sum(3, keepdim=True).expand_as(sums).flatten(2) * self.num_groups / x[0].numel()  # (B,C)
         std = ((square - mean ** 2).clamp(min=0) + self.eps).sqrt()                        # rounding may leave it < 0
-        mean = mean.repeat_interleave(x.shape[1] // self.num_groups, dim=1)                                   # (B,C)
-        scale = self.weight / std.repeat_interleave(x.shape[1] // self.num_groups, dim=1)
+        scale = self.weight / std
         shift = self.bias - mean * scale
         return [v.float()[:, :, None, None, None].expand(-1, -1, x.shape[2], -1, -1) for v in (scale, shift)]
 
 
 class SpatialNorm(nn.Module):
-    """GroupNorm with a further scale and shift that are read off the latents z (Zheng et al. 2022, MoVQ).
-
-    Scale and shift together come at z's height and width, (B,C,F,h,w), which `affine` stretches to x's.
-    """
+    """GroupNorm with a further scale and shift read off the latents z (Zheng et al. 2022, MoVQ); the two together come
+    at z's height and width, (B,C,F,h,w), which `affine` stretches to x's."""
 
     def __init__(self, groups, channels, latent_channels):
         super().__init__()
@@ -156,11 +152,6 @@ def affine(x, scale, shift):
     if scale.shape[3:] != (1, 1):                          # one number for the whole frame broadcasts as it is
         scale, shift = nnf.interpolate(scale, x.shape[2:]), nnf.interpolate(shift, x.shape[2:])
     return torch.addcmul(shift, x, scale)
-
-
-def make_norm(channels, groups, eps, latent_channels):
-    """The decoder's norm reads the latents, the encoder's has none."""
-    return SpatialNorm(groups, channels, latent_channels) if latent_channels else Norm(groups, channels, eps)
 
 
 class CausalConv3d(nn.Module):
@@ -200,12 +191,12 @@ class CausalConv3d(nn.Module):
 
 
 class Resnet(nn.Module):
-    """norm → SiLU → conv, twice, plus a shortcut. With `latent_channels` (the decoder) the norms are SpatialNorms."""
+    """norm → SiLU → conv, twice, plus a shortcut. `norm(channels)` makes a norm."""
 
-    def __init__(self, c_in, c_out, groups, eps, latent_channels=None):
+    def __init__(self, c_in, c_out, norm):
         super().__init__()
-        self.norm1, self.conv1 = make_norm(c_in, groups, eps, latent_channels), CausalConv3d(c_in, c_out)
-        self.norm2, self.conv2 = make_norm(c_out, groups, eps, latent_channels), CausalConv3d(c_out, c_out)
+        self.norm1, self.conv1 = norm(c_in), CausalConv3d(c_in, c_out)
+        self.norm2, self.conv2 = norm(c_out), CausalConv3d(c_out, c_out)
         self.conv_shortcut = nn.Conv3d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
     def forward(self, x, past, z):
@@ -243,60 +234,36 @@ class Upsample(nn.Module):
 
 
 class Coder(nn.Module):
-    """What encoder and decoder share: `widths` along the way, resnets at each level, a resampler between levels."""
+    """The encoder ("down"), (B,3,F,H,W) -> mean and log-variance of the posterior, stacked (B,2C,f,h,w), or its mirror
+    image, the decoder ("up"), (B,C,f,h,w) -> (B,3,F,H,W). Level i has `layers` resnets of widths[i] channels."""
 
-    def __init__(self, c, widths, c_in, c_out, layers, latent_channels, resample):
+    def __init__(self, direction, widths, layers, c_in, c_out, norm, resample, time_levels):
         super().__init__()
-        norm = dict(groups=c["norm_num_groups"], latent_channels=latent_channels)
-        resnet = partial(Resnet, eps=c["norm_eps"], **norm)
-        time_levels = int(math.log2(c["temporal_compression_ratio"]))
-        levels, before = nn.ModuleList(), widths[0]
+        self.direction, levels, before = direction, nn.ModuleList(), widths[0]
         for i, width in enumerate(widths):
-            resnets = [resnet(before if n == 0 else width, width) for n in range(layers)]
+            resnets = [Resnet(before if n == 0 else width, width, norm) for n in range(layers)]
             level = nn.ModuleDict({"resnets": nn.ModuleList(resnets)})
             if i < len(widths) - 1:
-                level[self.resamplers] = nn.ModuleList([resample(width, time=i < time_levels)])
+                level[f"{direction}samplers"] = nn.ModuleList([resample(width, time=i < time_levels)])
             levels.append(level)
             before = width
-        setattr(self, self.blocks, levels)
-        middle = c["block_out_channels"][-1]
-        self.conv_in = CausalConv3d(c_in, widths[0])
-        self.mid_block = nn.ModuleDict({"resnets": nn.ModuleList([resnet(middle, middle), resnet(middle, middle)])})
-        self.norm_out, self.conv_out = make_norm(widths[-1], eps=1e-6, **norm), CausalConv3d(widths[-1], c_out)
+        setattr(self, f"{direction}_blocks", levels)
+        middle = widths[-1] if direction == "down" else widths[0]
+        resnets = [Resnet(middle, middle, norm) for _ in range(2)]
+        self.mid_block = nn.ModuleDict({"resnets": nn.ModuleList(resnets)})
+        self.conv_in, self.conv_out = CausalConv3d(c_in, widths[0]), CausalConv3d(widths[-1], c_out)
+        self.norm_out = norm(widths[-1])
 
-    def run(self, levels, x, past, z=None):
-        """x through conv_in, these levels and conv_out. z: the latents, in the decoder."""
+    def forward(self, x, past):
+        z = x                                              # the latents, which the decoder's norms look at
         x = self.conv_in(x, past)
+        levels = [*self.down_blocks, self.mid_block] if self.direction == "down" else [self.mid_block, *self.up_blocks]
         for level in levels:
             for resnet in level["resnets"]:
                 x = resnet(x, past, z)
-            if self.resamplers in level:
-                x = level[self.resamplers][0](x)
+            if f"{self.direction}samplers" in level:
+                x = level[f"{self.direction}samplers"][0](x)
         return self.conv_out(x, past, self.norm_out(x, z))
-
-
-class Encoder(Coder):
-    """(B,3,F,H,W) -> mean and log-variance of the posterior, stacked: (B,2C,f,h,w)."""
-    blocks, resamplers = "down_blocks", "downsamplers"     # the published names
-
-    def __init__(self, c):
-        super().__init__(c, list(c["block_out_channels"]), c["in_channels"], 2 * c["latent_channels"],
-                         c["layers_per_block"], None, Downsample)
-
-    def forward(self, x, past):
-        return self.run([*self.down_blocks, self.mid_block], x, past)
-
-
-class Decoder(Coder):
-    """Latents (B,C,f,h,w) -> video (B,3,F,H,W)."""
-    blocks, resamplers = "up_blocks", "upsamplers"
-
-    def __init__(self, c):
-        super().__init__(c, list(reversed(c["block_out_channels"])), c["latent_channels"], c["out_channels"],
-                         c["layers_per_block"] + 1, c["latent_channels"], Upsample)
-
-    def forward(self, z, past):
-        return self.run([self.mid_block, *self.up_blocks], z, past, z)
 
 
 class VAE(nn.Module):
@@ -304,8 +271,14 @@ class VAE(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        self.config, self.encoder, self.decoder = c, Encoder(c), Decoder(c)
-        self.scale = c["scaling_factor"]                   # brings latents to about unit variance
+        self.config, self.scale = c, c["scaling_factor"]   # which brings latents to about unit variance
+        widths, layers, groups, latents = (c[key] for key in ("block_out_channels", "layers_per_block",
+                                                              "norm_num_groups", "latent_channels"))
+        time_levels = int(math.log2(c["temporal_compression_ratio"]))
+        self.encoder = Coder("down", widths, layers, c["in_channels"], 2 * latents,
+                             partial(Norm, groups, eps=1e-6), Downsample, time_levels)
+        self.decoder = Coder("up", widths[::-1], layers + 1, latents, c["out_channels"],
+                             partial(SpatialNorm, groups, latent_channels=latents), Upsample, time_levels)
 
     def posterior(self, video):
         """Mean and standard deviation of q(latents | video), each (B,C,f,h,w), unscaled and fp32."""
@@ -590,6 +563,7 @@ class Denoiser(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 
 TINY = Path(__file__).parent / "assets" / "tiny"
+TIED = "shared.weight", "encoder.embed_tokens.weight"      # T5's embedding is stored by either name, or by both
 DEFAULTS = {                                               # what a config.json may leave out
     "T5EncoderModel": dict(
         relative_attention_num_buckets=32, relative_attention_max_distance=128, layer_norm_epsilon=1e-6),
@@ -604,10 +578,9 @@ DEFAULTS = {                                               # what a config.json 
     "CogVideoXDDIMScheduler": dict(snr_shift_scale=3.0, rescale_betas_zero_snr=True, num_train_timesteps=1000)}
 DEFAULTS["CogVideoXDPMScheduler"] = DEFAULTS["CogVideoXDDIMScheduler"]
 PUBLISHED_DIT = DEFAULTS["CogVideoXTransformer3DModel"] | dict(  # CogVideoX-5B-I2V's, for dry runs without a download
-    _class_name="CogVideoXTransformer3DModel", num_attention_heads=48, attention_head_dim=64,
-    in_channels=32, out_channels=16, num_layers=42, sample_frames=49, sample_height=60, sample_width=90,
-    text_embed_dim=4096, time_embed_dim=512,
-    use_learned_positional_embeddings=True, use_rotary_positional_embeddings=True)
+    _class_name="CogVideoXTransformer3DModel", num_attention_heads=48, attention_head_dim=64, in_channels=32,
+    out_channels=16, num_layers=42, sample_frames=49, sample_height=60, sample_width=90, text_embed_dim=4096,
+    time_embed_dim=512, use_learned_positional_embeddings=True, use_rotary_positional_embeddings=True)
 
 
 class Config(dict):
@@ -718,32 +691,38 @@ def keep_freed_memory():
 
 
 def stored_tensors(where):
-    """{name: (file, shape)} of a part's weights. Raises UserError unless its .safetensors are one file, or just those
-    that an index names, because DCP's reader takes every one in the folder."""
-    files, index = set(where.glob("*.safetensors")), min(where.glob("*.safetensors.index.json"), default=None)
-    named = {where / name for name in Config(index, read_json(index)["weight_map"]).values()} if index else files
-    if not files | named:
+    """{name: (file, shape)} of a part's weights: the only .safetensors file, or those that an index names.
+
+    Raises UserError for any other file beside them, because DCP's reader takes all there are.
+    """
+    files = named = {file.name for file in where.glob("*.safetensors")}
+    index = min(where.glob("*.safetensors.index.json"), default=None)
+    if not files:
         raise UserError(f"{where}: holds no .safetensors weights (pickled weights are not read)")
-    if len(files) > 1 and not index:
+    if index:
+        named = set(Config(index, read_json(index)["weight_map"]).values())
+    elif len(files) > 1:
         raise UserError(f"{where}: holds {len(files)} .safetensors files and no index that says which are the weights")
+    if named != files:
+        raise UserError(f"{index}: names other files than lie beside it; the difference: {sorted(named ^ files)}")
     found = {}
-    for file in sorted(named):
+    for file in sorted(files):
         try:
-            with safe_open(file, "pt") as f:
+            with safe_open(where / file, "pt") as f:
                 for name in f.keys():
                     if name in found:
-                        raise UserError(f"{file}: tensor {name} is also in {found[name][0].name}")
+                        raise UserError(f"{where / file}: tensor {name} is in {found[name][0]} as well")
                     found[name] = file, tuple(f.get_slice(name).get_shape())
         except (OSError, SafetensorError) as e:
-            raise UserError(f"{file}: not a whole safetensors file ({e}); download or copy it again") from e
-    if files - named:
-        raise UserError(f"{min(files - named)}: is none of the weights that {index.name} names; move it elsewhere")
+            raise UserError(f"{where / file}: not a whole safetensors file ({e}); download or copy it again") from e
     return found
 
 
 def read_weights(net, where):
-    """Fill `net` from a part's safetensors, each rank only its own shards. Names and shapes must match exactly."""
-    found, target = stored_tensors(where), net.state_dict()
+    """Fill `net` from a part's weights, each rank only its own shards. Names and shapes must match exactly."""
+    found, target, (name, other) = stored_tensors(where), net.state_dict(), TIED
+    if name in target and other in found:
+        target[other] = target[name].clone() if name in found else target.pop(name)
     for problem, names in (("is missing", target.keys() - found.keys()),
                            ("is not expected", found.keys() - target.keys())):
         if names:
@@ -751,12 +730,14 @@ def read_weights(net, where):
                             f"({len(names)} such; {len(target)} expected, {len(found)} found)")
     for name, (file, shape) in found.items():
         if shape != target[name].shape:
-            raise UserError(f"{file}: tensor {name} is {shape}, expected {tuple(target[name].shape)}")
-    warnings.filterwarnings("ignore", message="torch.distributed is disabled")             # on purpose: no_dist
+            raise UserError(f"{where / file}: tensor {name} is {shape}, expected {tuple(target[name].shape)}")
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")           # as no_dist asks: no need to talk
     try:
-        dcp.load(target, storage_reader=dcp.HuggingFaceStorageReader(str(where)), no_dist=True)  # ranks need no talk
+        dcp.load(target, storage_reader=dcp.HuggingFaceStorageReader(str(where)), no_dist=True)
     except dcp.api.CheckpointException as e:
         raise UserError(f"{where}: cannot be read ({list(e.failures.values())[0][0]})") from e
+    if all(name in target for name in TIED) and not torch.equal(*(target[name] for name in TIED)):
+        raise UserError(f"{where}: {TIED[0]} and {TIED[1]} differ, but are two names of one tensor")
 
 
 def materialize(network, config, where, device, dtype, shard=lambda net: None):
@@ -783,21 +764,6 @@ def replace_folder(new, old):
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def whole_tensors(net, dtype):
-    """The state dict in `dtype`, gathered in rank 0's CPU memory; elsewhere {}. A collective.
-
-    Shards are converted before they are gathered, which halves the traffic and the memory of an export to bf16.
-    """
-    whole = {}
-    for name, tensor in net.state_dict().items():
-        tensor = tensor.to(dtype or tensor.dtype)
-        if isinstance(tensor, DTensor):
-            tensor = tensor.full_tensor()
-        if is_first():
-            whole[name] = tensor.cpu()
-    return whole
-
-
 def save_part(net, config, where, dtype=None, stem="diffusion_pytorch_model", config_name="config.json",
               shard_bytes=5 * 10 ** 9):
     """Write a network and its config as the folder `where`, whole or not at all. Every rank calls it.
@@ -805,14 +771,20 @@ def save_part(net, config, where, dtype=None, stem="diffusion_pytorch_model", co
     Rank 0 holds the whole network in `dtype` in CPU memory meanwhile (11 GB of bf16 at 5B). Files are split where
     published ones are, at 5 GB. Raises UserError where there is no room.
     """
-    tensors, part = whole_tensors(net, dtype) if net else {}, where.with_name(where.name + ".part")
+    tensors, part = {}, where.with_name(where.name + ".part")
+    for name, tensor in (net.state_dict() if net else {}).items():
+        tensor = tensor.to(dtype or tensor.dtype)          # before it is gathered: half the traffic and the memory
+        if isinstance(tensor, DTensor):
+            tensor = tensor.full_tensor()                  # a collective
+        if is_first():
+            tensors[name] = tensor.cpu()
     if not is_first():
         return
     try:
         shutil.rmtree(part, ignore_errors=True)            # left by a run that was killed while writing
         part.mkdir(parents=True)
         (part / config_name).write_text(json.dumps(config, indent=2) + "\n")
-        if tensors:
+        if net:
             huggingface_hub.save_torch_state_dict(tensors, part, filename_pattern=stem + "{suffix}.safetensors",
                                                   max_shard_size=shard_bytes)
         replace_folder(part, where)
