@@ -40,16 +40,14 @@ class T5Block(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        width, inner, hidden = c["d_model"], c["num_heads"] * c["d_kv"], c["d_ff"]
-        linear = partial(nn.Linear, bias=False)
-        norm = partial(nn.RMSNorm, width, eps=c["layer_norm_epsilon"])
+        width, inner, hidden, self.heads = c["d_model"], c["num_heads"] * c["d_kv"], c["d_ff"], c["num_heads"]
+        linear, norm = partial(nn.Linear, bias=False), partial(nn.RMSNorm, width, eps=c["layer_norm_epsilon"])
         attention = {"q": linear(width, inner), "k": linear(width, inner), "v": linear(width, inner),
                      "o": linear(inner, width)}
         gated = {"wi_0": linear(width, hidden), "wi_1": linear(width, hidden), "wo": linear(hidden, width)}
         self.layer = nn.ModuleList([                       # the nesting only reproduces the published names
             nn.ModuleDict({"SelfAttention": nn.ModuleDict(attention), "layer_norm": norm()}),
             nn.ModuleDict({"DenseReluDense": nn.ModuleDict(gated), "layer_norm": norm()})])
-        self.heads = c["num_heads"]
 
     def forward(self, x, bias):
         attention, gated = self.layer[0]["SelfAttention"], self.layer[1]["DenseReluDense"]
@@ -420,7 +418,8 @@ class DiT(nn.Module):
                                           "text_proj": nn.Linear(c["text_embed_dim"], width)})
         if c["use_learned_positional_embeddings"]:         # a buffer, not a parameter: published as one, never trained
             frames = (c["sample_frames"] - 1) // c["temporal_compression_ratio"] + 1
-            tokens = c["max_text_seq_length"] + frames * (c["sample_height"] // p) * (c["sample_width"] // p)
+            self.learned_grid = frames, c["sample_height"] // p, c["sample_width"] // p
+            tokens = c["max_text_seq_length"] + math.prod(self.learned_grid)
             self.patch_embed.register_buffer("pos_embedding", torch.zeros(1, tokens, width))
         self.time_embedding = nn.ModuleDict({"linear_1": nn.Linear(width, time_width),
                                              "linear_2": nn.Linear(time_width, time_width)})
@@ -439,10 +438,12 @@ class DiT(nn.Module):
         p, (_, _, frames, height, width) = self.config["patch_size"], x.shape
         grid, n_text = (frames, height // p, width // p), text.shape[1]
         time = self.time_embedding["linear_2"](nnf.silu(self.time_embedding["linear_1"](time_code)))        # (B,T)
-        text, video = self.patch_embed["text_proj"](text), self.embed_patches(x)                # (B,L,D), (B,FHW,D)
+        # The patches' convolution as a matrix product: where the stride is the kernel it is no more.
+        patches, proj = rearrange(x, "b c f (h p) (w q) -> b (f h w) (c p q)", p=p, q=p), self.patch_embed["proj"]
+        text, video = self.patch_embed["text_proj"](text), nnf.linear(patches, proj.weight.flatten(1), proj.bias)
         if self.config["use_learned_positional_embeddings"]:
-            text_positions, video_positions = self.positions(grid, n_text, text)
-            text, video = text + text_positions, video + video_positions
+            positions = self.learned_positions(grid, n_text).to(text)                                       # (1,S,D)
+            text, video = text + positions[:, :n_text], video + positions[:, n_text:]
         rope = rope_table(grid, n_text, self.config["attention_head_dim"], x.device)
         for block in self.transformer_blocks:
             text, video = block(text, video, time, rope, checkpointing)
@@ -451,23 +452,16 @@ class DiT(nn.Module):
         f, h, w = grid
         return rearrange(video, "b (f h w) (c p q) -> b c f (h p) (w q)", f=f, h=h, w=w, p=p, q=p)
 
-    def embed_patches(self, x):
-        """(B,2C,F,H,W) -> (B,F·H/p·W/p,D), a matrix product: a convolution whose stride is its kernel is no more."""
-        proj, p = self.patch_embed["proj"], self.config["patch_size"]
-        patches = rearrange(x, "b c f (h p) (w q) -> b (f h w) (c p q)", p=p, q=p)
-        return nnf.linear(patches, proj.weight.flatten(1), proj.bias)
-
-    def positions(self, grid, n_text, like):
-        """The text's and the video's rows of the learned table: a shorter clip takes the first frames', another size
-        has none."""
-        c, p = self.config, self.config["patch_size"]
-        expected, tokens = (c["sample_height"] // p, c["sample_width"] // p), n_text + math.prod(grid)
-        if (grid[1:] != expected or n_text != c["max_text_seq_length"]
-                or tokens > self.patch_embed.pos_embedding.shape[1]):
-            raise UserError(f"{n_text} text tokens and a token grid (frames, height, width) of {grid}; "
-                            f"this checkpoint's learned positions are for {c['max_text_seq_length']} and at most "
-                            f"{(c['sample_frames'] - 1) // c['temporal_compression_ratio'] + 1} frames of {expected}")
-        return self.patch_embed.pos_embedding[:, :tokens].to(like).split([n_text, tokens - n_text], dim=1)
+    def learned_positions(self, grid, n_text):
+        """The learned table's rows for text and video (1,S,D): a shorter clip takes the first frames', another size has
+        none."""
+        expected = (n_text == self.config["max_text_seq_length"] and grid[0] <= self.learned_grid[0]
+                    and grid[1:] == self.learned_grid[1:])
+        if not expected:
+            raise UserError(f"{n_text} text tokens and a token grid (frames, height, width) of {grid}; this checkpoint's "
+                            f"learned positions are for {self.config['max_text_seq_length']} and at most "
+                            f"{self.learned_grid[0]} frames of {self.learned_grid[1:]}")
+        return self.patch_embed.pos_embedding[:, :n_text + math.prod(grid)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -476,6 +470,7 @@ class DiT(nn.Module):
 
 class FlowPrediction:
     """F predicts the flow velocity u = ε − x₀."""
+    t_first = 0.0                                          # the smallest t that F was trained at
 
     def coefficients(self, t):
         return torch.ones_like(t), torch.ones_like(t), -t, 1000 * t                     # c_in, c_skip, c_out, c_noise
@@ -500,6 +495,7 @@ class VPrediction:
         alpha = (root - root[-1]) * root[0] / (root[0] - root[-1])              # zero terminal SNR (Lin et al. 2024)
         sigma = (1 - alpha ** 2).sqrt()
         self.t = sigma / (alpha + sigma)                   # t of each training step: 0.0283 … 1
+        self.t_first = self.t[0].item()
 
     def coefficients(self, t):
         s = ((1 - t) ** 2 + t ** 2).sqrt()
@@ -507,7 +503,8 @@ class VPrediction:
         return 1 / s, alpha / s, -sigma, self.step(t)                                   # c_in, c_skip, c_out, c_noise
 
     def step(self, t):
-        """The training step of t, linear between steps, 0 below the first."""
+        """The training step of t, linear between steps. Below the first it is 0, although x_t is cleaner than any that
+        F was trained on, so training should draw no t below `t_first`."""
         table = self.t.to(t.device)
         k = torch.searchsorted(table, t.double().contiguous()).clamp(1, len(table) - 1)
         return (k - 1 + (t - table[k - 1]) / (table[k] - table[k - 1])).clamp(min=0)
@@ -530,13 +527,15 @@ class Denoiser(nn.Module):
     x̂₀ = c_skip·x_t + c_out·F(c_in·x_t, c, c_noise)   (form of Karras et al. 2022, Eq. 7; ψ∘θ of the paper's Eq. 4–5)
 
     `net` is F and the only part that runs in bf16. `checkpointing = True` recomputes each block in the backward pass,
-    "selective" all of it but its attention.
+    "selective" all of it but its attention. `time_grid(steps)` gives the times of a sampler with `steps` evaluations,
+    steps + 1 numbers falling from 1 to 0, fp64; `t_first` is the smallest t that the network was trained at.
     """
     checkpointing = False
 
     def __init__(self, net, prediction, scheduler):
         super().__init__()
         self.net, self.prediction, self.scheduler = net, prediction, scheduler
+        self.time_grid, self.t_first = prediction.time_grid, prediction.t_first
 
     def forward(self, x_t, cond, t):
         channels, p = self.net.config["out_channels"], self.net.config["patch_size"]
@@ -552,10 +551,6 @@ class Denoiser(nn.Module):
         code = sinusoid(c_noise.flatten(), self.net.time_embedding["linear_1"].in_features)
         output = self.net(x, cond.text.to(like), code.to(like), checkpointing=self.checkpointing)
         return c_skip * x_t + c_out * output.float()
-
-    def time_grid(self, steps):
-        """Times of a sampler with `steps` evaluations: steps + 1 falling numbers from 1 to 0, fp64."""
-        return self.prediction.time_grid(steps)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -618,7 +613,10 @@ def defaults_of(path, command):
     for model in (path, base_of(path)):
         file = local_folder(model) / "defaults.json"
         if file.is_file():
-            return read_json(file).get(command, {})
+            options = read_json(file).get(command, {})
+            if not isinstance(options, dict):
+                raise UserError(f"{file}: {command} is {options!r}, expected an object of options")
+            return options
     return {}
 
 
@@ -830,19 +828,8 @@ def load_vae(path, device="cpu", dtype=torch.float32):
     folder = resolve(path, "vae")
     config = read_config(folder, "vae", "AutoencoderKLCogVideoX")
     refuse(folder / "vae", config, use_quant_conv=False, use_post_quant_conv=False,
-           invert_scale_latents=False, shift_factor=None)
+           invert_scale_latents=False, shift_factor=None, norm_eps=1e-6)
     return materialize(VAE, config, folder / "vae", device, dtype).eval()
-
-
-def prediction_of(folder):
-    """What the scheduler's config says the network predicts."""
-    c = read_config(folder, "scheduler",
-                    "CogVideoXDDIMScheduler", "CogVideoXDPMScheduler", "FlowMatchEulerDiscreteScheduler")
-    if c["_class_name"] == "FlowMatchEulerDiscreteScheduler":
-        return FlowPrediction()
-    refuse(folder / "scheduler", c, prediction_type="v_prediction", beta_schedule="scaled_linear",
-           rescale_betas_zero_snr=True)
-    return VPrediction(c)
 
 
 def load_dit(path, device="cpu", dtype=torch.float32, shard=lambda net: None):
@@ -857,8 +844,16 @@ def load_dit(path, device="cpu", dtype=torch.float32, shard=lambda net: None):
            attention_bias=True, patch_bias=True, in_channels=2 * config["out_channels"],
            activation_fn="gelu-approximate", timestep_activation_fn="silu",
            norm_elementwise_affine=True, flip_sin_to_cos=True, freq_shift=0)
-    scheduler = dict(read_json(folder / "scheduler" / "scheduler_config.json"))
-    return Denoiser(materialize(DiT, config, where, device, dtype, shard), prediction_of(folder), scheduler)
+    c = read_config(folder, "scheduler",
+                    "CogVideoXDDIMScheduler", "CogVideoXDPMScheduler", "FlowMatchEulerDiscreteScheduler")
+    if c["_class_name"] == "FlowMatchEulerDiscreteScheduler":
+        prediction = FlowPrediction()
+    else:
+        refuse(folder / "scheduler", c, prediction_type="v_prediction", beta_schedule="scaled_linear",
+               rescale_betas_zero_snr=True)
+        prediction = VPrediction(c)
+    scheduler = dict(read_json(c.file))                    # as it is, without the defaults
+    return Denoiser(materialize(DiT, config, where, device, dtype, shard), prediction, scheduler)
 
 
 def save_dit(dit, path, dtype=None):
