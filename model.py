@@ -154,9 +154,7 @@ def affine(x, scale, shift):
 
 class CausalConv3d(nn.Module):
     """3×3×3 convolution of (B,C,F,H,W) that never sees the future: two past frames in front, zeros at the borders.
-
-    With `norm`, a scale and a shift, `affine` and SiLU come first. With `overwrite` the result may take x's memory.
-    """
+    With `norm`, a scale and a shift, `affine` and SiLU come first. With `overwrite` the result may take x's memory."""
 
     def __init__(self, c_in, c_out):
         super().__init__()
@@ -169,7 +167,8 @@ class CausalConv3d(nn.Module):
         for frames in pieces(x, max(self.conv.weight.shape[:2])):
             piece = x[:, :, frames]
             if norm:
-                piece = affine(piece, *(v[:, :, frames] for v in norm))
+                scale, shift = norm
+                piece = affine(piece, scale[:, :, frames], shift[:, :, frames])
                 piece = nnf.silu(piece, inplace=in_place).to(x.dtype)
             if before is None:                             # the clip begins: its first frame stands for the past
                 before = piece[:, :, :1].expand(-1, -1, 2, -1, -1)
@@ -181,8 +180,8 @@ class CausalConv3d(nn.Module):
         return out
 
     def convolve(self, x):
-        """The convolution itself. On a CPU oneDNN is called directly, because torch unfolds a small x to 27 times its
-        size instead; a GPU never comes here."""
+        """The convolution itself. A CPU trick, which a GPU never sees: torch unfolds a small x to 27 times its size, so
+        oneDNN is called directly, two to three times as fast."""
         if x.device.type == "cpu" and torch.backends.mkldnn.is_available():
             return torch.mkldnn_convolution(x, self.conv.weight, self.conv.bias, (0, 1, 1), (1, 1, 1), (1, 1, 1), 1)
         return self.conv(x)
@@ -253,7 +252,7 @@ class Coder(nn.Module):
         self.norm_out = norm(widths[-1])
 
     def forward(self, x, past):
-        z = x                                              # the latents, which the decoder's norms look at
+        z = x                                              # in the decoder the latents, which its norms look at
         x = self.conv_in(x, past)
         levels = [*self.down_blocks, self.mid_block] if self.direction == "down" else [self.mid_block, *self.up_blocks]
         for level in levels:
@@ -288,9 +287,7 @@ class VAE(nn.Module):
     @torch.no_grad()
     def encode(self, video, generator=None):
         """Scaled latents, fp32: the posterior's mean, or a sample of it where a CPU `generator` is given.
-
-        Raises ValueError unless video is (B,3,F,H,W) with F = 8k + 1.
-        """
+        Raises ValueError unless video is (B,3,F,H,W) with F = 8k + 1."""
         if video.ndim != 5 or video.shape[1] != 3 or video.shape[2] % 8 != 1:
             raise ValueError(f"video is {tuple(video.shape)}, expected (B,3,F,H,W) with F = 8k + 1 frames")
         mean, std = self.posterior(video)
@@ -327,10 +324,7 @@ class AdaptiveNorm(nn.Module):
 @lru_cache(maxsize=8)
 def rope_table(grid, n_text, head_dim, device):
     """Cosine and sine of each token's angles (S,1,head_dim/2,2), fp32: a quarter of a head turns with time, 3/8 with
-    height, 3/8 with width.
-
-    Text tokens stand at angle zero, so the whole sequence is rotated in one go.
-    """
+    height, 3/8 with width. Text tokens stand at angle zero, so the whole sequence is rotated in one go."""
     parts = (head_dim // 4, head_dim // 8 * 3, head_dim // 8 * 3)
     frequencies = [10_000.0 ** (-torch.arange(0, n, 2, dtype=torch.float32) / n) for n in parts]
     positions = torch.cartesian_prod(*(torch.arange(n, dtype=torch.float32) for n in grid))                 # (FHW,3)
@@ -385,10 +379,10 @@ class Block(nn.Module):
         """text (B,L,D) and video (B,FHW,D) after the block. `checkpointing`: see Denoiser."""
         if not checkpointing:
             return self.layers(text, video, time, rope)
-        options = {"use_reentrant": False}
+        recompute = partial(checkpoint, self.layers, text, video, time, rope, use_reentrant=False)
         if checkpointing == "selective":
-            options["context_fn"] = partial(create_selective_checkpoint_contexts, KEPT)
-        return checkpoint(self.layers, text, video, time, rope, **options)
+            return recompute(context_fn=partial(create_selective_checkpoint_contexts, KEPT))
+        return recompute()
 
     def layers(self, text, video, time, rope):
         text, video = self.residual(self.norm1, self.attn1, text, video, time, rope)
@@ -438,7 +432,7 @@ class DiT(nn.Module):
         p, (_, _, frames, height, width) = self.config["patch_size"], x.shape
         grid, n_text = (frames, height // p, width // p), text.shape[1]
         time = self.time_embedding["linear_2"](nnf.silu(self.time_embedding["linear_1"](time_code)))        # (B,T)
-        # The patches' convolution as a matrix product: where the stride is the kernel it is no more.
+        # The convolution of the patches is a matrix product, since its stride is its kernel.
         patches, proj = rearrange(x, "b c f (h p) (w q) -> b (f h w) (c p q)", p=p, q=p), self.patch_embed["proj"]
         text, video = self.patch_embed["text_proj"](text), nnf.linear(patches, proj.weight.flatten(1), proj.bias)
         if self.config["use_learned_positional_embeddings"]:
@@ -669,16 +663,14 @@ def empty(network, config, dtype, device, shard=lambda net: None):
     """A network with memory on `device`, sharded first so that a rank takes only its part, and nothing in it yet."""
     with torch.device("meta"):
         net = network(config)
-    if dtype != torch.float32:
-        net.to(dtype)
-    shard(net)
+    shard(net.to(dtype))
     return net.to_empty(device=device)
 
 
 @lru_cache
 def keep_freed_memory():
-    """Have glibc keep what is freed: else each large activation on a CPU is mapped, zeroed page by page and given back,
-    which takes half of the autoencoder's time. A GPU never sees it, nor does any other C library."""
+    """A CPU trick, which a GPU never sees: have glibc keep what is freed, so that not every large activation is mapped,
+    zeroed page by page and given back."""
     try:
         libc = ctypes.CDLL("libc.so.6")
     except OSError:
@@ -690,9 +682,7 @@ def keep_freed_memory():
 
 def stored_tensors(where):
     """{name: (file, shape)} of a part's weights: the only .safetensors file, or those that an index names.
-
-    Raises UserError for any other file beside them, because DCP's reader takes all there are.
-    """
+    Raises UserError for any other file beside them, because DCP's reader takes all there are."""
     files = named = {file.name for file in where.glob("*.safetensors")}
     index = min(where.glob("*.safetensors.index.json"), default=None)
     if not files:
@@ -729,7 +719,7 @@ def read_weights(net, where):
     for name, (file, shape) in found.items():
         if shape != target[name].shape:
             raise UserError(f"{where / file}: tensor {name} is {shape}, expected {tuple(target[name].shape)}")
-    warnings.filterwarnings("ignore", message="torch.distributed is disabled")           # as no_dist asks: no need to talk
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")           # no_dist: each reads alone
     try:
         dcp.load(target, storage_reader=dcp.HuggingFaceStorageReader(str(where)), no_dist=True)
     except dcp.api.CheckpointException as e:
@@ -764,11 +754,9 @@ def replace_folder(new, old):
 
 def save_part(net, config, where, dtype=None, stem="diffusion_pytorch_model", config_name="config.json",
               shard_bytes=5 * 10 ** 9):
-    """Write a network and its config as the folder `where`, whole or not at all. Every rank calls it.
-
-    Rank 0 holds the whole network in `dtype` in CPU memory meanwhile (11 GB of bf16 at 5B). Files are split where
-    published ones are, at 5 GB. Raises UserError where there is no room.
-    """
+    """Write a network and its config as the folder `where`, whole or not at all. Every rank calls it. Meanwhile rank 0
+    holds the whole network in `dtype` in CPU memory (11 GB of bf16 at 5B). Files are split at 5 GB, as the published
+    ones are. Raises UserError where there is no room."""
     tensors, part = {}, where.with_name(where.name + ".part")
     for name, tensor in (net.state_dict() if net else {}).items():
         tensor = tensor.to(dtype or tensor.dtype)          # before it is gathered: half the traffic and the memory
@@ -797,11 +785,8 @@ def save_part(net, config, where, dtype=None, stem="diffusion_pytorch_model", co
 # ---------------------------------------------------------------------------------------------------------------------
 
 def load_text_encoder(path, device="cpu", dtype=torch.float32):
-    """Load tokenizer and T5 encoder. Returns `encode_text(prompts: list[str]) -> (B,L,D)` on `device`.
-
-    Prompts are cut or padded to the transformer's `max_text_seq_length` L (226). Raises UserError for a folder that
-    does not hold them.
-    """
+    """Load tokenizer and T5 encoder. Returns `encode_text(prompts: list[str]) -> (B,L,D)` on `device`. Prompts are cut or
+    padded to the transformer's `max_text_seq_length` L (226). Raises UserError for a folder that does not hold them."""
     import sentencepiece
     folder = resolve(path, "tokenizer", "text_encoder", "transformer/config.json")
     net = materialize(T5Encoder, read_config(folder, "text_encoder", "T5EncoderModel"),
@@ -833,11 +818,9 @@ def load_vae(path, device="cpu", dtype=torch.float32):
 
 
 def load_dit(path, device="cpu", dtype=torch.float32, shard=lambda net: None):
-    """Load the diffusion transformer of a model folder or hub id as a `Denoiser`.
-
-    `shard(net)` may distribute the still empty network; each rank then reads only its own slices of the files.
-    Raises UserError for a checkpoint that is missing, broken or of another kind.
-    """
+    """Load the diffusion transformer of a model folder or hub id as a `Denoiser`. `shard(net)` may distribute the still
+    empty network; each rank then reads only its own slices of the files. Raises UserError for a checkpoint that is
+    missing, broken or of another kind."""
     folder = resolve(path, "transformer", "scheduler")
     config, where = read_dit_config(folder), folder / "transformer"
     refuse(where, config, use_rotary_positional_embeddings=True, patch_size_t=None, ofs_embed_dim=None,
@@ -858,8 +841,6 @@ def load_dit(path, device="cpu", dtype=torch.float32, shard=lambda net: None):
 
 def save_dit(dit, path, dtype=None):
     """Write a denoiser's transformer/ and scheduler/ into the folder `path`; diffusers opens it.
-
-    `dtype` converts (training keeps fp32, publishing wants bf16). Under torch.distributed every rank must call it.
-    """
+    `dtype` converts (training keeps fp32, publishing wants bf16). Under torch.distributed every rank must call it."""
     save_part(None, dit.scheduler, Path(path) / "scheduler", config_name="scheduler_config.json")
     save_part(dit.net, dit.net.config, Path(path) / "transformer", dtype)
