@@ -111,7 +111,7 @@ def pieces(x, channels):
 
 
 class Norm(nn.GroupNorm):
-    """GroupNorm as scale and shift of x (B,C,F,H,W), each (B,C,F,1,1) and fp32, for `affine` to apply to pieces of x."""
+    """GroupNorm as scale and shift of x (B,C,F,H,W), each (B,C,F,1,1), fp32, which `affine` applies to pieces of x."""
 
     def forward(self, x, z=None):                          # z: for SpatialNorm only
         # Summed frame by frame, then in fp64: a single fp32 sum over a long chunk loses the variance beside the mean.
@@ -119,8 +119,9 @@ class Norm(nn.GroupNorm):
         for frame in x.unbind(2):
             frame = frame.float()
             sums = sums + torch.stack([frame.sum((2, 3)), frame.square().sum((2, 3))]).double()             # (2,B,C)
-        sums = sums.unflatten(2, (self.num_groups, -1))                                                       # (2,B,G,·)
-        mean, square = sums.sum(3, keepdim=True).expand_as(sums).flatten(2) * self.num_groups / x[0].numel()  # (B,C)
+        sums = sums.unflatten(2, (self.num_groups, -1))                                                # (2,B,G,C/G)
+        sums = sums.sum(3, keepdim=True).expand_as(sums).flatten(2)                                         # (2,B,C)
+        mean, square = sums * self.num_groups / x[0].numel()                                                  # (B,C)
         std = ((square - mean ** 2).clamp(min=0) + self.eps).sqrt()                        # rounding may leave it < 0
         scale = self.weight / std
         shift = self.bias - mean * scale
@@ -308,7 +309,7 @@ class VAE(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 
 class AdaptiveNorm(nn.Module):
-    """LayerNorm, shifted and scaled by what a linear map makes of the time embedding: `chunks` vectors, each (B,1,D)."""
+    """LayerNorm, and a linear map of the time embedding to `chunks` vectors (B,1,D) that shift, scale and gate."""
 
     def __init__(self, width, time_width, eps, chunks):
         super().__init__()
@@ -452,9 +453,9 @@ class DiT(nn.Module):
         expected = (n_text == self.config["max_text_seq_length"] and grid[0] <= self.learned_grid[0]
                     and grid[1:] == self.learned_grid[1:])
         if not expected:
-            raise UserError(f"{n_text} text tokens and a token grid (frames, height, width) of {grid}; this checkpoint's "
-                            f"learned positions are for {self.config['max_text_seq_length']} and at most "
-                            f"{self.learned_grid[0]} frames of {self.learned_grid[1:]}")
+            raise UserError(f"{n_text} text tokens and a token grid (frames, height, width) of {grid}; "
+                            f"this checkpoint's learned positions are for {self.config['max_text_seq_length']} and at "
+                            f"most {self.learned_grid[0]} frames of {self.learned_grid[1:]}")
         return self.patch_embed.pos_embedding[:, :n_text + math.prod(grid)]
 
 
@@ -553,18 +554,15 @@ class Denoiser(nn.Module):
 
 TINY = Path(__file__).parent / "assets" / "tiny"
 TIED = "shared.weight", "encoder.embed_tokens.weight"      # T5's embedding is stored by either name, or by both
-DEFAULTS = {                                               # what a config.json may leave out
+DEFAULTS = {                                               # what diffusers assumes where a config.json is silent
     "T5EncoderModel": dict(
         relative_attention_num_buckets=32, relative_attention_max_distance=128, layer_norm_epsilon=1e-6),
-    "AutoencoderKLCogVideoX": dict(
-        in_channels=3, out_channels=3, norm_eps=1e-6, norm_num_groups=32, temporal_compression_ratio=4,
-        use_quant_conv=False, use_post_quant_conv=False, invert_scale_latents=False, shift_factor=None),
+    "AutoencoderKLCogVideoX": dict(in_channels=3, out_channels=3, norm_num_groups=32, temporal_compression_ratio=4),
     "CogVideoXTransformer3DModel": dict(
-        patch_size=2, patch_size_t=None, patch_bias=True, ofs_embed_dim=None, attention_bias=True, norm_eps=1e-5,
-        norm_elementwise_affine=True, flip_sin_to_cos=True, freq_shift=0, max_text_seq_length=226,
-        temporal_compression_ratio=4, activation_fn="gelu-approximate", timestep_activation_fn="silu",
+        patch_size=2, norm_eps=1e-5, max_text_seq_length=226, temporal_compression_ratio=4,
         use_rotary_positional_embeddings=False, use_learned_positional_embeddings=False),
-    "CogVideoXDDIMScheduler": dict(snr_shift_scale=3.0, rescale_betas_zero_snr=True, num_train_timesteps=1000)}
+    "CogVideoXDDIMScheduler": dict(
+        snr_shift_scale=3.0, num_train_timesteps=1000, prediction_type="epsilon", rescale_betas_zero_snr=False)}
 DEFAULTS["CogVideoXDPMScheduler"] = DEFAULTS["CogVideoXDDIMScheduler"]
 PUBLISHED_DIT = DEFAULTS["CogVideoXTransformer3DModel"] | dict(  # CogVideoX-5B-I2V's, for dry runs without a download
     _class_name="CogVideoXTransformer3DModel", num_attention_heads=48, attention_head_dim=64, in_channels=32,
@@ -652,9 +650,10 @@ def read_dit_config(path):
 
 
 def refuse(where, config, **supported):
-    """Raise UserError where a config asks for what this code does not have, rather than compute something else."""
+    """Raise UserError where a config asks for what this code does not have, rather than compute something else. What is
+    neither in the config nor in DEFAULTS is as supported."""
     for key, value in supported.items():
-        if config[key] != value:
+        if config.get(key, value) != value:
             raise UserError(f"{where}: {key} is {config[key]}, supported is {value}; this code knows CogVideoX-5B-I2V "
                             "(not 2b, text-to-video, or 1.5)")
 
@@ -663,7 +662,9 @@ def empty(network, config, dtype, device, shard=lambda net: None):
     """A network with memory on `device`, sharded first so that a rank takes only its part, and nothing in it yet."""
     with torch.device("meta"):
         net = network(config)
-    shard(net.to(dtype))
+    if dtype != torch.float32:                             # a dry run's fake tensors cannot be converted
+        net.to(dtype)
+    shard(net)
     return net.to_empty(device=device)
 
 
@@ -785,8 +786,8 @@ def save_part(net, config, where, dtype=None, stem="diffusion_pytorch_model", co
 # ---------------------------------------------------------------------------------------------------------------------
 
 def load_text_encoder(path, device="cpu", dtype=torch.float32):
-    """Load tokenizer and T5 encoder. Returns `encode_text(prompts: list[str]) -> (B,L,D)` on `device`. Prompts are cut or
-    padded to the transformer's `max_text_seq_length` L (226). Raises UserError for a folder that does not hold them."""
+    """Load tokenizer and T5 encoder. Returns `encode_text(prompts: list[str]) -> (B,L,D)` on `device`. Prompts are cut
+    or padded to the transformer's `max_text_seq_length` L (226). Raises UserError where a part is missing or broken."""
     import sentencepiece
     folder = resolve(path, "tokenizer", "text_encoder", "transformer/config.json")
     net = materialize(T5Encoder, read_config(folder, "text_encoder", "T5EncoderModel"),

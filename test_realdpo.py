@@ -599,6 +599,7 @@ BREAKAGES = {
         "unknown scheduler": (entries(SCHEDULE, _class_name="PNDMScheduler"), "PNDMScheduler"),
         "epsilon prediction": (entries(SCHEDULE, prediction_type="epsilon"), "epsilon"),
         "schedule without a prediction": (entries(SCHEDULE, prediction_type=...), "prediction_type"),
+        "schedule without its rescaling": (entries(SCHEDULE, rescale_betas_zero_snr=...), "rescale_betas_zero_snr"),
         "schedule without betas": (entries(SCHEDULE, beta_start=...), "beta_start"),
         "no weights": (lambda f: (f / WEIGHTS).unlink(), "no .safetensors"),
         "empty weights": (content(WEIGHTS, lambda b: b""), WEIGHTS),
