@@ -689,7 +689,7 @@ def stored_tensors(where):
     if not files:
         raise UserError(f"{where}: holds no .safetensors weights (pickled weights are not read)")
     if index:
-        named = set(Config(index, read_json(index)["weight_map"]).values())
+        named = set(read_json(index)["weight_map"].values())
     elif len(files) > 1:
         raise UserError(f"{where}: holds {len(files)} .safetensors files and no index that says which are the weights")
     if named != files:
@@ -709,9 +709,10 @@ def stored_tensors(where):
 
 def read_weights(net, where):
     """Fill `net` from a part's weights, each rank only its own shards. Names and shapes must match exactly."""
-    found, target, (name, other) = stored_tensors(where), net.state_dict(), TIED
-    if name in target and other in found:
-        target[other] = target[name].clone() if name in found else target.pop(name)
+    found, target = stored_tensors(where), net.state_dict()
+    shared, tied = TIED
+    if shared in target and tied in found:
+        target[tied] = target[shared].clone() if shared in found else target.pop(shared)
     for problem, names in (("is missing", target.keys() - found.keys()),
                            ("is not expected", found.keys() - target.keys())):
         if names:
@@ -725,8 +726,8 @@ def read_weights(net, where):
         dcp.load(target, storage_reader=dcp.HuggingFaceStorageReader(str(where)), no_dist=True)
     except dcp.api.CheckpointException as e:
         raise UserError(f"{where}: cannot be read ({list(e.failures.values())[0][0]})") from e
-    if all(name in target for name in TIED) and not torch.equal(*(target[name] for name in TIED)):
-        raise UserError(f"{where}: {TIED[0]} and {TIED[1]} differ, but are two names of one tensor")
+    if shared in target and tied in target and not torch.equal(target[shared], target[tied]):
+        raise UserError(f"{where}: {shared} and {tied} differ, but are two names of one tensor")
 
 
 def materialize(network, config, where, device, dtype, shard=lambda net: None):

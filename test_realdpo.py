@@ -544,6 +544,13 @@ def test_multistep_with_25_steps_beats_euler_with_50(prediction, mean, std):
     assert multistep < euler / 2
 
 
+def test_t_first_is_the_first_training_step(denoiser):
+    t = torch.tensor([denoiser.t_first - 0.01, denoiser.t_first, denoiser.t_first + 0.01], dtype=torch.float64)
+    before, at, after = denoiser.prediction.step(t).tolist()
+    assert before == at == 0 < after and denoiser.t_first == pytest.approx(0.0283, abs=1e-4)
+    assert model.FlowPrediction.t_first == 0
+
+
 @PREDICTIONS
 def test_every_number_of_steps_has_its_falling_times(prediction):
     for steps in range(1, 1001):                           # 61, 103 … once had one too many: 1000 / (1000 / 61) > 61
