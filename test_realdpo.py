@@ -30,7 +30,13 @@ import torch.nn.functional as nnf
 from PIL import Image
 from safetensors.torch import load, load_file, save_file
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch._functorch.aot_autograd import make_boxed_func
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -264,7 +270,7 @@ def test_vae_equals_diffusers(vaes, batch, frames):
 @torch.no_grad()
 def test_the_norm_in_two_parts_is_group_norm_even_of_a_constant():
     ours, theirs = scramble(model.Norm(4, 8, eps=1e-6)), scramble(nn.GroupNorm(4, 8, eps=1e-6))
-    difference = lambda x: (ours(x)(x, None) - theirs(x)).abs().max()
+    difference = lambda x: (model.affine(x, *ours(x)) - theirs(x)).abs().max()
     assert difference(randn(2, 8, 9, 40, 60) + 3) <= 1e-5
     assert all(difference(torch.full((1, 8, 9, 40, 60), float(value))) <= 1e-3 for value in range(1, 10))
 
@@ -282,6 +288,14 @@ def test_text_encoder_equals_transformers(copied, length):
     with torch.no_grad():
         expected = net(torch.tensor([row + [0] * (length - len(row)) for row in ids])).last_hidden_state
     assert relative(model.load_text_encoder(copied)(PROMPTS), expected) <= 2e-5
+
+
+@pytest.mark.parametrize("keep", [True, False], ids=["both names", "the other name"])
+def test_the_tied_embedding_may_go_by_either_name(folder, copied, keep):
+    file = copied / "text_encoder" / "model.safetensors"
+    embedding = load_file(file)["shared.weight"]
+    rewrite(file, **{"encoder.embed_tokens.weight": embedding.clone(), "shared.weight": embedding if keep else ...})
+    assert torch.equal(model.load_text_encoder(copied)(PROMPTS), model.load_text_encoder(folder)(PROMPTS))
 
 
 @pytest.mark.parametrize("shard_bytes", [None, 20_000])
@@ -534,6 +548,13 @@ def test_multistep_with_25_steps_beats_euler_with_50(prediction, mean, std):
     assert multistep < euler / 2
 
 
+def test_t_min_is_the_first_training_step(denoiser):
+    t = torch.tensor([denoiser.t_min - 0.01, denoiser.t_min, denoiser.t_min + 0.01], dtype=torch.float64)
+    before, at, after = denoiser.prediction.step(t).tolist()
+    assert before == at == 0 < after and denoiser.t_min == pytest.approx(0.0283, abs=1e-4)
+    assert model.FlowPrediction.t_min == 0
+
+
 @PREDICTIONS
 def test_every_number_of_steps_has_its_falling_times(prediction):
     for steps in range(1, 1001):                           # 61, 103 … once had one too many: 1000 / (1000 / 61) > 61
@@ -589,6 +610,7 @@ BREAKAGES = {
         "unknown scheduler": (entries(SCHEDULE, _class_name="PNDMScheduler"), "PNDMScheduler"),
         "epsilon prediction": (entries(SCHEDULE, prediction_type="epsilon"), "epsilon"),
         "schedule without a prediction": (entries(SCHEDULE, prediction_type=...), "prediction_type"),
+        "schedule without its rescaling": (entries(SCHEDULE, rescale_betas_zero_snr=...), "rescale_betas_zero_snr"),
         "schedule without betas": (entries(SCHEDULE, beta_start=...), "beta_start"),
         "no weights": (lambda f: (f / WEIGHTS).unlink(), "no .safetensors"),
         "empty weights": (content(WEIGHTS, lambda b: b""), WEIGHTS),
@@ -606,13 +628,21 @@ BREAKAGES = {
         "index without a map": (lambda f: (f / INDEX).write_text("{}"), INDEX),
         "index of an absent file": (
             lambda f: (f / INDEX).write_text('{"weight_map": {"proj_out.bias": "gone.safetensors"}}'),
-            "gone.safetensors")},
+            "gone.safetensors"),
+        "index that leaves a file out": (lambda f: (f / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(
+            load_file(f / WEIGHTS), shutil.copy(f / WEIGHTS, f / "transformer/stale.safetensors").name)})),
+            INDEX + ".*diffusion_pytorch_model.safetensors"),
+        "a tensor in two files": (lambda f: (f / INDEX).write_text(json.dumps({"weight_map": {
+            "a": Path(WEIGHTS).name, "b": shutil.copy(f / WEIGHTS, f / "transformer/other.safetensors").name}})),
+            "other.safetensors: tensor .* is in diffusion|model.safetensors: tensor .* is in other")},
     model.load_vae: {
         "unknown convolution": (entries("vae/config.json", use_quant_conv=True), "use_quant_conv"),
         "config without a scale": (entries("vae/config.json", scaling_factor=...), "scaling_factor"),
         "fewer levels": (entries("vae/config.json", block_out_channels=[8, 16, 16]), "is missing")},
     model.load_text_encoder: {
         "unknown class": (entries("text_encoder/config.json", architectures=["BertModel"]), "BertModel"),
+        "two embeddings": (entries("text_encoder/model.safetensors",
+                                   **{"encoder.embed_tokens.weight": torch.zeros(160, 12)}), "differ"),
         "no tokenizer": (lambda f: (f / "tokenizer/spiece.model").unlink(), "spiece.model"),
         "tokenizer cut short": (content("tokenizer/spiece.model", lambda b: b[:50]), "spiece.model")}}
 
@@ -694,6 +724,21 @@ def test_hub_is_asked_only_for_the_needed_parts(hub, load, needed):
     assert set(hub) == needed
 
 
+def test_a_model_brings_its_option_defaults_and_a_run_has_its_bases(copied, tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", None)                      # not to be called
+    (copied / "defaults.json").write_text('{"sample": {"steps": 16}}')
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "base.json").write_text(json.dumps({"model": str(copied)}))
+    assert model.defaults_of(copied, "sample") == model.defaults_of(run, "sample") == {"steps": 16}
+    assert model.defaults_of(copied, "train") == model.defaults_of("owner/name", "sample") == {}
+    (run / "defaults.json").write_text('{"sample": {"steps": 8}}')
+    assert model.defaults_of(run, "sample") == {"steps": 8}
+    (copied / "defaults.json").write_text('{"sample": 16}')
+    with pytest.raises(UserError, match="defaults.json: sample is 16"):
+        model.defaults_of(copied, "sample")
+
+
 @pytest.mark.parametrize("name", ["owner/absent", "a/b/c", "../owner", "/owner", "word"])
 def test_unknown_hub_id_or_folder_is_refused_by_name(hub, name):
     with pytest.raises(model.UserError, match=f"^{name}: no such model folder.*") as caught:
@@ -708,13 +753,88 @@ def test_unknown_hub_id_or_folder_is_refused_by_name(hub, name):
 @pytest.mark.parametrize("how", [True, "selective"])
 def test_checkpointing_recomputes_blocks_and_keeps_the_gradient(denoiser, how):
     calls, gradients = [], []
-    denoiser.net.transformer_blocks[0].register_forward_pre_hook(lambda *_: calls.append(denoiser.checkpointing))
+    layer = denoiser.net.transformer_blocks[0].attn1
+    layer.register_forward_pre_hook(lambda *_: calls.append(denoiser.checkpointing))
     for denoiser.checkpointing in (False, how):
         denoiser.zero_grad()
         denoiser(*inputs(2), torch.tensor([0.3, 0.9])).square().mean().backward()
         gradients.append(parameters_to_vector(p.grad for p in denoiser.parameters()))
     assert calls == [False, how, how]
     assert torch.equal(*gradients)
+
+
+def block_gradients(block, checkpointing=False):
+    """What a small block gives for two samples, and the gradients of its parameters and inputs."""
+    inputs = [randn(2, 7, 32, seed=1), randn(2, 12, 32, seed=2), randn(2, 24, seed=3)]
+    for x in inputs:
+        x.requires_grad_()
+    out = block(*inputs, model.rope_table((2, 2, 3), 7, 16, torch.device("cpu")), checkpointing)
+    block.zero_grad()
+    sum(x.square().sum() for x in out).backward()
+    return [x.detach() for x in out] + [x.grad for x in inputs] + [
+        getattr(p.grad, "full_tensor", lambda grad=p.grad: grad)() for p in block.parameters()]
+
+
+def counted(calls, name):
+    """A compiler that runs a graph as it is and notes how often it computes attention forward."""
+    def compile(graph, inputs):
+        attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+        # A recomputed one is an argument of an operator that restores the generator.
+        calls[name] = sum(any(x is attention for x in (node.target, *node.args)) for node in graph.graph.nodes)
+        return make_boxed_func(graph.forward)
+    return compile
+
+
+@pytest.mark.parametrize("how, attentions", [(True, (1, 1)), ("selective", (1, 0))])
+def test_a_block_compiles_whole_and_keeps_what_selective_checkpointing_keeps(how, attentions):
+    torch.manual_seed(0)
+    block, calls = model.Block(32, 2, 24, 1e-5), {}
+    expected = block_gradients(block)
+    torch.compiler.reset()
+    backend = aot_autograd(fw_compiler=counted(calls, "forward"), bw_compiler=counted(calls, "backward"),
+                           partition_fn=min_cut_rematerialization_partition)
+    block.forward = torch.compile(block.forward, fullgraph=True, backend=backend)
+    for ours, theirs in zip(block_gradients(block, how), expected, strict=True):
+        assert relative(ours, theirs) <= 2e-5
+    assert (calls["forward"], calls["backward"]) == attentions
+
+
+def sharded_block(rank, folder, expected):
+    """A block, compiled and sharded as one of two processes, against one that is neither."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    net = nn.Module()
+    net.transformer_blocks = nn.ModuleList([model.Block(32, 2, 24, 1e-5)])
+    torch.compile = partial(torch.compile, backend="aot_eager")
+    model.DiT.compile_blocks(net)
+    block = fully_shard(net.transformer_blocks[0], mesh=init_device_mesh("cpu", (2,)))
+    for ours, theirs in zip(block_gradients(block, "selective"), expected, strict=True):
+        assert relative(ours, theirs) <= 2e-5
+    assert all(isinstance(p, DTensor) for p in block.parameters())
+    dist.destroy_process_group()
+
+
+def test_a_sharded_block_compiles_whole_on_two_ranks(tmp_path):
+    torch.manual_seed(0)
+    block = model.Block(32, 2, 24, 1e-5)
+    mp.spawn(sharded_block, nprocs=2, args=(tmp_path, block_gradients(block)))
+
+
+@pytest.mark.bench
+def test_compiled_blocks_sample_and_train_like_eager_ones(denoiser, folder):
+    """With the real compiler, which takes its time."""
+    compiled = model.load_dit(folder)
+    compiled.net.compile_blocks()
+    compiled.checkpointing = "selective"
+    results = []
+    for net in denoiser, compiled:
+        out = net(*inputs(2), torch.tensor([0.3, 0.9]))
+        out.square().mean().backward()
+        with torch.no_grad():
+            results.append((out.detach(), net(*inputs(1), torch.tensor([0.5])),
+                            parameters_to_vector(p.grad for p in net.parameters())))
+    for ours, theirs in zip(*reversed(results)):
+        assert relative(ours, theirs) <= 2e-5
 
 
 @pytest.mark.parametrize("file", sorted(Path(model.__file__).parent.glob("*.py")), ids=lambda file: file.name)
@@ -2690,7 +2810,7 @@ def test_what_a_5b_block_reads_and_writes(diffusers, backward):
 
     def ours():
         return model.Block(width, 48, 512, 1e-5), (tensor(1, text, width), tensor(1, tokens - text, width),
-                                                   tensor(1, 512), torch.empty(tokens, 1, 32, dtype=torch.complex64))
+                                                   tensor(1, 512), torch.empty(tokens, 1, 32, 2, dtype=torch.float32))
 
     def cost(make):
         with FakeTensorMode():

@@ -105,9 +105,9 @@ def init_distributed():
 def shard(net, mesh, dtype, compile=False):
     """Split every block's parameters over the ranks (FSDP2), gathered in `dtype`, gradients reduced in fp32."""
     precision = dict(param_dtype=dtype, reduce_dtype=torch.float32)
+    if compile:
+        net.compile_blocks()
     for block in net.transformer_blocks:
-        if compile:
-            block.compile()                                # in place: names stay
         fully_shard(block, mesh=mesh,
                     mp_policy=MixedPrecisionPolicy(**precision, cast_forward_inputs=False))    # rope stays fp32
     # Resharding the root too: else its parameters stay gathered after a forward and hide the EMA's updates.
