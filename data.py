@@ -268,7 +268,7 @@ def read_video(path, frames, height, width, fps):
                              "-pix_fmt", "rgba" if alpha else "rgb24", "-", decoder=decoder)
     if log.count("config in time_base") > 1:
         raise UserError(f"{path}: changes the size or format of its pictures on the way; encode it again")
-    video = np.frombuffer(pixels, np.uint8).reshape(-1, height, width, 4 if alpha else 3)
+    video = np.frombuffer(bytearray(pixels), np.uint8).reshape(-1, height, width, 4 if alpha else 3)
     times = re.findall(r"pts_time:(\S+) .*duration_time:([\d.]+)", log) or [(0, 0)]
     begin, last = map(float, times[-1])                    # of the last picture, in seconds
     end, needed = begin + last + 0.001, (frames - 1) / fps
@@ -390,7 +390,7 @@ def metadata_rows(path):
             fields, fault = {}, f"cannot be read ({e})"
         if fields is None:
             return rows
-        number = table.line_num if is_csv else number + 1
+        number = table.reader.line_num if is_csv else number + 1
         if is_csv and (None in fields or None in fields.values()):
             fault = f"does not have the {len(table.fieldnames)} cells of the head; put a caption with commas in quotes"
         elif fields and not {"file_name", "text"} <= {*fields}:
