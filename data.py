@@ -117,7 +117,7 @@ def this_process():
 
 
 def command(main, options, name):
-    """Run `main(options)` of NAME.py; a user's mistake ends in one line and status 1, an interruption in how to go on."""
+    """Run `main(options)` of NAME.py; a user's mistake ends in one line and status 1, an interruption in advice."""
     for stream in sys.stdout, sys.stderr:
         stream.reconfigure(errors="replace")               # a console that cannot print ω prints ?
     try:
@@ -355,8 +355,8 @@ def make_row(where, file, caption, extra=None):
 
 
 def read_lines(path):
-    """The lines of a UTF-8 file, with or without a byte order mark. They end at \\n or \\r\\n only: other separators belong
-    to the caption. A byte that is not UTF-8 becomes a surrogate, which `make_row` reports."""
+    """The lines of a UTF-8 file, with or without a byte order mark. They end at \\n or \\r\\n only: other separators are
+    part of a caption. A byte that is not UTF-8 becomes a surrogate, which `make_row` reports."""
     text = path.read_bytes().decode("utf-8-sig", "surrogateescape")
     return text.replace("\r\n", "\n").removesuffix("\n").split("\n")
 
