@@ -3,7 +3,8 @@
     python data.py --videos DIR --model MODEL --out CACHE              (torchrun --nproc_per_node 8 data.py … as well)
 
 DIR holds NAME.mp4 beside NAME.txt; or metadata.jsonl / metadata.csv with file_name and text; or the authors' video.txt
-and prompt.txt, a line a clip. A record is a safetensors file that holds all training needs, in bf16:
+and prompt.txt, a line a clip. A clip is read as a player shows it. A record is a safetensors file that holds all that
+training needs, in bf16:
 
     CACHE/win/NAME.safetensors     win (C,F,H,W)  image (C,1,H,W)  text (L,D)  [noised (K,C,1,H,W)]
     CACHE/lose/NAME.safetensors    lose (N,C,F,H,W)                            written by sample.py
@@ -121,7 +122,7 @@ def this_process():
 
 
 def command(main, options, name):
-    """Run `main(options)` of NAME.py; a user's mistake ends in one line and status 1, an interruption in how to go on."""
+    """Run `main(options)` of NAME.py; a user's mistake ends in one line and status 1, an interruption in advice."""
     for stream in sys.stdout, sys.stderr:
         stream.reconfigure(errors="replace")               # a console that cannot print ω prints ?
     try:
@@ -274,7 +275,7 @@ def read_video(path, frames, height, width, fps):
                              "-pix_fmt", "rgba" if alpha else "rgb24", "-", decoder=decoder)
     if log.count("config in time_base") > 1:
         raise UserError(f"{path}: changes the size or format of its pictures on the way; encode it again")
-    video = np.frombuffer(pixels, np.uint8).reshape(-1, height, width, 4 if alpha else 3)
+    video = np.frombuffer(bytearray(pixels), np.uint8).reshape(-1, height, width, 4 if alpha else 3)
     times = re.findall(r"pts_time:(\S+) .*duration_time:([\d.]+)", log) or [(0, 0)]
     begin, last = map(float, times[-1])                    # of the last picture, in seconds
     end, needed = begin + last + 0.001, (frames - 1) / fps
@@ -354,14 +355,14 @@ def make_row(where, file, caption, extra=None):
             fault = f"{where}: the {what} is {json.dumps(value):.60}, expected text"
         elif wrong := re.search("[\0\ud800-\udfff]", value):
             fault = f"{where}: character {wrong.start() + 1} of the {what} is {wrong[0]!a}, expected text in UTF-8"
-        elif what == "file name" and Path(value.strip()).name == "":
-            fault = f"{where}: the file name is {value!r}, expected one"
+        elif what == "file name" and Path(value.strip()).name in ("", ".."):
+            fault = f"{where}: the file name is {value!r}, expected that of a file"
     return Row(str(file).strip(), str(caption).strip(), extra or {}, fault)
 
 
 def read_lines(path):
-    """The lines of a UTF-8 file, with or without a byte order mark. Only \\n or \\r\\n ends one: the others that Unicode
-    knows belong to the caption. A byte that is not UTF-8 becomes a surrogate, which `make_row` finds."""
+    """The lines of a UTF-8 file, with or without a byte order mark. They end at \\n or \\r\\n only: other separators are
+    part of a caption. A byte that is not UTF-8 becomes a surrogate, which `make_row` reports."""
     text = path.read_bytes().decode("utf-8-sig", "surrogateescape")
     return text.replace("\r\n", "\n").removesuffix("\n").split("\n")
 
@@ -377,8 +378,11 @@ def paired_rows(folder, files, prompts):
     if len(captions) < len(names) or "".join(captions[len(names):]).strip():
         raise UserError(f"{folder}: {files} has {len(names)} lines and {prompts} {len(captions)}; "
                         "expected a caption for each")
-    return [make_row(f"{folder / files}, row {number}", name, caption)
-            for number, (name, caption) in enumerate(zip(names, captions), 1) if name.strip() or caption.strip()]
+    rows = []
+    for number, (name, caption) in enumerate(zip(names, captions), start=1):
+        if name.strip() or caption.strip():
+            rows.append(make_row(f"{folder / files}, row {number}", name, caption))
+    return rows
 
 
 def metadata_rows(path):
@@ -396,32 +400,30 @@ def metadata_rows(path):
             fields, fault = {}, f"cannot be read ({e})"
         if fields is None:
             return rows
-        number = table.line_num if is_csv else number + 1
-        if is_csv and (None in fields or None in fields.values()):
+        number = table.reader.line_num if is_csv else number + 1
+        where = f"{path}, row {number}"
+        if is_csv and (None in fields or None in fields.values()):         # DictReader's marks for more and fewer cells
             fault = f"does not have the {len(table.fieldnames)} cells of the head; put a caption with commas in quotes"
         elif fields and not {"file_name", "text"} <= {*fields}:
-            fault = f"has {[*fields]!r:.80}"
-        where = f"{path}, row {number}"
+            fault = f"has {list(fields)!r:.80}"
         if fault:
             rows.append(Row("", "", {}, f"{where}: {fault}; expected file_name and text"))
-        elif "".join(map(str, fields.values())).strip():
+        elif "".join(map(str, fields.values())).strip():                   # else a blank row
             rows.append(make_row(where, fields.pop("file_name"), fields.pop("text"), fields))
 
 
 def sidecar_rows(folder, what):
-    """NAME.mp4 beside NAME.txt."""
+    """NAME.mp4 beside NAME.txt; a file of another kind counts where no video or picture claims the caption."""
     files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
     captions = {path.stem: path for path in files if path.suffix.lower() == ".txt"}
-    typical = [path for path in files if path.suffix.lower() in SUFFIXES[what]]
-    stems = {path.stem for path in typical}
-    others = [path for path in files if path.stem in captions and path.stem not in stems and path not in captions.values()]
+    claimed = {path.stem for path in files if path.suffix.lower() in SUFFIXES[what]}
     rows = []
-    for path in sorted(typical + others):
-        if path.stem in captions:
-            caption = captions[path.stem]
-            rows.append(make_row(caption, path.name, "\n".join(read_lines(caption))))
-        else:
+    for path in files:
+        caption = captions.get(path.stem)
+        if path.suffix.lower() in SUFFIXES[what] and not caption:
             rows.append(Row(path.name, "", {}, f"{path}: has no caption; write one into {path.with_suffix('.txt')}"))
+        elif path.suffix.lower() in SUFFIXES[what] or (caption not in (None, path) and path.stem not in claimed):
+            rows.append(make_row(caption, path.name, "\n".join(read_lines(caption))))
     return rows
 
 
@@ -496,11 +498,15 @@ def list_clips(folder, given_negatives=False):
     if not clips:
         raise UserError(f"{folder}: no clip is left; none has a `keep` that is true")
     used = dropped.union(*[(clip.video, clip.image, *clip.negatives) for clip in clips])
-    used |= {path.with_suffix(".txt") for path in used if path}
-    others = [path for path in folder.rglob("*") if path.is_file() and path not in used and path.name not in LISTS]
-    if others:
-        kinds = Counter(path.suffix.lower() for path in others).most_common(5)
-        say(f"{folder}: {len(others)} other files are not used ({', '.join(f'{n} {kind}' for kind, n in kinds)})")
+    captions = {clip.video.with_suffix("") for clip in clips}
+    kinds = Counter()
+    for path in folder.rglob("*"):
+        is_caption = path.suffix.lower() == ".txt" and path.with_suffix("") in captions
+        if path.is_file() and path not in used and path.name not in LISTS and path.name[0] != "." and not is_caption:
+            kinds[path.suffix.lower() or path.name] += 1
+    if kinds:
+        found = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(5))
+        say(f"{folder}: {kinds.total()} other files are not used ({found})")
     return clips
 
 
@@ -809,7 +815,7 @@ def encode_clip(clip, pixels, vae, options, device):
     record = {"win": encode(video, "win"), "image": encode(image, "image")}
     if options.image_noise:
         rng = generator("image noise", options.seed, clip.name)
-        sigma = (torch.randn(options.image_noise, generator=rng) * 0.5 - 3).exp()  # the authors' σ, in pixels of [-1,1]
+        sigma = (torch.randn(options.image_noise, generator=rng) * 0.5 - 3).exp()      # the authors', for [-1,1]
         noised = [image + s * torch.randn(image.shape, generator=rng) for s in sigma]
         record["noised"] = torch.stack([encode(x, "noised", k) for k, x in enumerate(noised)])
     return record, [encode(negative, "lose", k) for k, negative in enumerate(negatives)]
@@ -872,10 +878,11 @@ def main(options):
                           fingerprint={"given": len(lose)})
         write_tensors(out / "win" / f"{clip.name}.safetensors", {**record, "text": embeddings[clip.caption]},
                       model=folder, **expected[clip.name])
+    file = out / f"left_out_{rank}.txt"
+    file.unlink(missing_ok=True)                           # of an earlier run
     if left_out:
-        file = out / f"left_out_{rank}.txt"
         with whole_file(file) as part:
-            part.write_text("".join(f"{reason}\n" for reason in left_out), errors="replace")
+            part.write_text("\n".join(left_out) + "\n", encoding="utf-8", errors="replace")
         print(f"{len(left_out)} clips left out; {file} says why")
     say(f"{len(list((out / 'win').glob('*.safetensors')))} clips in {out}/win; next: python "
         f"{'train' if options.given_negatives else 'sample'}.py --model {options.model} --data {out}")
