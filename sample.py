@@ -59,8 +59,7 @@ def load_denoiser(options, folder, process):
     """The transformer on this process's device, compiled if asked."""
     denoiser = load_dit(folder, process.device, process.dtype)
     if options.compile:
-        for block in denoiser.net.transformer_blocks:
-            block.compile()
+        denoiser.net.compile_blocks()
     return denoiser
 
 
