@@ -1838,7 +1838,7 @@ def server(monkeypatch):
     server.server_close()
 
 
-FAULTS = {                                                 # what the server does, and what the one line says
+SERVER_FAULTS = {                                                 # what the server does, and what the one line says
     "an error": (lambda handler: handler.reply(500, b"{}"), 3, "500"),
     "a refusal": (lambda handler: handler.reply(401, b"{}"), 1, "401"),
     "no such model": (lambda handler: handler.reply(404, b'{"detail": "unknown"}'), 1, '404 {"detail": "unknown"}'),
@@ -1873,9 +1873,9 @@ def curate(videos, out, server, **options):
     return {Path(row["file_name"]).stem: row for row in rows}
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("fault", SERVER_FAULTS)
 def test_a_server_at_fault_ends_in_one_line_and_what_was_done_stays(fault, server, videos, tmp_path):
-    act, tries, words = FAULTS[fault]
+    act, tries, words = SERVER_FAULTS[fault]
     server.answer = lambda text, count: judgement() if len(server.asked) == 1 else act
     with pytest.raises(UserError) as error:
         curate(videos, tmp_path, server, parallel=1, timeout=0.2 if fault == "silence" else 5.0)
@@ -1895,7 +1895,7 @@ def test_an_absent_server_is_named(server, videos, tmp_path):
 
 
 def test_an_error_that_passes_is_no_error(server, videos, tmp_path):
-    server.answer = lambda text, count: judgement() if len(server.asked) > 1 else FAULTS["an error"][0]
+    server.answer = lambda text, count: judgement() if len(server.asked) > 1 else SERVER_FAULTS["an error"][0]
     assert {row["keep"] for row in curate(videos, tmp_path, server, parallel=1).values()} == {True}
 
 
