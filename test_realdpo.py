@@ -1283,15 +1283,19 @@ def test_two_and_two_steps_are_four_bit_for_bit(half, straight, cache, looks, tm
 
 
 class Count(TorchDispatchMode):
-    """Adds up, operator by operator, the bytes that `of(function, arguments, result)` finds, while this is on."""
+    """Adds up, operator by operator, the bytes that `of(function, arguments, result)` finds, while this is on.
+    A collective's name is followed by its group's: default_pg, mesh_shard, mesh_replicate."""
 
     def __init__(self, of):
         super().__init__()
         self.of, self.bytes = of, Counter()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        self.bytes[function.name().split("::")[1]] += sum(
+        result, name = function(*args, **(kwargs or {})), function.name().split("::")[1]
+        if function.namespace == "c10d":
+            group = next(x for x in args if isinstance(x, torch.ScriptObject))
+            name += " " + dist.ProcessGroup.unbox(group).group_desc
+        self.bytes[name] += sum(
             x.nbytes for x in tree_leaves(self.of(function, args, result)) if isinstance(x, torch.Tensor))
         return result
 
@@ -1319,44 +1323,99 @@ def watched(function, file):
     return call
 
 
-def one_of_two(rank, runs, folder):
-    """Some runs, one after the other, as one of two processes."""
-    os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank))
+def one_rank(rank, runs, folder, world_size, ranks_a_machine, dtype):
+    """Some runs, one after the other, as one of several processes."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank % ranks_a_machine),
+                      LOCAL_WORLD_SIZE=str(ranks_a_machine))
+    torch.set_num_threads(1)                               # as torchrun does
+    process = data.this_process()._replace(dtype=dtype)
+    train.this_process = lambda: process
     for name in "train_step", "ema_update":
         setattr(train, name, watched(getattr(train, name), folder / f"{name}-{rank}"))
     join = dist.init_process_group
     for i, options in enumerate(runs):
-        dist.init_process_group = partial(join, init_method=f"file://{folder}/store-{i}", rank=rank, world_size=2)
+        dist.init_process_group = partial(join, init_method=f"file://{folder}/store-{i}", rank=rank,
+                                          world_size=world_size)
         try:
             run_training(**options)
         except UserError as e:
             (folder / f"error-{i}-{rank}").write_text(str(e))
 
 
+def run_on_ranks(runs, folder, world_size=2, ranks_a_machine=2, dtype=torch.float32):
+    """Train on several ranks. Returns what each step of rank 0 made collectives carry, {"train_step": [...], ...}."""
+    mp.spawn(one_rank, nprocs=world_size, args=(runs, folder, world_size, ranks_a_machine, dtype))
+    return {name: [json.loads(line) for line in (folder / f"{name}-0").read_text().splitlines()]
+            for name in ("train_step", "ema_update")}
+
+
+def same_to_rounding(out, lines, straight):
+    """Whether a run's log and weights are those of the undisturbed run but for the order of sums."""
+    for ours, theirs in zip(lines, metrics(straight), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-6, rel=0)
+        assert ours == pytest.approx({k: theirs[k] for k in ours}, abs=1e-6, rel=1e-5), out
+    for name, ours in exported(out).items():
+        torch.testing.assert_close(ours, exported(straight)[name], rtol=2 ** -7, atol=1e-5)      # 2⁻⁷: bf16's last bit
+
+
 def test_two_ranks_compute_what_one_does_and_may_alternate_with_it(half, straight, cache, looks, tmp_path):
     shutil.copytree(half, tmp_path / "hop")
     runs = [dict(out=tmp_path / "two", cache=cache, **looks), dict(out=tmp_path / "hop", cache=cache, steps=3),
             dict(out=tmp_path / "odd", cache=cache, batch=3)]
-    mp.spawn(one_of_two, nprocs=2, args=(runs, tmp_path))
-    for out, lines in (("two", metrics(tmp_path / "two")), ("hop", run_training(tmp_path / "hop", cache, **looks))):
-        for ours, theirs in zip(lines, metrics(straight), strict=True):
-            assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-6, rel=0)
-            assert ours == pytest.approx({k: theirs[k] for k in ours}, abs=1e-6, rel=1e-5), out
-            assert ours.keys() == theirs.keys() or out == "hop"                         # one step without a look
-        for name, ours in exported(tmp_path / out).items():
-            torch.testing.assert_close(ours, exported(straight)[name], rtol=2 ** -7, atol=1e-5)  # 2⁻⁷: bf16's last bit
+    traffic = run_on_ranks(runs, tmp_path)
+    same_to_rounding(tmp_path / "two", metrics(tmp_path / "two"), straight)
+    same_to_rounding(tmp_path / "hop", run_training(tmp_path / "hop", cache, **looks), straight)
+    assert [line.keys() for line in metrics(tmp_path / "two")] == [line.keys() for line in metrics(straight)]
     assert all("--batch 3" in (tmp_path / f"error-2-{rank}").read_text() for rank in range(2))
     weights = 4 * sum(p.numel() for p in model.load_dit("tiny").parameters())            # fp32 on a CPU
-    lines = {name: [json.loads(line) for line in (tmp_path / f"{name}-0").read_text().splitlines()]
-             for name in ("train_step", "ema_update")}
     # gathered: policy forward and backward, reference; reduced: half is a rank's own
-    for step in lines["train_step"]:
-        assert (step["_allgather_base_"] == 3 * weights and step["_reduce_scatter_base_"] == weights / 2
-                and step["allreduce_"] < 100)
-    assert len(lines["ema_update"]) == len(lines["train_step"]) and not any(lines["ema_update"])
+    for step in traffic["train_step"]:
+        assert step["allreduce_ default_pg"] < 100
+        assert step["_allgather_base_ default_pg"] == 3 * weights
+        assert step["_reduce_scatter_base_ default_pg"] == weights / 2
+    assert len(traffic["ema_update"]) == len(traffic["train_step"]) and not any(traffic["ema_update"])
     next((tmp_path / "two" / "checkpoints" / "step-000004").glob("shard-00001-*")).unlink()  # a copy that was cut off
     with pytest.raises(UserError, match="not a whole checkpoint"):
         run_training(tmp_path / "two", cache, steps=5)
+
+
+def test_two_machines_of_two_ranks_compute_what_one_rank_does_and_may_alternate_with_it(half, straight, cache, tmp_path):
+    shutil.copytree(half, tmp_path / "from-one")
+    runs = [dict(out=tmp_path / "four", cache=cache, save_every=2), dict(out=tmp_path / "from-one", cache=cache)]
+    traffic = run_on_ranks(runs, tmp_path, world_size=4)
+    same_to_rounding(tmp_path / "four", metrics(tmp_path / "four"), straight)
+    same_to_rounding(tmp_path / "from-one", metrics(tmp_path / "from-one"), straight)
+    shutil.rmtree(tmp_path / "four" / "checkpoints" / "step-000004")
+    same_to_rounding(tmp_path / "four", run_training(tmp_path / "four", cache), straight)     # the rest on one rank
+    weights = 4 * sum(p.numel() for p in model.load_dit("tiny").parameters())
+    for step in traffic["train_step"]:                     # between machines: each rank's half of the gradient
+        assert step.pop("allreduce_ default_pg") < 100     # the metrics
+        assert step == {"_allgather_base_ mesh_shard": 3 * weights, "_reduce_scatter_base_ mesh_shard": weights / 2,
+                        "allreduce_ mesh_replicate": weights / 2}
+    assert not any(traffic["ema_update"])
+
+
+def test_the_default_of_a_gpu_run(cache, tmp_path):
+    """Two ranks, bf16, stream, selective checkpointing, one sample at a time: what torchrun on GPUs runs."""
+    default = dict(cache=cache, stream=True, checkpointing="selective", micro_batch=1)
+    runs = {"straight": {}, "halves": dict(steps=2), "halves again": {}, "full": dict(checkpointing="full", steps=2),
+            "whole": dict(stream=False, steps=2), "anchor": dict(anchor=2.0, steps=2),
+            "anchor, full": dict(anchor=2.0, checkpointing="full", steps=2),
+            "anchor, whole": dict(anchor=2.0, stream=False, steps=2), "ema": dict(ema_decay=0.0, steps=3)}
+    run_on_ranks([default | options | dict(out=tmp_path / name.removesuffix(" again"))
+                  for name, options in runs.items()], tmp_path, dtype=torch.bfloat16)
+    lines = {name: metrics(tmp_path / name) for name in runs if name != "halves again"}
+    for name, (first, *_) in lines.items():
+        assert first["preference"] == torch.tensor(2.0).log().item() and first["margin"] == 0, name
+    assert [line["margin"] for line in lines["ema"]] == [0, 0, 0] and lines["ema"][0]["win"] != lines["ema"][1]["win"]
+    assert lines["halves"] == lines["straight"] and same_tensors(exported(tmp_path / "halves"),
+                                                                 exported(tmp_path / "straight"))
+    for name, streamed in ("straight", lines["straight"][:2]), ("anchor", lines["anchor"]):
+        print(name, streamed, lines[name.replace("straight", "") + ""] if 0 else "")
+    assert lines["full"] == lines["straight"][:2] and lines["anchor, full"] == lines["anchor"]
+    for a, b in (lines["straight"], lines["whole"]), (lines["anchor"], lines["anchor, whole"]):
+        for x, y in zip(a, b):
+            print({k: (x[k], y[k], y[k] / x[k] - 1 if x[k] else None) for k in x})
 
 
 def test_a_crash_between_log_and_checkpoint_leaves_no_line_twice(half, straight, cache, looks, tmp_path, monkeypatch):
