@@ -1248,8 +1248,8 @@ def test_reward_weighted_regression_is_a_weighted_mean_of_errors():
     assert loss.item() == pytest.approx((share * errors).sum(1).mean().item(), rel=1e-6)
 
 
-@pytest.mark.parametrize("method", ["realdpo", "sft"])
-def test_the_dry_run_counts_parameters_and_memory(method, monkeypatch, capsys):
+@pytest.mark.parametrize("method, gpus", [("realdpo", 16), ("sft", 1)])
+def test_the_dry_run_counts_parameters_and_memory(method, gpus, monkeypatch, capsys):
     measure, found = train.measure_memory, {}
 
     def spy(*arguments):
@@ -1259,10 +1259,11 @@ def test_the_dry_run_counts_parameters_and_memory(method, monkeypatch, capsys):
 
     monkeypatch.setattr(train, "measure_memory", spy)
     with as_a_process():
-        train.main(train.Options(model="tiny", dry_run=1, batch=1, method=method, stream=False))
+        train.main(train.Options(model="tiny", dry_run=gpus, batch=gpus, method=method, stream=False))
     count = sum(v.numel() for k, v in exported(model.TINY).items() if k != "patch_embed.pos_embedding")   # a buffer
-    assert f"{count:,} parameters" in capsys.readouterr().out
-    assert found["Adam"] == pytest.approx(8 * count, rel=0.01) and found["parameters"] >= 4 * count
+    assert f"{count:,} parameters, {gpus} ranks, {gpus} samples" in capsys.readouterr().out
+    part = count / min(gpus, 8)                            # sharded over the eight GPUs of a machine
+    assert found["Adam"] == pytest.approx(8 * part, rel=0.01) and found["parameters"] >= 4 * part
     assert all(size > 0 for size in found.values()), found
 
 
@@ -1395,27 +1396,27 @@ def test_two_machines_of_two_ranks_compute_what_one_rank_does_and_may_alternate_
     assert not any(traffic["ema_update"])
 
 
-def test_the_default_of_a_gpu_run(cache, tmp_path):
-    """Two ranks, bf16, stream, selective checkpointing, one sample at a time: what torchrun on GPUs runs."""
-    default = dict(cache=cache, stream=True, checkpointing="selective", micro_batch=1)
-    runs = {"straight": {}, "halves": dict(steps=2), "halves again": {}, "full": dict(checkpointing="full", steps=2),
-            "whole": dict(stream=False, steps=2), "anchor": dict(anchor=2.0, steps=2),
-            "anchor, full": dict(anchor=2.0, checkpointing="full", steps=2),
-            "anchor, whole": dict(anchor=2.0, stream=False, steps=2), "ema": dict(ema_decay=0.0, steps=3)}
+# torchrun's default: two ranks that compute in bf16, stream, and take one sample at a time with selective checkpointing.
+def test_the_default_of_a_run_on_gpus(cache, tmp_path):
+    default = dict(cache=cache, batch=2, stream=True, checkpointing="selective", micro_batch=1)
+    runs = {"straight": {}, "halves": dict(steps=2), "halves again": {}, "full": dict(checkpointing="full", steps=1),
+            "whole": dict(stream=False, steps=1), "ema": dict(ema_decay=0.0, steps=2),
+            "anchor": dict(anchor=2.0, batch=4, steps=1), "anchor, whole": dict(anchor=2.0, batch=4, steps=1, stream=False)}
     run_on_ranks([default | options | dict(out=tmp_path / name.removesuffix(" again"))
                   for name, options in runs.items()], tmp_path, dtype=torch.bfloat16)
     lines = {name: metrics(tmp_path / name) for name in runs if name != "halves again"}
     for name, (first, *_) in lines.items():
-        assert first["preference"] == torch.tensor(2.0).log().item() and first["margin"] == 0, name
-    assert [line["margin"] for line in lines["ema"]] == [0, 0, 0] and lines["ema"][0]["win"] != lines["ema"][1]["win"]
-    assert lines["halves"] == lines["straight"] and same_tensors(exported(tmp_path / "halves"),
-                                                                 exported(tmp_path / "straight"))
-    for name, streamed in ("straight", lines["straight"][:2]), ("anchor", lines["anchor"]):
-        print(name, streamed, lines[name.replace("straight", "") + ""] if 0 else "")
-    assert lines["full"] == lines["straight"][:2] and lines["anchor, full"] == lines["anchor"]
-    for a, b in (lines["straight"], lines["whole"]), (lines["anchor"], lines["anchor, whole"]):
-        for x, y in zip(a, b):
-            print({k: (x[k], y[k], y[k] / x[k] - 1 if x[k] else None) for k in x})
+        assert first["preference"] == torch.tensor(2.0).log() and first["margin"] == 0, name
+    for line in lines["ema"]:                              # the reference, root parameters too, is the policy again
+        assert line["margin"] == 0 and line["win"] == line["ref_win"]
+    assert lines["ema"][0]["ref_win"] != lines["ema"][1]["ref_win"]
+    assert lines["full"] == lines["straight"][:1]
+    for name, streamed in (("whole", lines["straight"][0]), ("anchor, whole", lines["anchor"][0])):
+        whole = lines[name][0]
+        assert streamed["loss"] == pytest.approx(whole["loss"], rel=1e-3)
+        assert streamed["grad_norm"] == pytest.approx(whole["grad_norm"], rel=0.02)     # bf16: up to 1.5 % was seen
+    assert lines["halves"] == lines["straight"]
+    assert same_tensors(exported(tmp_path / "halves"), exported(tmp_path / "straight"))
 
 
 def test_a_crash_between_log_and_checkpoint_leaves_no_line_twice(half, straight, cache, looks, tmp_path, monkeypatch):
