@@ -4,6 +4,9 @@ commands from end to end on four toy clips and the tiny model.
     pytest                             everything, in about two minutes on two cores; needs diffusers and transformers
                                        for the oracles
     CHAOS=20 pytest -m chaos -s        kills every stage at random instants
+    pytest -m gpu -s                   what only a GPU can show: a table, within ten minutes
+
+All other tests run on the CPU, also where there is a GPU.
 """
 import ast, copy, dataclasses, io, json, math, os, random, re, shlex, shutil, signal, subprocess, sys, time
 from collections import Counter
@@ -13,6 +16,9 @@ from functools import partial
 from itertools import combinations
 from pathlib import Path
 from xml.etree import ElementTree
+
+VISIBLE_GPUS = os.environ.get("CUDA_VISIBLE_DEVICES")       # for the suite on a GPU; the other tests must not see one,
+os.environ["CUDA_VISIBLE_DEVICES"] = ""                    # and torch looks when it is imported
 
 import huggingface_hub
 import imageio.v2 as imageio
@@ -2046,3 +2052,54 @@ def test_time_and_memory_against_the_libraries(name, wide):
     print(f"\n{name:30} {ours[0]:6.2f} s : {theirs[0]:6.2f} s = {time_ratio:.2f}   "
           f"{ours[1]:5.0f} : {theirs[1]:5.0f} MiB = {memory_ratio:.2f}")
     assert time_ratio <= most_time and memory_ratio <= most_memory
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# On a GPU: pytest -m gpu -s prints a table (GPU_SUITE=cpu: the same scripts in small, to see that they run)
+# ---------------------------------------------------------------------------------------------------------------------
+
+def test_no_tensor_is_on_the_wrong_device_where_networks_are_on_a_gpu(cache, monkeypatch):
+    """Forward passes on fake tensors; a CUDA build of torch can do them without a GPU, but no backward pass."""
+    if not torch.version.cuda:
+        pytest.skip("this torch is built without CUDA")
+    device, seen, loss_of = torch.device("cuda", 0), set(), train.loss_of
+
+    class Reached(Exception):
+        pass
+
+    def stop_after_the_loss(*arguments):
+        loss, metrics = loss_of(*arguments)
+        seen.update(x.device for x in (loss, *metrics.values()))
+        raise Reached
+
+    def on_gpu(network, config):
+        with torch.device("meta"):
+            net = network(config)
+        empty = {k: torch.empty(v.shape, dtype=torch.bfloat16, device=device) for k, v in net.state_dict().items()}
+        net.load_state_dict(empty, assign=True)
+        return net
+
+    monkeypatch.setattr(train, "loss_of", stop_after_the_loss)
+    monkeypatch.setattr(train, "batch_indices", lambda *_: [0, 1])
+    records, prediction = data.Records(cache), model.VPrediction(SCHEDULER)
+    records = [records[0], records[1]]                     # real tensors on the CPU, as files give them
+    dit, vae = model.read_dit_config("tiny"), model.read_config(model.TINY, "vae", "AutoencoderKLCogVideoX")
+    model.rope_table.cache_clear()
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            vae, text_encoder = on_gpu(model.VAE, vae), on_gpu(model.T5Encoder, T5)
+            latents = vae.encode(torch.empty(1, 3, 17, 32, 32, device=device), torch.Generator())
+            text = text_encoder(torch.empty(1, 16, dtype=torch.long, device=device))
+            seen.update(x.device for x in (latents, text, vae.decode(latents)))
+            policy, reference = (model.Denoiser(on_gpu(model.DiT, dit), prediction, None) for _ in range(2))
+            cond = Condition(torch.empty(1, 16, 32, device=device), latents[:, :, :1])
+            for solver in ("euler", "multistep"):
+                seen.add(realdpo.sample(policy, torch.empty_like(latents), cond, steps=3, guidance=6.0, uncond=cond,
+                                        solver=solver, progress=False).device)
+            policy.checkpointing = "selective"
+            with pytest.raises(Reached):
+                train.train_step(policy, reference, None, records, train.Options(batch=2, anchor=1.0, stream=False), 0,
+                                 data.Process(0, 1, device, torch.bfloat16))
+    finally:
+        model.rope_table.cache_clear()                     # it holds fake tensors
+    assert seen == {device}
