@@ -4,6 +4,9 @@ commands from end to end on four toy clips and the tiny model.
     pytest                             everything, in about two minutes on two cores; needs diffusers and transformers
                                        for the oracles
     CHAOS=20 pytest -m chaos -s        kills every stage at random instants
+    pytest -m gpu -s                   what only a GPU can show: a table, within ten minutes
+
+All other tests run on the CPU, also where there is a GPU.
 """
 import ast, base64, copy, dataclasses, io, json, math, os, random, re, shlex, shutil, signal, subprocess, sys, threading
 import time, urllib.request
@@ -15,6 +18,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import combinations
 from pathlib import Path
 from xml.etree import ElementTree
+
+VISIBLE_GPUS = os.environ.get("CUDA_VISIBLE_DEVICES")       # for the suite on a GPU; the other tests must not see one,
+os.environ["CUDA_VISIBLE_DEVICES"] = ""                    # and torch looks when it is imported
 
 import huggingface_hub
 import imageio.v2 as imageio
@@ -2310,8 +2316,8 @@ def test_reward_weighted_regression_is_a_weighted_mean_of_errors():
     assert loss.item() == pytest.approx((share * errors).sum(1).mean().item(), rel=1e-6)
 
 
-@pytest.mark.parametrize("method", ["realdpo", "sft"])
-def test_the_dry_run_counts_parameters_and_memory(method, monkeypatch, capsys):
+@pytest.mark.parametrize("method, gpus", [("realdpo", 16), ("sft", 1)])
+def test_the_dry_run_counts_parameters_and_memory(method, gpus, monkeypatch, capsys):
     measure, found = train.measure_memory, {}
 
     def spy(*arguments):
@@ -2321,10 +2327,11 @@ def test_the_dry_run_counts_parameters_and_memory(method, monkeypatch, capsys):
 
     monkeypatch.setattr(train, "measure_memory", spy)
     with as_a_process():
-        train.main(train.Options(model="tiny", dry_run=1, batch=1, method=method, stream=False))
+        train.main(train.Options(model="tiny", dry_run=gpus, batch=gpus, method=method, stream=False))
     count = sum(v.numel() for k, v in exported(model.TINY).items() if k != "patch_embed.pos_embedding")   # a buffer
-    assert f"{count:,} parameters" in capsys.readouterr().out
-    assert found["Adam"] == pytest.approx(8 * count, rel=0.01) and found["parameters"] >= 4 * count
+    assert f"{count:,} parameters, {gpus} ranks, {gpus} samples" in capsys.readouterr().out
+    part = count / min(gpus, 8)                            # sharded over the eight GPUs of a machine
+    assert found["Adam"] == pytest.approx(8 * part, rel=0.01) and found["parameters"] >= 4 * part
     assert all(size > 0 for size in found.values()), found
 
 
@@ -2345,15 +2352,19 @@ def test_two_and_two_steps_are_four_bit_for_bit(half, straight, cache, looks, tm
 
 
 class Count(TorchDispatchMode):
-    """Adds up, operator by operator, the bytes that `of(function, arguments, result)` finds, while this is on."""
+    """Adds up, operator by operator, the bytes that `of(function, arguments, result)` finds, while this is on.
+    A collective's name is followed by its group's: default_pg, mesh_shard, mesh_replicate."""
 
     def __init__(self, of):
         super().__init__()
         self.of, self.bytes = of, Counter()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        self.bytes[function.name().split("::")[1]] += sum(
+        result, name = function(*args, **(kwargs or {})), function.name().split("::")[1]
+        if function.namespace == "c10d":
+            group = next(x for x in args if isinstance(x, torch.ScriptObject))
+            name += " " + dist.ProcessGroup.unbox(group).group_desc
+        self.bytes[name] += sum(
             x.nbytes for x in tree_leaves(self.of(function, args, result)) if isinstance(x, torch.Tensor))
         return result
 
@@ -2381,44 +2392,99 @@ def watched(function, file):
     return call
 
 
-def one_of_two(rank, runs, folder):
-    """Some runs, one after the other, as one of two processes."""
-    os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank))
+def one_rank(rank, runs, folder, world_size, ranks_a_machine, dtype):
+    """Some runs, one after the other, as one of several processes."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank % ranks_a_machine),
+                      LOCAL_WORLD_SIZE=str(ranks_a_machine))
+    torch.set_num_threads(1)                               # as torchrun does
+    process = data.this_process()._replace(dtype=dtype)
+    train.this_process = lambda: process
     for name in "train_step", "ema_update":
         setattr(train, name, watched(getattr(train, name), folder / f"{name}-{rank}"))
     join = dist.init_process_group
     for i, options in enumerate(runs):
-        dist.init_process_group = partial(join, init_method=f"file://{folder}/store-{i}", rank=rank, world_size=2)
+        dist.init_process_group = partial(join, init_method=f"file://{folder}/store-{i}", rank=rank,
+                                          world_size=world_size)
         try:
             run_training(**options)
         except UserError as e:
             (folder / f"error-{i}-{rank}").write_text(str(e))
 
 
+def run_on_ranks(runs, folder, world_size=2, ranks_a_machine=2, dtype=torch.float32):
+    """Train on several ranks. Returns what each step of rank 0 made collectives carry, {"train_step": [...], ...}."""
+    mp.spawn(one_rank, nprocs=world_size, args=(runs, folder, world_size, ranks_a_machine, dtype))
+    return {name: [json.loads(line) for line in (folder / f"{name}-0").read_text().splitlines()]
+            for name in ("train_step", "ema_update")}
+
+
+def same_to_rounding(out, lines, straight):
+    """Whether a run's log and weights are those of the undisturbed run but for the order of sums."""
+    for ours, theirs in zip(lines, metrics(straight), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-6, rel=0)
+        assert ours == pytest.approx({k: theirs[k] for k in ours}, abs=1e-6, rel=1e-5), out
+    for name, ours in exported(out).items():
+        torch.testing.assert_close(ours, exported(straight)[name], rtol=2 ** -7, atol=1e-5)      # 2⁻⁷: bf16's last bit
+
+
 def test_two_ranks_compute_what_one_does_and_may_alternate_with_it(half, straight, cache, looks, tmp_path):
     shutil.copytree(half, tmp_path / "hop")
     runs = [dict(out=tmp_path / "two", cache=cache, **looks), dict(out=tmp_path / "hop", cache=cache, steps=3),
             dict(out=tmp_path / "odd", cache=cache, batch=3)]
-    mp.spawn(one_of_two, nprocs=2, args=(runs, tmp_path))
-    for out, lines in (("two", metrics(tmp_path / "two")), ("hop", run_training(tmp_path / "hop", cache, **looks))):
-        for ours, theirs in zip(lines, metrics(straight), strict=True):
-            assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-6, rel=0)
-            assert ours == pytest.approx({k: theirs[k] for k in ours}, abs=1e-6, rel=1e-5), out
-            assert ours.keys() == theirs.keys() or out == "hop"                         # one step without a look
-        for name, ours in exported(tmp_path / out).items():
-            torch.testing.assert_close(ours, exported(straight)[name], rtol=2 ** -7, atol=1e-5)  # 2⁻⁷: bf16's last bit
+    traffic = run_on_ranks(runs, tmp_path)
+    same_to_rounding(tmp_path / "two", metrics(tmp_path / "two"), straight)
+    same_to_rounding(tmp_path / "hop", run_training(tmp_path / "hop", cache, **looks), straight)
+    assert [line.keys() for line in metrics(tmp_path / "two")] == [line.keys() for line in metrics(straight)]
     assert all("--batch 3" in (tmp_path / f"error-2-{rank}").read_text() for rank in range(2))
     weights = 4 * sum(p.numel() for p in model.load_dit("tiny").parameters())            # fp32 on a CPU
-    lines = {name: [json.loads(line) for line in (tmp_path / f"{name}-0").read_text().splitlines()]
-             for name in ("train_step", "ema_update")}
     # gathered: policy forward and backward, reference; reduced: half is a rank's own
-    for step in lines["train_step"]:
-        assert (step["_allgather_base_"] == 3 * weights and step["_reduce_scatter_base_"] == weights / 2
-                and step["allreduce_"] < 100)
-    assert len(lines["ema_update"]) == len(lines["train_step"]) and not any(lines["ema_update"])
+    for step in traffic["train_step"]:
+        assert step["allreduce_ default_pg"] < 100
+        assert step["_allgather_base_ default_pg"] == 3 * weights
+        assert step["_reduce_scatter_base_ default_pg"] == weights / 2
+    assert len(traffic["ema_update"]) == len(traffic["train_step"]) and not any(traffic["ema_update"])
     next((tmp_path / "two" / "checkpoints" / "step-000004").glob("shard-00001-*")).unlink()  # a copy that was cut off
     with pytest.raises(UserError, match="not a whole checkpoint"):
         run_training(tmp_path / "two", cache, steps=5)
+
+
+def test_two_machines_of_two_ranks_compute_what_one_rank_does_and_may_alternate_with_it(half, straight, cache, tmp_path):
+    shutil.copytree(half, tmp_path / "from-one")
+    runs = [dict(out=tmp_path / "four", cache=cache, save_every=2), dict(out=tmp_path / "from-one", cache=cache)]
+    traffic = run_on_ranks(runs, tmp_path, world_size=4)
+    same_to_rounding(tmp_path / "four", metrics(tmp_path / "four"), straight)
+    same_to_rounding(tmp_path / "from-one", metrics(tmp_path / "from-one"), straight)
+    shutil.rmtree(tmp_path / "four" / "checkpoints" / "step-000004")
+    same_to_rounding(tmp_path / "four", run_training(tmp_path / "four", cache), straight)     # the rest on one rank
+    weights = 4 * sum(p.numel() for p in model.load_dit("tiny").parameters())
+    for step in traffic["train_step"]:                     # between machines: each rank's half of the gradient
+        assert step.pop("allreduce_ default_pg") < 100     # the metrics
+        assert step == {"_allgather_base_ mesh_shard": 3 * weights, "_reduce_scatter_base_ mesh_shard": weights / 2,
+                        "allreduce_ mesh_replicate": weights / 2}
+    assert not any(traffic["ema_update"])
+
+
+# torchrun's default: two ranks that compute in bf16, stream, and take one sample at a time with selective checkpointing.
+def test_the_default_of_a_run_on_gpus(cache, tmp_path):
+    default = dict(cache=cache, batch=2, stream=True, checkpointing="selective", micro_batch=1)
+    runs = {"straight": {}, "halves": dict(steps=2), "halves again": {}, "full": dict(checkpointing="full", steps=1),
+            "whole": dict(stream=False, steps=1), "ema": dict(ema_decay=0.0, steps=2),
+            "anchor": dict(anchor=2.0, batch=4, steps=1), "anchor, whole": dict(anchor=2.0, batch=4, steps=1, stream=False)}
+    run_on_ranks([default | options | dict(out=tmp_path / name.removesuffix(" again"))
+                  for name, options in runs.items()], tmp_path, dtype=torch.bfloat16)
+    lines = {name: metrics(tmp_path / name) for name in runs if name != "halves again"}
+    for name, (first, *_) in lines.items():
+        assert first["preference"] == torch.tensor(2.0).log() and first["margin"] == 0, name
+    for line in lines["ema"]:                              # the reference, root parameters too, is the policy again
+        assert line["margin"] == 0 and line["win"] == line["ref_win"]
+    assert lines["ema"][0]["ref_win"] != lines["ema"][1]["ref_win"]
+    assert lines["full"] == lines["straight"][:1]
+    for name, streamed in (("whole", lines["straight"][0]), ("anchor, whole", lines["anchor"][0])):
+        whole = lines[name][0]
+        assert streamed["loss"] == pytest.approx(whole["loss"], rel=1e-3)
+        assert streamed["grad_norm"] == pytest.approx(whole["grad_norm"], rel=0.02)     # bf16: up to 1.5 % was seen
+    assert lines["halves"] == lines["straight"]
+    assert same_tensors(exported(tmp_path / "halves"), exported(tmp_path / "straight"))
 
 
 def test_a_crash_between_log_and_checkpoint_leaves_no_line_twice(half, straight, cache, looks, tmp_path, monkeypatch):
@@ -3083,3 +3149,54 @@ def test_time_and_memory_against_the_libraries(name, wide):
     print(f"\n{name:30} {ours[0]:6.2f} s : {theirs[0]:6.2f} s = {time_ratio:.2f}   "
           f"{ours[1]:5.0f} : {theirs[1]:5.0f} MiB = {memory_ratio:.2f}")
     assert time_ratio <= most_time and memory_ratio <= most_memory
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# On a GPU: pytest -m gpu -s prints a table (GPU_SUITE=cpu: the same scripts in small, to see that they run)
+# ---------------------------------------------------------------------------------------------------------------------
+
+def test_no_tensor_is_on_the_wrong_device_where_networks_are_on_a_gpu(cache, monkeypatch):
+    """Forward passes on fake tensors; a CUDA build of torch can do them without a GPU, but no backward pass."""
+    if not torch.version.cuda:
+        pytest.skip("this torch is built without CUDA")
+    device, seen, loss_of = torch.device("cuda", 0), set(), train.loss_of
+
+    class Reached(Exception):
+        pass
+
+    def stop_after_the_loss(*arguments):
+        loss, metrics = loss_of(*arguments)
+        seen.update(x.device for x in (loss, *metrics.values()))
+        raise Reached
+
+    def on_gpu(network, config):
+        with torch.device("meta"):
+            net = network(config)
+        empty = {k: torch.empty(v.shape, dtype=torch.bfloat16, device=device) for k, v in net.state_dict().items()}
+        net.load_state_dict(empty, assign=True)
+        return net
+
+    monkeypatch.setattr(train, "loss_of", stop_after_the_loss)
+    monkeypatch.setattr(train, "batch_indices", lambda *_: [0, 1])
+    records, prediction = data.Records(cache), model.VPrediction(SCHEDULER)
+    records = [records[0], records[1]]                     # real tensors on the CPU, as files give them
+    dit, vae = model.read_dit_config("tiny"), model.read_config(model.TINY, "vae", "AutoencoderKLCogVideoX")
+    model.rope_table.cache_clear()
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            vae, text_encoder = on_gpu(model.VAE, vae), on_gpu(model.T5Encoder, T5)
+            latents = vae.encode(torch.empty(1, 3, 17, 32, 32, device=device), torch.Generator())
+            text = text_encoder(torch.empty(1, 16, dtype=torch.long, device=device))
+            seen.update(x.device for x in (latents, text, vae.decode(latents)))
+            policy, reference = (model.Denoiser(on_gpu(model.DiT, dit), prediction, None) for _ in range(2))
+            cond = Condition(torch.empty(1, 16, 32, device=device), latents[:, :, :1])
+            for solver in ("euler", "multistep"):
+                seen.add(realdpo.sample(policy, torch.empty_like(latents), cond, steps=3, guidance=6.0, uncond=cond,
+                                        solver=solver, progress=False).device)
+            policy.checkpointing = "selective"
+            with pytest.raises(Reached):
+                train.train_step(policy, reference, None, records, train.Options(batch=2, anchor=1.0, stream=False), 0,
+                                 data.Process(0, 1, device, torch.bfloat16))
+    finally:
+        model.rope_table.cache_clear()                     # it holds fake tensors
+    assert seen == {device}
