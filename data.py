@@ -13,7 +13,7 @@ training needs, in bf16:
 Files are written whole or not at all, so every stage can be killed at any moment,
 and started again does what is missing.
 """
-import argparse, csv, hashlib, json, math, os, re, subprocess, sys
+import argparse, csv, glob, hashlib, json, math, os, re, subprocess, sys
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -355,8 +355,8 @@ def make_row(where, file, caption, extra=None):
 
 
 def read_lines(path):
-    """The lines of a UTF-8 file, with or without a byte order mark. They end at \\n or \\r\\n only: other separators are
-    part of a caption. A byte that is not UTF-8 becomes a surrogate, which `make_row` reports."""
+    """The lines of a UTF-8 file, with or without a byte order mark; only \\n and \\r\\n end a line, for captions hold
+    other separators. A byte that is not UTF-8 becomes a surrogate, which `make_row` reports."""
     text = path.read_bytes().decode("utf-8-sig", "surrogateescape")
     return text.replace("\r\n", "\n").removesuffix("\n").split("\n")
 
@@ -428,13 +428,12 @@ def read_list(folder, files="video.txt", prompts="prompt.txt", what="video"):
     Raises UserError for a folder without rows; the fault of a single one is in its `fault`.
     """
     folder = Path(folder)
+    tables = [folder / name for name in ("metadata.jsonl", "metadata.csv") if (folder / name).is_file()]
     try:
         if (folder / files).is_file():
             rows = paired_rows(folder, files, prompts)
-        elif (folder / "metadata.jsonl").is_file():
-            rows = metadata_rows(folder / "metadata.jsonl")
-        elif (folder / "metadata.csv").is_file():
-            rows = metadata_rows(folder / "metadata.csv")
+        elif tables:
+            rows = metadata_rows(tables[0])
         else:
             rows = sidecar_rows(folder, what)
         found = sorted(path.name for path in folder.iterdir())[:9]
@@ -448,7 +447,7 @@ def read_list(folder, files="video.txt", prompts="prompt.txt", what="video"):
 
 class Clip(NamedTuple):
     """One sample before encoding."""
-    name: str                                              # of its record
+    name: str                                              # of its record; empty for a faulty row
     video: Path
     caption: str
     image: Path | None = None                              # a first frame of its own, where the folder has one
@@ -472,18 +471,13 @@ def list_clips(folder, given_negatives=False):
     folder, clips, dropped = Path(folder), [], set()
     images = {path.stem: path for path in sorted(folder.glob("first_frames/*"))}
     for row in read_list(folder):
-        video, negatives = folder / row.file, []
+        video = folder / row.file
         if str(row.extra.get("keep", True)).lower() != "true":
             dropped.add(video)
             continue
-        if row.fault:
-            clips.append(Clip("", video, row.caption, fault=row.fault))
-            continue
-        if given_negatives:
-            found = sorted((folder / "negative_samples" / video.stem).glob("*"))
-            negatives = [path for path in found if path.suffix.lower() in SUFFIXES["video"]]
-        name = record_name(row.file)
-        clips.append(Clip(name, video, row.caption, images.get(name), tuple(negatives)))
+        name = "" if row.fault else record_name(row.file)
+        negatives = sorted(folder.glob(f"negative_samples/{glob.escape(video.stem)}/[!.]*")) if given_negatives else ()
+        clips.append(Clip(name, video, row.caption, images.get(name), tuple(negatives), row.fault))
     for name, count in Counter(clip.name for clip in clips if clip.name).items():
         if count > 1:
             raise UserError(f"{folder}: {count} clips are named {name}; rename all but one")
