@@ -193,7 +193,7 @@ def read_tensors(path):
 
 def from_uint8(frames):
     """(F,H,W,3) uint8 -> (3,F,H,W) fp32 in [-1,1]."""
-    return rearrange(torch.from_numpy(frames).float() / 127.5 - 1, "f h w c -> c f h w")
+    return rearrange(torch.from_numpy(frames).float().div_(127.5).sub_(1), "f h w c -> c f h w")
 
 
 def run_ffmpeg(path, *arguments, decoder=()):
@@ -273,7 +273,7 @@ def read_video(path, frames, height, width, fps):
     times = re.findall(r"pts_time:(\S+) .*duration_time:([\d.]+)", log) or [(0, 0)]
     begin, last = map(float, times[-1])                    # of the last picture, in seconds
     end, needed = begin + last + 0.001, (frames - 1) / fps
-    if end + min(last, 1 / fps) < needed - 0.002:
+    if len(video) < frames or end + min(last, 1 / fps) < needed - 0.002:
         raise UserError(f"{path}: lasts {end:.2f} s, but {frames} frames at {fps} fps need {needed:.2f} s; "
                         "leave it out or choose fewer --frames")
     if alpha:                                              # the colours come multiplied by it
