@@ -389,17 +389,17 @@ def metadata_rows(path):
         table = map(json.loads, [line.strip() or "{}" for line in lines])
     while True:
         try:
-            fields, fault = next(table, None), ""
-        except (ValueError, csv.Error) as e:
-            fields, fault = {}, f"cannot be read ({e})"
-        if fields is None:
+            fields, fault = next(table), ""
+        except StopIteration:
             return rows
+        except (ValueError, csv.Error) as e:
+            fields, fault = {}, f"cannot be read from row {number + 1} on ({e})"
         number = table.reader.line_num if is_csv else number + 1
         where = f"{path}, row {number}"
         if is_csv and (None in fields or None in fields.values()):         # DictReader's marks for more and fewer cells
             fault = f"does not have the {len(table.fieldnames)} cells of the head; put a caption with commas in quotes"
-        elif fields and not {"file_name", "text"} <= {*fields}:
-            fault = f"has {list(fields)!r:.80}"
+        elif not isinstance(fields, dict) or (fields and not {"file_name", "text"} <= fields.keys()):
+            fault = f"holds {json.dumps(fields):.90}"
         if fault:
             rows.append(Row("", "", {}, f"{where}: {fault}; expected file_name and text"))
         elif "".join(map(str, fields.values())).strip():                   # else a blank row
@@ -625,8 +625,9 @@ def check_clip(clip, usual, options, frames):
         raise UserError(f"{clip.video}: has {len(clip.negatives)} negatives in negative_samples/{clip.video.stem}, "
                         f"expected {usual or 'some'} as for most clips")
     for video in (clip.video, *clip.negatives):
-        if read_video_header(video)[2] < (frames - 1) / options.fps:
-            read_video(video, frames, 16, 16, options.fps)              # whose word counts: a header may be wrong
+        _, _, seconds = read_video_header(video)
+        if seconds < (frames - 1) / options.fps:           # a header may be wrong: let the pictures decide
+            read_video(video, frames, 16, 16, options.fps)
 
 
 def read_clip(clip, shape, options):

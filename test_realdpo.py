@@ -1360,12 +1360,16 @@ FAULTS = {                                                 # a list of which a r
     "no name": (jsonl(dict(file_name=" ", text="one"), TWO), ["metadata.jsonl, row 1", "file name"]),
     "no JSON": ({"metadata.jsonl": '{"file_name": "a.mp4", "text": "one}\n' + json.dumps(TWO)},
                 ["metadata.jsonl, row 1", "Unterminated"]),
-    "no object": (jsonl(["a.mp4", "one"], TWO), ["metadata.jsonl, row 1", "a.mp4"]),
+    "no object": (jsonl(["file_name", "text"], TWO), ["metadata.jsonl, row 1", '["file_name", "text"]']),
+    "null": (jsonl(None, TWO), ["metadata.jsonl, row 1", "null"]),
+    "a number": (jsonl(3, TWO), ["metadata.jsonl, row 1", "3"]),
     "no caption": ({"b.txt": "two"}, ["a.mp4: has no caption", "a.txt"]),
     "no file": ({"metadata.csv": "file_name,text\nnowhere.mp4,one\nb.mp4,two\n"}, ["nowhere.mp4", "no such video"]),
     "a row too many": ({"video.txt": "a.mp4\nb.mp4\n", "prompt.txt": "\ntwo\nthree\n"}, None),
     "a row too few": ({"video.txt": "a.mp4\nb.mp4\n", "prompt.txt": "one\n"}, None),
     "a blank in one": ({"video.txt": "\nb.mp4\n", "prompt.txt": "one\ntwo\n"}, ["video.txt, row 1", "file name"]),
+    "an open quote": ({"metadata.csv": 'file_name,text\nb.mp4,two\na.mp4,"one\nc.mp4,three\n'},
+                      ["metadata.csv, row 4", "from row 3 on"]),
     "other columns": ({"metadata.csv": "path;caption\na.mp4;one\n"}, ["path;caption", "expected file_name and text"]),
 }
 
