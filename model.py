@@ -12,7 +12,7 @@ A model is a folder in the published layout (transformer/ vae/ text_encoder/ tok
 
 Axes: B batch, C channels, F latent frames, H W latent height and width, L text tokens, S all tokens, D width.
 """
-import ctypes, json, math, shutil
+import ctypes, json, math, shutil, warnings
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -22,9 +22,8 @@ import torch.nn as nn
 import torch.nn.functional as nnf
 from einops import rearrange
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from torch.distributed import checkpoint as dcp
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 
@@ -32,25 +31,21 @@ class UserError(ValueError):
     """A mistake that only the user can mend: the commands print it as one line and exit with status 1."""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Text encoder: T5 v1.1 (Raffel et al. 2020; Shazeer 2020 for the gated feed-forward), encoder half only
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Text encoder: T5 v1.1 (Raffel et al. 2020; Shazeer 2020 for the gated feed-forward), encoder half only ---------
 
 class T5Block(nn.Module):
     """Pre-norm self-attention, unscaled and with an additive position bias, then a gated-GELU feed-forward."""
 
     def __init__(self, c):
         super().__init__()
-        width, inner, hidden = c["d_model"], c["num_heads"] * c["d_kv"], c["d_ff"]
-        linear = partial(nn.Linear, bias=False)
-        norm = partial(nn.RMSNorm, width, eps=c["layer_norm_epsilon"])
+        width, inner, hidden, self.heads = c["d_model"], c["num_heads"] * c["d_kv"], c["d_ff"], c["num_heads"]
+        linear, norm = partial(nn.Linear, bias=False), partial(nn.RMSNorm, width, eps=c["layer_norm_epsilon"])
         attention = {"q": linear(width, inner), "k": linear(width, inner), "v": linear(width, inner),
                      "o": linear(inner, width)}
         gated = {"wi_0": linear(width, hidden), "wi_1": linear(width, hidden), "wo": linear(hidden, width)}
         self.layer = nn.ModuleList([                       # the nesting only reproduces the published names
             nn.ModuleDict({"SelfAttention": nn.ModuleDict(attention), "layer_norm": norm()}),
             nn.ModuleDict({"DenseReluDense": nn.ModuleDict(gated), "layer_norm": norm()})])
-        self.heads = c["num_heads"]
 
     def forward(self, x, bias):
         attention, gated = self.layer[0]["SelfAttention"], self.layer[1]["DenseReluDense"]
@@ -93,9 +88,7 @@ class T5Encoder(nn.Module):
         return self.encoder["final_layer_norm"](x)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Video autoencoder: 3-D convolutions that look into the past only (CogVideoX, Yang et al. 2024, Sec. 2.1)
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Video autoencoder: 3-D convolutions that look into the past only (CogVideoX, Yang et al. 2024, Sec. 2.1) -------
 # A clip passes in chunks of 8 frames (the odd first frame joins the first chunk), so memory does not grow with length.
 # `past` carries, from chunk to chunk, the frames each convolution still needs. Normalisation spans a chunk, so the
 # chunking is part of the model: another one gives other latents. Within a chunk, whatever makes large temporaries goes
@@ -114,23 +107,26 @@ def pieces(x, channels):
 
 
 class Norm(nn.GroupNorm):
-    """GroupNorm in two parts: `norm(x)` looks at all of x (B,C,F,H,W), and gives what normalises pieces of it."""
+    """GroupNorm as scale and shift of x (B,C,F,H,W), each (B,C,F,1,1), fp32, which `affine` applies to pieces of x."""
 
-    def forward(self, x):
-        count = x[0].numel() // self.num_groups            # of numbers behind a mean
+    def forward(self, x, z=None):                          # z: for SpatialNorm only
         # Summed frame by frame, then in fp64: a single fp32 sum over a long chunk loses the variance beside the mean.
-        sums = sum(torch.stack([f.sum((2, 3)), f.square().sum((2, 3))]).double()
-                   for f in (frame.float() for frame in x.unbind(2)))                                          # (2,B,C)
-        mean, square = sums.unflatten(2, (self.num_groups, -1)).sum(3) / count                                 # (B,G)
+        sums = 0
+        for frame in x.unbind(2):
+            frame = frame.float()
+            sums = sums + torch.stack([frame.sum((2, 3)), frame.square().sum((2, 3))]).double()             # (2,B,C)
+        sums = sums.unflatten(2, (self.num_groups, -1))                                                # (2,B,G,C/G)
+        sums = sums.sum(3, keepdim=True).expand_as(sums).flatten(2)                                         # (2,B,C)
+        mean, square = sums * self.num_groups / x[0].numel()                                                  # (B,C)
         std = ((square - mean ** 2).clamp(min=0) + self.eps).sqrt()                        # rounding may leave it < 0
-        mean, std = (v.repeat_interleave(x.shape[1] // self.num_groups, dim=1) for v in (mean, std))           # (B,C)
-        scale, shift = (v.float()[:, :, None, None, None]
-                        for v in (self.weight / std, self.bias - self.weight * mean / std))
-        return lambda piece, frames: torch.addcmul(shift, piece, scale)
+        scale = self.weight / std
+        shift = self.bias - mean * scale
+        return [v.float()[:, :, None, None, None].expand(-1, -1, x.shape[2], -1, -1) for v in (scale, shift)]
 
 
 class SpatialNorm(nn.Module):
-    """GroupNorm whose scale and shift are read off the latents being decoded (Zheng et al. 2022, MoVQ)."""
+    """GroupNorm with a further scale and shift read off the latents z (Zheng et al. 2022, MoVQ); the two together come
+    at z's height and width, (B,C,F,h,w), which `affine` stretches to x's."""
 
     def __init__(self, groups, channels, latent_channels):
         super().__init__()
@@ -139,36 +135,41 @@ class SpatialNorm(nn.Module):
         self.conv_b = nn.ModuleDict({"conv": nn.Conv3d(latent_channels, channels, 1)})
 
     def forward(self, x, z):
-        # A 1×1×1 convolution commutes with the nearest upsampling that follows: run it on the few latent pixels.
-        normalise, scale, shift = self.norm_layer(x), self.conv_y["conv"](z), self.conv_b["conv"](z)
-        n, odd, size = x.shape[2], x.shape[2] % 2, x.shape[3:]
-        source = [0] * odd + [odd + i * (z.shape[2] - odd) // (n - odd) for i in range(n - odd)]   # z's frame of each
+        scale, shift = self.norm_layer(x)
+        frames, odd = x.shape[2], x.shape[2] % 2           # frame 0 of an odd clip has a latent frame to itself
+        source = [0] * odd + [odd + i * (z.shape[2] - odd) // (frames - odd) for i in range(frames - odd)]
+        y, b = self.conv_y["conv"](z)[:, :, source], self.conv_b["conv"](z)[:, :, source]
+        return scale * y, torch.addcmul(b, shift, y)
 
-        def apply(piece, frames):
-            stretch = lambda v: nnf.interpolate(v[:, :, source[frames]], (piece.shape[2], *size))
-            return torch.addcmul(stretch(shift), normalise(piece, frames), stretch(scale))
-        return apply
+
+def affine(x, scale, shift):
+    """x·scale + shift, after stretching scale and shift (nearest) to the size of x (B,C,F,H,W)."""
+    if scale.shape[3:] != (1, 1):                          # one number for the whole frame broadcasts as it is
+        scale, shift = nnf.interpolate(scale, x.shape[2:]), nnf.interpolate(shift, x.shape[2:])
+    return torch.addcmul(shift, x, scale)
 
 
 class CausalConv3d(nn.Module):
     """3×3×3 convolution of (B,C,F,H,W) that never sees the future: two past frames in front, zeros at the borders.
-
-    Where `normalise` is given, it and SiLU come first. With `overwrite` the result may take the place of x.
-    """
+    With `norm`, a scale and a shift, `affine` and SiLU come first. With `overwrite` the result may take x's memory."""
 
     def __init__(self, c_in, c_out):
         super().__init__()
         self.conv = nn.Conv3d(c_in, c_out, 3, padding=(0, 1, 1))
 
-    def forward(self, x, past, normalise=None, overwrite=False):
-        out = (x if overwrite and not torch.is_grad_enabled()
-               else x.new_empty(len(x), self.conv.out_channels, *x.shape[2:]))
+    def forward(self, x, past, norm=None, overwrite=False):
+        in_place = not torch.is_grad_enabled()
+        out = x if overwrite and in_place else x.new_empty(len(x), self.conv.out_channels, *x.shape[2:])
         before = past.pop(self, None)                      # taken, so that it goes once the first piece has used it
         for frames in pieces(x, max(self.conv.weight.shape[:2])):
             piece = x[:, :, frames]
-            if normalise:
-                piece = nnf.silu(normalise(piece, frames), inplace=not torch.is_grad_enabled()).to(x.dtype)
-            piece = torch.cat([piece[:, :, :1], piece[:, :, :1], piece] if before is None else [before, piece], dim=2)
+            if norm:
+                scale, shift = norm
+                piece = affine(piece, scale[:, :, frames], shift[:, :, frames])
+                piece = nnf.silu(piece, inplace=in_place).to(x.dtype)
+            if before is None:                             # the clip begins: its first frame stands for the past
+                before = piece[:, :, :1].expand(-1, -1, 2, -1, -1)
+            piece = torch.cat([before, piece], dim=2)
             before = None                                  # freed before the convolution makes copies of its own
             out[:, :, frames] = self.convolve(piece)
             before = piece[:, :, -2:].clone()              # a view would keep the whole piece alive
@@ -176,26 +177,25 @@ class CausalConv3d(nn.Module):
         return out
 
     def convolve(self, x):
-        """The convolution itself; on a CPU by oneDNN, where torch would unfold a small x to 27 times its size."""
+        """The convolution itself. A CPU trick, which a GPU never sees: torch unfolds a small x to 27 times its size, so
+        oneDNN is called directly, two to three times as fast."""
         if x.device.type == "cpu" and torch.backends.mkldnn.is_available():
             return torch.mkldnn_convolution(x, self.conv.weight, self.conv.bias, (0, 1, 1), (1, 1, 1), (1, 1, 1), 1)
         return self.conv(x)
 
 
 class Resnet(nn.Module):
-    """norm → SiLU → conv, twice, plus a shortcut. With `latent_channels` (the decoder) the norms are SpatialNorms."""
+    """norm → SiLU → conv, twice, plus a shortcut. `norm(channels)` makes a norm."""
 
-    def __init__(self, c_in, c_out, groups, eps, latent_channels=None):
+    def __init__(self, c_in, c_out, norm):
         super().__init__()
-        norm = ((lambda c: SpatialNorm(groups, c, latent_channels)) if latent_channels
-                else (lambda c: Norm(groups, c, eps)))
         self.norm1, self.conv1 = norm(c_in), CausalConv3d(c_in, c_out)
         self.norm2, self.conv2 = norm(c_out), CausalConv3d(c_out, c_out)
         self.conv_shortcut = nn.Conv3d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
-    def forward(self, x, past, *z):                        # z: the latents, or nothing in the encoder
-        h = self.conv1(x, past, self.norm1(x, *z))
-        h = self.conv2(h, past, self.norm2(h, *z), overwrite=True)
+    def forward(self, x, past, z):
+        h = self.conv1(x, past, self.norm1(x, z))
+        h = self.conv2(h, past, self.norm2(h, z), overwrite=True)
         return h.add_(self.conv_shortcut(x))
 
 
@@ -228,62 +228,35 @@ class Upsample(nn.Module):
 
 
 class Coder(nn.Module):
-    """What encoder and decoder share: `widths` along the way, resnets at each level, a resampler between levels."""
+    """The encoder ("down"), (B,3,F,H,W) -> mean and log-variance of the posterior, stacked (B,2C,f,h,w), or its mirror
+    image, the decoder ("up"), (B,C,f,h,w) -> (B,3,F,H,W). Level i has `layers` resnets of widths[i] channels."""
 
-    def __init__(self, c, widths, c_in, c_out, layers, latent_channels, resample, names):
+    def __init__(self, direction, widths, layers, c_in, c_out, norm, resample, time_levels):
         super().__init__()
-        resnet = partial(Resnet, groups=c["norm_num_groups"], eps=c["norm_eps"], latent_channels=latent_channels)
-        levels, time_levels = nn.ModuleList(), int(math.log2(c["temporal_compression_ratio"]))
-        for i, (before, width) in enumerate(zip([widths[0]] + widths, widths)):
-            resnets = nn.ModuleList([resnet(width if n else before, width) for n in range(layers)])
-            level = nn.ModuleDict({"resnets": resnets})
+        self.direction, levels, before = direction, nn.ModuleList(), widths[0]
+        for i, width in enumerate(widths):
+            resnets = [Resnet(before if n == 0 else width, width, norm) for n in range(layers)]
+            level = nn.ModuleDict({"resnets": nn.ModuleList(resnets)})
             if i < len(widths) - 1:
-                level[names[1]] = nn.ModuleList([resample(width, time=i < time_levels)])
+                level[f"{direction}samplers"] = nn.ModuleList([resample(width, time=i < time_levels)])
             levels.append(level)
-        middle = c["block_out_channels"][-1]
-        self.conv_in = CausalConv3d(c_in, widths[0])
-        self.mid_block = nn.ModuleDict({"resnets": nn.ModuleList([resnet(middle, middle) for _ in range(2)])})
-        setattr(self, names[0], levels)
-        self.norm_out = (SpatialNorm(c["norm_num_groups"], widths[-1], latent_channels) if latent_channels
-                         else Norm(c["norm_num_groups"], widths[-1], eps=1e-6))
-        self.conv_out = CausalConv3d(widths[-1], c_out)
-
-
-class Encoder(Coder):
-    """(B,3,F,H,W) -> mean and log-variance of the posterior, stacked: (B,2C,f,h,w)."""
-
-    def __init__(self, c):
-        super().__init__(c, list(c["block_out_channels"]), c["in_channels"], 2 * c["latent_channels"],
-                         c["layers_per_block"], None, Downsample, ("down_blocks", "downsamplers"))
+            before = width
+        setattr(self, f"{direction}_blocks", levels)
+        middle = widths[-1] if direction == "down" else widths[0]
+        resnets = [Resnet(middle, middle, norm) for _ in range(2)]
+        self.mid_block = nn.ModuleDict({"resnets": nn.ModuleList(resnets)})
+        self.conv_in, self.conv_out = CausalConv3d(c_in, widths[0]), CausalConv3d(widths[-1], c_out)
+        self.norm_out = norm(widths[-1])
 
     def forward(self, x, past):
+        z = x                                              # in the decoder the latents, which its norms look at
         x = self.conv_in(x, past)
-        for level in self.down_blocks:
-            for resnet in level["resnets"]:
-                x = resnet(x, past)
-            for downsample in level["downsamplers"] if "downsamplers" in level else ():
-                x = downsample(x)
-        for resnet in self.mid_block["resnets"]:
-            x = resnet(x, past)
-        return self.conv_out(x, past, self.norm_out(x))
-
-
-class Decoder(Coder):
-    """Latents (B,C,f,h,w) -> video (B,3,F,H,W)."""
-
-    def __init__(self, c):
-        super().__init__(c, list(reversed(c["block_out_channels"])), c["latent_channels"], c["out_channels"],
-                         c["layers_per_block"] + 1, c["latent_channels"], Upsample, ("up_blocks", "upsamplers"))
-
-    def forward(self, z, past):
-        x = self.conv_in(z, past)
-        for resnet in self.mid_block["resnets"]:
-            x = resnet(x, past, z)
-        for level in self.up_blocks:
+        levels = [*self.down_blocks, self.mid_block] if self.direction == "down" else [self.mid_block, *self.up_blocks]
+        for level in levels:
             for resnet in level["resnets"]:
                 x = resnet(x, past, z)
-            for upsample in level["upsamplers"] if "upsamplers" in level else ():
-                x = upsample(x)
+            if f"{self.direction}samplers" in level:
+                x = level[f"{self.direction}samplers"][0](x)
         return self.conv_out(x, past, self.norm_out(x, z))
 
 
@@ -292,8 +265,14 @@ class VAE(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        self.config, self.encoder, self.decoder = c, Encoder(c), Decoder(c)
-        self.scale = c["scaling_factor"]                   # brings latents to about unit variance
+        self.config, self.scale = c, c["scaling_factor"]   # which brings latents to about unit variance
+        widths, layers, groups, latents = (c[key] for key in ("block_out_channels", "layers_per_block",
+                                                              "norm_num_groups", "latent_channels"))
+        time_levels = int(math.log2(c["temporal_compression_ratio"]))
+        self.encoder = Coder("down", widths, layers, c["in_channels"], 2 * latents,
+                             partial(Norm, groups, eps=1e-6), Downsample, time_levels)
+        self.decoder = Coder("up", widths[::-1], layers + 1, latents, c["out_channels"],
+                             partial(SpatialNorm, groups, latent_channels=latents), Upsample, time_levels)
 
     def posterior(self, video):
         """Mean and standard deviation of q(latents | video), each (B,C,f,h,w), unscaled and fp32."""
@@ -305,9 +284,7 @@ class VAE(nn.Module):
     @torch.no_grad()
     def encode(self, video, generator=None):
         """Scaled latents, fp32: the posterior's mean, or a sample of it where a CPU `generator` is given.
-
-        Raises ValueError unless video is (B,3,F,H,W) with F = 8k + 1.
-        """
+        Raises ValueError unless video is (B,3,F,H,W) with F = 8k + 1."""
         if video.ndim != 5 or video.shape[1] != 3 or video.shape[2] % 8 != 1:
             raise ValueError(f"video is {tuple(video.shape)}, expected (B,3,F,H,W) with F = 8k + 1 frames")
         mean, std = self.posterior(video)
@@ -323,44 +300,43 @@ class VAE(nn.Module):
                           for chunk in chunks(z.shape[2], 2)], dim=2)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Diffusion transformer: text and video tokens in one sequence (CogVideoX, Sec. 2.2)
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Diffusion transformer: text and video tokens in one sequence (CogVideoX, Sec. 2.2) -----------------------------
 
 class AdaptiveNorm(nn.Module):
-    """LayerNorm, and a linear map of the time embedding to `chunks` vectors of shift, scale and gate, each (B,1,D)."""
+    """LayerNorm, and a linear map of the time embedding to `chunks` vectors (B,1,D) that shift, scale and gate."""
 
     def __init__(self, width, time_width, eps, chunks):
         super().__init__()
         self.linear, self.norm, self.chunks = nn.Linear(time_width, chunks * width), nn.LayerNorm(width, eps), chunks
 
-    def forward(self, time, *tokens):
-        return self.linear(nnf.silu(time))[:, None].chunk(self.chunks, dim=-1), *map(self.norm, tokens)
+    def forward(self, time):
+        return self.linear(nnf.silu(time))[:, None].chunk(self.chunks, dim=-1)
 
-
-def modulate(x, shift, scale):
-    """(B,S,D), shifted and scaled by (B,1,D)."""
-    return torch.addcmul(shift, x, 1 + scale)
+    def modulate(self, x, shift, scale):
+        return torch.addcmul(shift, self.norm(x), 1 + scale)                                                # (B,S,D)
 
 
 @lru_cache(maxsize=8)
 def rope_table(grid, n_text, head_dim, device):
-    """e^(i·angle) (S,1,head_dim/2), complex fp32: a quarter of a head turns with time, 3/8 with height, 3/8 with width.
-
-    Text tokens stand at angle zero, so the whole sequence is rotated in one go.
-    """
+    """Cosine and sine of each token's angles (S,1,head_dim/2,2), fp32: a quarter of a head turns with time, 3/8 with
+    height, 3/8 with width. Text tokens stand at angle zero, so the whole sequence is rotated in one go."""
     parts = (head_dim // 4, head_dim // 8 * 3, head_dim // 8 * 3)
     frequencies = [10_000.0 ** (-torch.arange(0, n, 2, dtype=torch.float32) / n) for n in parts]
     positions = torch.cartesian_prod(*(torch.arange(n, dtype=torch.float32) for n in grid))                 # (FHW,3)
     angles = torch.cat([positions[:, i, None] * f for i, f in enumerate(frequencies)], dim=1)
     angles = torch.cat([torch.zeros(n_text, angles.shape[1]), angles])                                      # (S,d/2)
-    return torch.polar(torch.ones_like(angles), angles)[:, None].to(device)
+    return torch.view_as_real(torch.polar(torch.ones_like(angles), angles))[:, None].to(device)
 
 
-def rotate(x, turn):
-    """Turn adjacent pairs of features of x (B,S,heads,d), read as complex numbers, by `rope_table`, in fp32."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * turn).flatten(-2).to(x.dtype)
+def rotate(x, rope):
+    """Turn adjacent pairs of features of x (B,S,heads,d), as points of a plane, by `rope_table`'s angles, in fp32."""
+    pairs = x.float().unflatten(-1, (-1, 2))
+    if torch.compiler.is_compiling():                      # the compiler knows no complex numbers, but fuses all this
+        (a, b), (cos, sin) = pairs.unbind(-1), rope.unbind(-1)
+        turned = torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1)
+    else:                                                  # without it, one complex product touches memory least
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(rope))
+    return turned.flatten(-2).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -379,6 +355,11 @@ class Attention(nn.Module):
         return self.to_out[0](rearrange(nnf.scaled_dot_product_attention(q, k, v), "b h s d -> b s (h d)"))
 
 
+# What "selective" checkpointing keeps: attention's output, half of a 5B block's work for one activation more.
+KEPT = [getattr(torch.ops.aten, f"_scaled_dot_product_{kind}").default
+        for kind in ("flash_attention", "flash_attention_for_cpu", "efficient_attention", "cudnn_attention")]
+
+
 class Block(nn.Module):
     """Attention and feed-forward, shifted, scaled and gated by the time embedding; text has its own coefficients."""
 
@@ -389,27 +370,30 @@ class Block(nn.Module):
         up, down = nn.ModuleDict({"proj": nn.Linear(width, 4 * width)}), nn.Linear(4 * width, width)
         self.ff = nn.ModuleDict({"net": nn.ModuleList([up, nn.Identity(), down])})
 
-    def forward(self, text, video, time, rope):
+    def forward(self, text, video, time, rope, checkpointing=False):
+        """text (B,L,D) and video (B,FHW,D) after the block. `checkpointing`: see Denoiser."""
+        if not checkpointing:
+            return self.layers(text, video, time, rope)
+        recompute = partial(checkpoint, self.layers, text, video, time, rope, use_reentrant=False)
+        if checkpointing == "selective":
+            return recompute(context_fn=partial(create_selective_checkpoint_contexts, KEPT))
+        return recompute()
+
+    def layers(self, text, video, time, rope):
+        text, video = self.residual(self.norm1, self.attn1, text, video, time, rope)
+        return self.residual(self.norm2, self.feed_forward, text, video, time)
+
+    def residual(self, norm, layer, text, video, time, *rope):
+        """Add gate · layer(norm(·)) to text and video, which the layer sees as one sequence."""
+        shift, scale, gate, text_shift, text_scale, text_gate = norm(time)
+        h = torch.cat([norm.modulate(text, text_shift, text_scale), norm.modulate(video, shift, scale)], dim=1)
+        # Split, not sliced: the backward pass of a slice is a whole tensor of zeros to copy into and to add.
+        text_h, video_h = layer(h, *rope).split([text.shape[1], video.shape[1]], dim=1)
+        return torch.addcmul(text, text_gate, text_h), torch.addcmul(video, gate, video_h)
+
+    def feed_forward(self, x):
         up, _, down = self.ff["net"]
-        feed_forward = lambda h: down(nnf.gelu(up["proj"](h), approximate="tanh"))
-        for norm, layer in (self.norm1, lambda h: self.attn1(h, rope)), (self.norm2, feed_forward):
-            (shift, scale, gate, text_shift, text_scale, text_gate), text_h, h = norm(time, text, video)
-            h = layer(torch.cat([modulate(text_h, text_shift, text_scale), modulate(h, shift, scale)], 1))    # (B,S,D)
-            # Split, not sliced: the backward pass of a slice is a whole tensor of zeros to copy into and to add.
-            text_h, h = h.split([text.shape[1], video.shape[1]], dim=1)
-            text, video = torch.addcmul(text, text_gate, text_h), torch.addcmul(video, gate, h)
-        return text, video                                                              # (B,L,D), (B,FHW,D)
-
-
-ATTENTION = [getattr(torch.ops.aten, f"_scaled_dot_product_{kind}").default
-             for kind in ("flash_attention", "flash_attention_for_cpu", "efficient_attention", "cudnn_attention")]
-
-
-def recomputed(block, how):
-    """`block` with its activations recomputed in the backward pass: all of them, or ("selective") all but what
-    attention put out, half of a 5B block's work for one activation more."""
-    keep = dict(context_fn=partial(create_selective_checkpoint_contexts, ATTENTION)) if how == "selective" else {}
-    return partial(checkpoint, block, use_reentrant=False, **keep)
+        return down(nnf.gelu(up["proj"](x), approximate="tanh"))
 
 
 class DiT(nn.Module):
@@ -423,7 +407,8 @@ class DiT(nn.Module):
                                           "text_proj": nn.Linear(c["text_embed_dim"], width)})
         if c["use_learned_positional_embeddings"]:         # a buffer, not a parameter: published as one, never trained
             frames = (c["sample_frames"] - 1) // c["temporal_compression_ratio"] + 1
-            tokens = c["max_text_seq_length"] + frames * (c["sample_height"] // p) * (c["sample_width"] // p)
+            self.learned_grid = frames, c["sample_height"] // p, c["sample_width"] // p
+            tokens = c["max_text_seq_length"] + math.prod(self.learned_grid)
             self.patch_embed.register_buffer("pos_embedding", torch.zeros(1, tokens, width))
         self.time_embedding = nn.ModuleDict({"linear_1": nn.Linear(width, time_width),
                                              "linear_2": nn.Linear(time_width, time_width)})
@@ -433,48 +418,46 @@ class DiT(nn.Module):
         self.norm_out = AdaptiveNorm(width, time_width, c["norm_eps"], 2)
         self.proj_out = nn.Linear(width, p * p * c["out_channels"])
 
+    def compile_blocks(self):
+        """Compile each block, whole. To be called before sharding; parameter names stay."""
+        for block in self.transformer_blocks:
+            block.forward = torch.compile(block.forward, fullgraph=True)    # not the block: FSDP's hooks stay outside
+
     def forward(self, x, text, time_code, checkpointing=False):
         p, (_, _, frames, height, width) = self.config["patch_size"], x.shape
         grid, n_text = (frames, height // p, width // p), text.shape[1]
         time = self.time_embedding["linear_2"](nnf.silu(self.time_embedding["linear_1"](time_code)))        # (B,T)
-        text, video = self.patch_embed["text_proj"](text), self.embed_patches(x)                # (B,L,D), (B,FHW,D)
+        # The convolution of the patches is a matrix product, since its stride is its kernel.
+        patches, proj = rearrange(x, "b c f (h p) (w q) -> b (f h w) (c p q)", p=p, q=p), self.patch_embed["proj"]
+        text, video = self.patch_embed["text_proj"](text), nnf.linear(patches, proj.weight.flatten(1), proj.bias)
         if self.config["use_learned_positional_embeddings"]:
-            text, video = (x + place for x, place in zip((text, video), self.positions(grid, n_text, text)))
+            positions = self.learned_positions(grid, n_text).to(text)                                       # (1,S,D)
+            text, video = text + positions[:, :n_text], video + positions[:, n_text:]
         rope = rope_table(grid, n_text, self.config["attention_head_dim"], x.device)
         for block in self.transformer_blocks:
-            text, video = (recomputed(block, checkpointing) if checkpointing and torch.is_grad_enabled()
-                           else block)(text, video, time, rope)
-        (shift, scale), video = self.norm_out(time, self.norm_final(video))
-        video = self.proj_out(modulate(video, shift, scale))
+            text, video = block(text, video, time, rope, checkpointing)
+        shift, scale = self.norm_out(time)
+        video = self.proj_out(self.norm_out.modulate(self.norm_final(video), shift, scale))
         f, h, w = grid
         return rearrange(video, "b (f h w) (c p q) -> b c f (h p) (w q)", f=f, h=h, w=w, p=p, q=p)
 
-    def embed_patches(self, x):
-        """(B,2C,F,H,W) -> (B,F·H/p·W/p,D), a matrix product: a convolution whose stride is its kernel is no more."""
-        proj, p = self.patch_embed["proj"], self.config["patch_size"]
-        patches = rearrange(x, "b c f (h p) (w q) -> b (f h w) (c p q)", p=p, q=p)
-        return nnf.linear(patches, proj.weight.flatten(1), proj.bias)
-
-    def positions(self, grid, n_text, like):
-        """The text's and the video's rows of the learned table: a shorter clip takes the first frames', another size
-        has none."""
-        c, p = self.config, self.config["patch_size"]
-        expected, tokens = (c["sample_height"] // p, c["sample_width"] // p), n_text + math.prod(grid)
-        if (grid[1:] != expected or n_text != c["max_text_seq_length"]
-                or tokens > self.patch_embed.pos_embedding.shape[1]):
+    def learned_positions(self, grid, n_text):
+        """The learned table's rows for text and video (1,S,D): a shorter clip takes the first frames', another size has
+        none."""
+        expected = (n_text == self.config["max_text_seq_length"] and grid[0] <= self.learned_grid[0]
+                    and grid[1:] == self.learned_grid[1:])
+        if not expected:
             raise UserError(f"{n_text} text tokens and a token grid (frames, height, width) of {grid}; "
-                            f"this checkpoint's learned positions are for {c['max_text_seq_length']} and at most "
-                            f"{(c['sample_frames'] - 1) // c['temporal_compression_ratio'] + 1} frames of {expected}")
-        return self.patch_embed.pos_embedding[:, :tokens].to(like).split([n_text, tokens - n_text], dim=1)
+                            f"this checkpoint's learned positions are for {self.config['max_text_seq_length']} and at "
+                            f"most {self.learned_grid[0]} frames of {self.learned_grid[1:]}")
+        return self.patch_embed.pos_embedding[:, :n_text + math.prod(grid)]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Everything is a denoiser: the wrapping of F that predicts clean latents on x_t = (1 − t)·x₀ + t·ε (ψ of Eq. 4–5)
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Everything is a denoiser: the wrapping of F that predicts clean latents on x_t = (1 − t)·x₀ + t·ε (ψ of Eq. 4–5) 
 
 class FlowPrediction:
     """F predicts the flow velocity u = ε − x₀."""
-    t_min = 0.0                                            # least noise of its training
+    t_min = 0.0                                            # the smallest t that F was trained at
 
     def coefficients(self, t):
         return torch.ones_like(t), torch.ones_like(t), -t, 1000 * t                     # c_in, c_skip, c_out, c_noise
@@ -507,7 +490,8 @@ class VPrediction:
         return 1 / s, alpha / s, -sigma, self.step(t)                                   # c_in, c_skip, c_out, c_noise
 
     def step(self, t):
-        """The training step of t, linear between steps, 0 below the first."""
+        """The training step of t, linear between steps. Below the first it is 0, although x_t is cleaner than any that
+        F was trained on, so training should draw no t below `t_min`."""
         table = self.t.to(t.device)
         k = torch.searchsorted(table, t.double().contiguous()).clamp(1, len(table) - 1)
         return (k - 1 + (t - table[k - 1]) / (table[k] - table[k - 1])).clamp(min=0)
@@ -530,14 +514,15 @@ class Denoiser(nn.Module):
     x̂₀ = c_skip·x_t + c_out·F(c_in·x_t, c, c_noise)   (form of Karras et al. 2022, Eq. 7; ψ∘θ of the paper's Eq. 4–5)
 
     `net` is F and the only part that runs in bf16. `checkpointing = True` recomputes each block in the backward pass,
-    "selective" all of it but its attention.
+    "selective" all of it but its attention. `time_grid(steps)` gives the times of a sampler with `steps` evaluations,
+    steps + 1 numbers falling from 1 to 0, fp64; `t_min` is the smallest t that the network was trained at.
     """
     checkpointing = False
 
     def __init__(self, net, prediction, scheduler):
         super().__init__()
         self.net, self.prediction, self.scheduler = net, prediction, scheduler
-        self.t_min = prediction.t_min
+        self.time_grid, self.t_min = prediction.time_grid, prediction.t_min
 
     def forward(self, x_t, cond, t):
         channels, p = self.net.config["out_channels"], self.net.config["patch_size"]
@@ -554,34 +539,25 @@ class Denoiser(nn.Module):
         output = self.net(x, cond.text.to(like), code.to(like), checkpointing=self.checkpointing)
         return c_skip * x_t + c_out * output.float()
 
-    def time_grid(self, steps):
-        """Times of a sampler with `steps` evaluations: steps + 1 falling numbers from 1 to 0, fp64."""
-        return self.prediction.time_grid(steps)
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Folders: the layout that diffusers publishes, read strictly and written whole
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Folders: the layout that diffusers publishes, read strictly and written whole ----------------------------------
 
 TINY = Path(__file__).parent / "assets" / "tiny"
-DEFAULTS = {                                               # what a config.json may leave out
+TIED = "shared.weight", "encoder.embed_tokens.weight"      # T5's embedding is stored by either name, or by both
+DEFAULTS = {                                               # what diffusers assumes where a config.json is silent
     "T5EncoderModel": dict(
         relative_attention_num_buckets=32, relative_attention_max_distance=128, layer_norm_epsilon=1e-6),
-    "AutoencoderKLCogVideoX": dict(
-        in_channels=3, out_channels=3, norm_eps=1e-6, norm_num_groups=32, temporal_compression_ratio=4,
-        use_quant_conv=False, use_post_quant_conv=False, invert_scale_latents=False, shift_factor=None),
+    "AutoencoderKLCogVideoX": dict(in_channels=3, out_channels=3, norm_num_groups=32, temporal_compression_ratio=4),
     "CogVideoXTransformer3DModel": dict(
-        patch_size=2, patch_size_t=None, patch_bias=True, ofs_embed_dim=None, attention_bias=True, norm_eps=1e-5,
-        norm_elementwise_affine=True, flip_sin_to_cos=True, freq_shift=0, max_text_seq_length=226,
-        temporal_compression_ratio=4, activation_fn="gelu-approximate", timestep_activation_fn="silu",
+        patch_size=2, norm_eps=1e-5, max_text_seq_length=226, temporal_compression_ratio=4,
         use_rotary_positional_embeddings=False, use_learned_positional_embeddings=False),
-    "CogVideoXDDIMScheduler": dict(snr_shift_scale=3.0, rescale_betas_zero_snr=True, num_train_timesteps=1000)}
+    "CogVideoXDDIMScheduler": dict(
+        snr_shift_scale=3.0, num_train_timesteps=1000, prediction_type="epsilon", rescale_betas_zero_snr=False)}
 DEFAULTS["CogVideoXDPMScheduler"] = DEFAULTS["CogVideoXDDIMScheduler"]
 PUBLISHED_DIT = DEFAULTS["CogVideoXTransformer3DModel"] | dict(  # CogVideoX-5B-I2V's, for dry runs without a download
-    _class_name="CogVideoXTransformer3DModel", num_attention_heads=48, attention_head_dim=64,
-    in_channels=32, out_channels=16, num_layers=42, sample_frames=49, sample_height=60, sample_width=90,
-    text_embed_dim=4096, time_embed_dim=512,
-    use_learned_positional_embeddings=True, use_rotary_positional_embeddings=True)
+    _class_name="CogVideoXTransformer3DModel", num_attention_heads=48, attention_head_dim=64, in_channels=32,
+    out_channels=16, num_layers=42, sample_frames=49, sample_height=60, sample_width=90, text_embed_dim=4096,
+    time_embed_dim=512, use_learned_positional_embeddings=True, use_rotary_positional_embeddings=True)
 
 
 class Config(dict):
@@ -603,6 +579,10 @@ def read_json(file):
         raise UserError(f"{file}: cannot be read as a JSON object ({e})") from e
 
 
+def local_folder(path):
+    return TINY if str(path) == "tiny" else Path(path)
+
+
 def base_of(path):
     """The model a training run started from, by the note in its folder; any other model as it is."""
     note = Path(path) / "base.json"
@@ -610,33 +590,38 @@ def base_of(path):
 
 
 def defaults_of(path, command):
-    """The option defaults that suit a model, {option: value}, as defaults.json in its folder says for a command; a
-    training run has those of its base. Empty where there is no such file; a hub is not asked."""
-    base = base_of(path)
-    file = (TINY if base == "tiny" else Path(base)) / "defaults.json"
-    return read_json(file).get(command, {}) if file.is_file() else {}
+    """The option defaults that suit a model, from {command: {option: value}} in the defaults.json of its folder, or of
+    its base's where it is a training run. {} where there is none; the hub is never asked."""
+    for model in (path, base_of(path)):
+        file = local_folder(model) / "defaults.json"
+        if file.is_file():
+            options = read_json(file).get(command, {})
+            if not isinstance(options, dict):
+                raise UserError(f"{file}: {command} is {options!r}, expected an object of options")
+            return options
+    return {}
 
 
 def resolve(path, *parts):
     """The local folder that holds the named parts of a model: the model's own, its base's where it is a training run
     that does not have them, or the hub's, downloaded once. Raises UserError where there is none."""
-    folder = TINY if str(path) == "tiny" else Path(path)
-    if folder.is_dir() and base_of(path) != str(path) and not all((folder / part).exists() for part in parts):
+    folder = local_folder(path)
+    missing = [part for part in parts if not (folder / part).exists()]
+    if folder.is_dir() and not missing:
+        return folder
+    if folder.is_dir() and base_of(path) != str(path):
         return resolve(base_of(path), *parts)
-    if not folder.is_dir():
-        if str(path) == "tiny" or str(path).count("/") != 1 or str(path).startswith((".", "/")):
-            raise UserError(f"{folder}: no such model folder, and not a hub id (owner/name)")
-        try:
-            patterns = [part if "." in part else f"{part}/*" for part in parts]
-            return Path(huggingface_hub.snapshot_download(str(path), allow_patterns=patterns))
-        except (huggingface_hub.errors.HfHubHTTPError, huggingface_hub.errors.LocalEntryNotFoundError, OSError) as e:
-            raise UserError(f"{path}: no such model folder, and the hub gave no such model "
-                            f"({str(e).splitlines()[0]})") from e
-    for part in parts:
-        if not (folder / part).exists():
-            raise UserError(f"{folder}: has no {part}; "
-                            "a model folder holds transformer/ vae/ text_encoder/ tokenizer/ scheduler/")
-    return folder
+    if folder.is_dir():
+        raise UserError(f"{folder}: has no {missing[0]}; "
+                        "a model folder holds transformer/ vae/ text_encoder/ tokenizer/ scheduler/")
+    if str(path) == "tiny" or str(path).count("/") != 1 or str(path).startswith((".", "/")):
+        raise UserError(f"{folder}: no such model folder, and not a hub id (owner/name)")
+    try:
+        patterns = [part if "." in part else f"{part}/*" for part in parts]
+        return Path(huggingface_hub.snapshot_download(str(path), allow_patterns=patterns))
+    except (huggingface_hub.errors.HfHubHTTPError, huggingface_hub.errors.LocalEntryNotFoundError, OSError) as e:
+        raise UserError(f"{path}: no such model folder, and the hub gave no such model "
+                        f"({str(e).splitlines()[0]})") from e
 
 
 def read_config(folder, part, *class_names):
@@ -655,9 +640,10 @@ def read_dit_config(path):
 
 
 def refuse(where, config, **supported):
-    """Raise UserError where a config asks for what this code does not have, rather than compute something else."""
+    """Raise UserError where a config asks for what this code does not have, rather than compute something else. What is
+    neither in the config nor in DEFAULTS is as supported."""
     for key, value in supported.items():
-        if config[key] != value:
+        if config.get(key, value) != value:
             raise UserError(f"{where}: {key} is {config[key]}, supported is {value}; this code knows CogVideoX-5B-I2V "
                             "(not 2b, text-to-video, or 1.5)")
 
@@ -666,7 +652,7 @@ def empty(network, config, dtype, device, shard=lambda net: None):
     """A network with memory on `device`, sharded first so that a rank takes only its part, and nothing in it yet."""
     with torch.device("meta"):
         net = network(config)
-    if dtype != torch.float32:
+    if dtype != torch.float32:                             # a dry run's fake tensors cannot be converted
         net.to(dtype)
     shard(net)
     return net.to_empty(device=device)
@@ -674,61 +660,64 @@ def empty(network, config, dtype, device, shard=lambda net: None):
 
 @lru_cache
 def keep_freed_memory():
-    """Have glibc keep what is freed: else each large activation on a CPU is mapped, zeroed page by page and given back,
-    which takes half of the autoencoder's time. Elsewhere nothing happens."""
+    """A CPU trick, which a GPU never sees: have glibc keep what is freed, so that not every large activation is mapped,
+    zeroed page by page and given back."""
     try:
         libc = ctypes.CDLL("libc.so.6")
     except OSError:
         return
     M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4                  # malloc.h
-    for option, value in (M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2 ** 31 - 1):
-        libc.mallopt(option, value)
+    libc.mallopt(M_MMAP_MAX, 0)
+    libc.mallopt(M_TRIM_THRESHOLD, 2 ** 31 - 1)
 
 
-def weight_files(where):
-    """{tensor name: file} of a part's safetensors: those an index names, or the only one. Nothing else is opened."""
-    index = sorted(where.glob("*.safetensors.index.json"))
-    files = ({where / name for name in Config(index[0], read_json(index[0])["weight_map"]).values()} if index
-             else set(where.glob("*.safetensors")))
+def stored_tensors(where):
+    """{name: (file, shape)} of a part's weights: the only .safetensors file, or those that an index names.
+    Raises UserError for any other file beside them, because DCP's reader takes all there are."""
+    files = named = {file.name for file in where.glob("*.safetensors")}
+    index = min(where.glob("*.safetensors.index.json"), default=None)
     if not files:
         raise UserError(f"{where}: holds no .safetensors weights (pickled weights are not read)")
-    if len(files) > 1 and not index:
+    if index:
+        named = set(read_json(index)["weight_map"].values())
+    elif len(files) > 1:
         raise UserError(f"{where}: holds {len(files)} .safetensors files and no index that says which are the weights")
-    names = {}
+    if named != files:
+        raise UserError(f"{index}: names other files than lie beside it; the difference: {sorted(named ^ files)}")
+    found = {}
     for file in sorted(files):
         try:
-            with safe_open(file, "pt") as f:
-                names.update(dict.fromkeys(f.keys(), file))
+            with safe_open(where / file, "pt") as f:
+                for name in f.keys():
+                    if name in found:
+                        raise UserError(f"{where / file}: tensor {name} is in {found[name][0]} as well")
+                    found[name] = file, tuple(f.get_slice(name).get_shape())
         except (OSError, SafetensorError) as e:
-            raise UserError(f"{file}: not a whole safetensors file ({e}); download or copy it again") from e
-    return names
+            raise UserError(f"{where / file}: not a whole safetensors file ({e}); download or copy it again") from e
+    return found
 
 
-def copy_slice(stored, tensor):
-    """Fill a tensor, or this rank's shard of a DTensor, from a stored one without reading the rest of it."""
-    if not isinstance(tensor, DTensor):
-        return tensor.copy_(stored[...])
-    shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-    tensor.to_local().copy_(stored[tuple(slice(o, o + n) for o, n in zip(offset, shape))])
-
-
-@torch.no_grad()
 def read_weights(net, where):
-    """Copy a part's tensors into `net`, each rank only its slice. Names and shapes must match exactly."""
-    files, target = weight_files(where), net.state_dict()
-    for problem, names in (("is missing", target.keys() - files.keys()),
-                           ("is not expected", files.keys() - target.keys())):
+    """Fill `net` from a part's weights, each rank only its own shards. Names and shapes must match exactly."""
+    found, target = stored_tensors(where), net.state_dict()
+    shared, tied = TIED
+    if shared in target and tied in found:
+        target[tied] = target[shared].clone() if shared in found else target.pop(shared)
+    for problem, names in (("is missing", target.keys() - found.keys()),
+                           ("is not expected", found.keys() - target.keys())):
         if names:
             raise UserError(f"{where}: tensor {min(names)} {problem} "
-                            f"({len(names)} such; {len(target)} expected, {len(files)} found)")
-    for file in sorted(set(files.values())):
-        with safe_open(file, "pt") as f:
-            for name in f.keys():
-                stored, tensor = f.get_slice(name), target[name]
-                if tuple(stored.get_shape()) != tuple(tensor.shape):
-                    raise UserError(f"{file}: tensor {name} is {tuple(stored.get_shape())}, "
-                                    f"expected {tuple(tensor.shape)}")
-                copy_slice(stored, tensor)
+                            f"({len(names)} such; {len(target)} expected, {len(found)} found)")
+    for name, (file, shape) in found.items():
+        if shape != target[name].shape:
+            raise UserError(f"{where / file}: tensor {name} is {shape}, expected {tuple(target[name].shape)}")
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")           # no_dist: each reads alone
+    try:
+        dcp.load(target, storage_reader=dcp.HuggingFaceStorageReader(str(where)), no_dist=True)
+    except dcp.api.CheckpointException as e:
+        raise UserError(f"{where}: cannot be read ({list(e.failures.values())[0][0]})") from e
+    if shared in target and tied in target and not torch.equal(target[shared], target[tied]):
+        raise UserError(f"{where}: {shared} and {tied} differ, but are two names of one tensor")
 
 
 def materialize(network, config, where, device, dtype, shard=lambda net: None):
@@ -757,50 +746,37 @@ def replace_folder(new, old):
 
 def save_part(net, config, where, dtype=None, stem="diffusion_pytorch_model", config_name="config.json",
               shard_bytes=5 * 10 ** 9):
-    """Write a network and its config as the folder `where`, whole or not at all. Every rank calls it.
-
-    Tensors are gathered and converted to `dtype` one at a time, so that rank 0 needs the memory of one file (the 5 GB
-    at which published checkpoints are split) beside its own shard. Raises UserError where there is no room.
-    """
-    tensors, part = net.state_dict() if net else {}, where.with_name(where.name + ".part")
-    plan = huggingface_hub.split_torch_state_dict_into_shards(
-        {name: torch.empty(t.shape, dtype=dtype or t.dtype, device="meta") for name, t in tensors.items()},
-        filename_pattern=stem + "{suffix}.safetensors", max_shard_size=shard_bytes)
+    """Write a network and its config as the folder `where`, whole or not at all. Every rank calls it. Meanwhile rank 0
+    holds the whole network in `dtype` in CPU memory (11 GB of bf16 at 5B). Files are split at 5 GB, as the published
+    ones are. Raises UserError where there is no room."""
+    tensors, part = {}, where.with_name(where.name + ".part")
+    for name, tensor in (net.state_dict() if net else {}).items():
+        tensor = tensor.to(dtype or tensor.dtype)          # before it is gathered: half the traffic and the memory
+        if isinstance(tensor, DTensor):
+            tensor = tensor.full_tensor()                  # a collective
+        if is_first():
+            tensors[name] = tensor.cpu()
+    if not is_first():
+        return
     try:
-        if is_first():
-            shutil.rmtree(part, ignore_errors=True)        # left by a run that was killed while writing
-            part.mkdir(parents=True)
-            (part / config_name).write_text(json.dumps(config, indent=2) + "\n")
-        for file, names in plan.filename_to_tensors.items():
-            gathered = {}
-            for name in names:
-                tensor = tensors[name].to(dtype or tensors[name].dtype)
-                tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor                # a collective
-                if is_first():
-                    gathered[name] = tensor.cpu().contiguous()
-            if gathered:
-                save_file(gathered, part / file, metadata={"format": "pt"})
-        if is_first():
-            if plan.is_sharded:
-                index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-                (part / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2))
-            replace_folder(part, where)
+        shutil.rmtree(part, ignore_errors=True)            # left by a run that was killed while writing
+        part.mkdir(parents=True)
+        (part / config_name).write_text(json.dumps(config, indent=2) + "\n")
+        if net:
+            huggingface_hub.save_torch_state_dict(tensors, part, filename_pattern=stem + "{suffix}.safetensors",
+                                                  max_shard_size=shard_bytes)
+        replace_folder(part, where)
     except (OSError, SafetensorError) as e:
         shutil.rmtree(part, ignore_errors=True)
         raise UserError(f"{where}: cannot be written ({e}); what was there before is untouched: "
                         "make room and start again") from e
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The three networks of a model folder, and the way back
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- The three networks of a model folder, and the way back ---------------------------------------------------------
 
 def load_text_encoder(path, device="cpu", dtype=torch.float32):
-    """Load tokenizer and T5 encoder. Returns `encode_text(prompts: list[str]) -> (B,L,D)` on `device`.
-
-    Prompts are cut or padded to the transformer's `max_text_seq_length` L (226). Raises UserError for a folder that
-    does not hold them.
-    """
+    """Load tokenizer and T5 encoder. Returns `encode_text(prompts: list[str]) -> (B,L,D)` on `device`. Prompts are cut
+    or padded to the transformer's `max_text_seq_length` L (226). Raises UserError where a part is missing or broken."""
     import sentencepiece
     folder = resolve(path, "tokenizer", "text_encoder", "transformer/config.json")
     net = materialize(T5Encoder, read_config(folder, "text_encoder", "T5EncoderModel"),
@@ -827,41 +803,34 @@ def load_vae(path, device="cpu", dtype=torch.float32):
     folder = resolve(path, "vae")
     config = read_config(folder, "vae", "AutoencoderKLCogVideoX")
     refuse(folder / "vae", config, use_quant_conv=False, use_post_quant_conv=False,
-           invert_scale_latents=False, shift_factor=None)
+           invert_scale_latents=False, shift_factor=None, norm_eps=1e-6)
     return materialize(VAE, config, folder / "vae", device, dtype).eval()
 
 
-def prediction_of(folder):
-    """What the scheduler's config says the network predicts."""
-    c = read_config(folder, "scheduler",
-                    "CogVideoXDDIMScheduler", "CogVideoXDPMScheduler", "FlowMatchEulerDiscreteScheduler")
-    if c["_class_name"] == "FlowMatchEulerDiscreteScheduler":
-        return FlowPrediction()
-    refuse(folder / "scheduler", c, prediction_type="v_prediction", beta_schedule="scaled_linear",
-           rescale_betas_zero_snr=True)
-    return VPrediction(c)
-
-
 def load_dit(path, device="cpu", dtype=torch.float32, shard=lambda net: None):
-    """Load the diffusion transformer of a model folder or hub id as a `Denoiser`.
-
-    `shard(net)` may distribute the still empty network; each rank then reads only its own slices of the files.
-    Raises UserError for a checkpoint that is missing, broken or of another kind.
-    """
+    """Load the diffusion transformer of a model folder or hub id as a `Denoiser`. `shard(net)` may distribute the still
+    empty network; each rank then reads only its own slices of the files. Raises UserError for a checkpoint that is
+    missing, broken or of another kind."""
     folder = resolve(path, "transformer", "scheduler")
     config, where = read_dit_config(folder), folder / "transformer"
     refuse(where, config, use_rotary_positional_embeddings=True, patch_size_t=None, ofs_embed_dim=None,
            attention_bias=True, patch_bias=True, in_channels=2 * config["out_channels"],
            activation_fn="gelu-approximate", timestep_activation_fn="silu",
            norm_elementwise_affine=True, flip_sin_to_cos=True, freq_shift=0)
-    scheduler = dict(read_json(folder / "scheduler" / "scheduler_config.json"))
-    return Denoiser(materialize(DiT, config, where, device, dtype, shard), prediction_of(folder), scheduler)
+    c = read_config(folder, "scheduler",
+                    "CogVideoXDDIMScheduler", "CogVideoXDPMScheduler", "FlowMatchEulerDiscreteScheduler")
+    if c["_class_name"] == "FlowMatchEulerDiscreteScheduler":
+        prediction = FlowPrediction()
+    else:
+        refuse(folder / "scheduler", c, prediction_type="v_prediction", beta_schedule="scaled_linear",
+               rescale_betas_zero_snr=True)
+        prediction = VPrediction(c)
+    scheduler = dict(read_json(c.file))                    # as it is, without the defaults
+    return Denoiser(materialize(DiT, config, where, device, dtype, shard), prediction, scheduler)
 
 
 def save_dit(dit, path, dtype=None):
     """Write a denoiser's transformer/ and scheduler/ into the folder `path`; diffusers opens it.
-
-    `dtype` converts (training keeps fp32, publishing wants bf16). Under torch.distributed every rank must call it.
-    """
+    `dtype` converts (training keeps fp32, publishing wants bf16). Under torch.distributed every rank must call it."""
     save_part(None, dit.scheduler, Path(path) / "scheduler", config_name="scheduler_config.json")
     save_part(dit.net, dit.net.config, Path(path) / "transformer", dtype)

@@ -3,7 +3,7 @@
 The whole method, as functions of tensors. A *denoiser* is any callable D(x_t, cond, t) -> x̂₀; which network is inside,
 and what that network predicts, is model.py's business. The four steps of a training run are
 
-    lose      = sample(policy, noise, cond, ...)               three times a real video, offline            Sec. 4.2
+    lose      = sample(policy, noise, cond, ...)               three for each real video, offline           Sec. 4.2
     loss, _   = realdpo_loss(policy, reference, win=..., lose=lose, cond=cond, beta=...)                    Eq. 6
     loss.backward(); optimizer.step()
     ema_update(reference, policy, 0.996)                       every step, or every few                     Eq. 7
@@ -20,27 +20,24 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as nnf
 from einops import rearrange, repeat
-from torch import Tensor
 from tqdm import tqdm
 
 
 class Condition(NamedTuple):
     """What a video is generated from: the caption and the first frame. Unconditional: the caption ""."""
-    text: Tensor                                           # (B,L,D)
-    image: Tensor                                          # (B,C,1,H,W), latents of the first frame encoded alone
+    text: torch.Tensor                                     # (B,L,D)
+    image: torch.Tensor                                    # (B,C,1,H,W), latents of the first frame encoded alone
 
     def repeat(self, n):
         """The same condition for n videos a sample: (B,…) -> (B·n,…)."""
-        return Condition(*(repeat(x, "b ... -> (b n) ...", n=n) for x in self))
+        return Condition(repeat(self.text, "b ... -> (b n) ...", n=n), repeat(self.image, "b ... -> (b n) ...", n=n))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Noise and errors (App. C)
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Noise and errors (App. C) --------------------------------------------------------------------------------------
 
 def per_sample(t, like):
     """(B,) -> (B,1,…,1), to multiply with `like` (B,…)."""
-    return t.view(-1, *[1] * (like.ndim - 1))
+    return t.view(len(t), *(1,) * (like.ndim - 1))
 
 
 def add_noise(x0, noise, t):
@@ -70,9 +67,10 @@ def error(denoiser, x0, noise, t, cond, weighting):
 def errors_of_each(denoiser, videos, noise, t, cond, weighting):
     """`error` of K videos a sample (B,K,C,F,H,W), in one batch, at the sample's one t and ε: (B,K)."""
     k = videos.shape[1]
-    flat = error(denoiser, rearrange(videos, "b k ... -> (b k) ..."), repeat(noise, "b ... -> (b k) ...", k=k),
-                 t.repeat_interleave(k), cond.repeat(k), weighting)
-    return rearrange(flat, "(b k) -> b k", k=k)
+    videos = rearrange(videos, "b k ... -> (b k) ...")
+    noise = repeat(noise, "b ... -> (b k) ...", k=k)
+    errors = error(denoiser, videos, noise, t.repeat_interleave(k), cond.repeat(k), weighting)
+    return rearrange(errors, "(b k) -> b k", k=k)
 
 
 def draw(win, t, noise, generator=None):
@@ -84,9 +82,7 @@ def draw(win, t, noise, generator=None):
     return t, noise
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The losses
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- The losses -----------------------------------------------------------------------------------------------------
 
 def streamed_errors(policy, errors, videos, ref, objective, anchor):
     """Policy errors (B,1), (B,N), detached, their gradients already in the parameters; two graphs alive at a time.
@@ -94,8 +90,10 @@ def streamed_errors(policy, errors, videos, ref, objective, anchor):
     The loss reaches the win's graph through one number a sample: a stand-in collects that number's gradient from every
     negative, and the win's own backward pass comes last.
     """
-    win_error, lose_errors = errors(policy, videos[:, :1]), []
-    stand_in, n = win_error.detach().requires_grad_(), videos.shape[1] - 1
+    n = videos.shape[1] - 1
+    win_error = errors(policy, videos[:, :1])
+    stand_in = win_error.detach().requires_grad_()
+    lose_errors = []
     for k in range(1, n + 1):
         lose_error = errors(policy, videos[:, k:k + 1])
         _, part = objective(stand_in, lose_error, ref[:, :1], ref[:, k:k + 1])
@@ -127,7 +125,6 @@ def realdpo_loss(policy, reference, *, win, lose, cond, beta, t=None, noise=None
     t, noise = draw(win, t, noise)
     n = lose.shape[1]
     videos = torch.cat([win[:, None].float(), lose.float()], dim=1)                     # (B,1+N,C,F,H,W)
-
     errors = partial(errors_of_each, noise=noise, t=t, cond=cond, weighting=weighting)
 
     def objective(win_error, lose_error, ref_win, ref_lose):
@@ -135,8 +132,8 @@ def realdpo_loss(policy, reference, *, win, lose, cond, beta, t=None, noise=None
         return z, (-nnf.logsigmoid(z)).mean()
 
     with torch.no_grad():                                  # in the policy's batches: equal weights then give equal bits
-        ref = torch.cat([errors(reference, part)
-                         for part in videos.split(1 if stream else n + 1, dim=1)], dim=1)   # (B,1+N)
+        parts = videos.split(1 if stream else n + 1, dim=1)
+        ref = torch.cat([errors(reference, part) for part in parts], dim=1)             # (B,1+N)
     if stream:
         win_error, lose_error = streamed_errors(policy, errors, videos, ref, objective, anchor)
     else:
@@ -149,28 +146,22 @@ def realdpo_loss(policy, reference, *, win, lose, cond, beta, t=None, noise=None
 
 
 def sft_loss(policy, *, win, cond, t=None, noise=None, weighting="x0"):
-    """Supervised fine-tuning, the paper's baseline: the mean error on real videos. Shapes as in `realdpo_loss`.
-
-    Returns (loss, metrics) with the error as `win`.
-    """
+    """Supervised fine-tuning, the paper's baseline: the mean error on real videos, in (loss, metrics) as `win`."""
     t, noise = draw(win, t, noise)
     loss = error(policy, win, noise, t, cond, weighting).mean()
     return loss, {"win": loss.detach()}
 
 
 def best_and_worst(videos, scores):
-    """(win, lose) for `realdpo_loss` from generated videos alone (B,N,C,F,H,W), by scores (B,N), bigger is better:
-    preference tuning with a reward model instead of real videos (Eq. 3; VideoAlign, VideoDPO). lose is (B,1,C,F,H,W).
-    """
+    """(win, lose (B,1,C,F,H,W)) for `realdpo_loss` from generated videos alone (B,N,C,F,H,W), by scores (B,N): a reward
+    model instead of real videos, as in VideoAlign (Eq. 3, but one noise for both where Eq. 3 has two)."""
     rows = torch.arange(len(videos), device=videos.device)
     return videos[rows, scores.argmax(1)], videos[rows, scores.argmin(1)][:, None]
 
 
 def rwr_loss(policy, *, videos, scores, cond, temperature=1.0, t=None, noise=None, weighting="x0"):
-    """Reward-weighted regression (what LiFT does): the error on generated videos (B,N,C,F,H,W), each weighted by its
-    score (B,N), softmax(score / temperature) among the videos of a sample. t and noise as in `realdpo_loss`.
-
-    Returns (loss, metrics) with the weighted error as `win`.
+    """Reward-weighted regression, in the manner of LiFT: the error on generated videos (B,N,C,F,H,W), each weighted by
+    softmax(score / temperature) of its sample's scores (B,N). Returns (loss, metrics) with the weighted error as `win`.
     """
     t, noise = draw(videos[:, 0], t, noise)
     share = (scores.float() / temperature).softmax(1)                                   # (B,N)
@@ -182,16 +173,14 @@ def rwr_loss(policy, *, videos, scores, cond, temperature=1.0, t=None, noise=Non
 def ema_update(reference, policy, decay):
     """θ_ref ← ω·θ_ref + (1 − ω)·θ, ω = `decay` (Eq. 7). Keep the reference in fp32: bf16 rounds most of it away.
 
-    Works shard by shard on sharded modules, without communication. Call `reference.reshard()` afterwards if the
-    reference's root keeps gathered parameters: they would go on showing the old values.
+    Works on FSDP's shards, without communication. A root that keeps its gathered parameters would go on showing the old
+    values: shard it with reshard_after_forward=True.
     """
-    local = [[p.to_local() if hasattr(p, "to_local") else p for p in m.parameters()] for m in (reference, policy)]
-    torch._foreach_lerp_(local[0], [p.to(r.dtype) for r, p in zip(*local)], 1 - decay)
+    new = [p.to(r.dtype) for r, p in zip(reference.parameters(), policy.parameters(), strict=True)]
+    torch._foreach_lerp_(list(reference.parameters()), new, 1 - decay)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The sampler
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- The sampler ----------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
 def sample(denoiser, noise, cond, *, steps, guidance, uncond=None, solver="euler", progress=True):

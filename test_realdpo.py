@@ -4,6 +4,9 @@ commands from end to end on four toy clips and the tiny model.
     pytest                             everything, in about two minutes on two cores; needs diffusers and transformers
                                        for the oracles
     CHAOS=20 pytest -m chaos -s        kills every stage at random instants
+    pytest -m gpu -s                   what only a GPU can show: a table, within ten minutes
+
+All other tests run on the CPU, also where there is a GPU.
 """
 import ast, copy, dataclasses, io, json, math, os, random, re, shlex, shutil, signal, subprocess, sys, time
 from collections import Counter
@@ -13,6 +16,9 @@ from functools import partial
 from itertools import combinations
 from pathlib import Path
 from xml.etree import ElementTree
+
+VISIBLE_GPUS = os.environ.get("CUDA_VISIBLE_DEVICES")       # for the suite on a GPU; the other tests must not see one,
+os.environ["CUDA_VISIBLE_DEVICES"] = ""                    # and torch looks when it is imported
 
 import huggingface_hub
 import imageio.v2 as imageio
@@ -29,7 +35,13 @@ from PIL import Image, ImageCms
 from safetensors import safe_open
 from safetensors.torch import load, load_file, save_file
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch._functorch.aot_autograd import make_boxed_func
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -263,7 +275,7 @@ def test_vae_equals_diffusers(vaes, batch, frames):
 @torch.no_grad()
 def test_the_norm_in_two_parts_is_group_norm_even_of_a_constant():
     ours, theirs = scramble(model.Norm(4, 8, eps=1e-6)), scramble(nn.GroupNorm(4, 8, eps=1e-6))
-    difference = lambda x: (ours(x)(x, None) - theirs(x)).abs().max()
+    difference = lambda x: (model.affine(x, *ours(x)) - theirs(x)).abs().max()
     assert difference(randn(2, 8, 9, 40, 60) + 3) <= 1e-5
     assert all(difference(torch.full((1, 8, 9, 40, 60), float(value))) <= 1e-3 for value in range(1, 10))
 
@@ -281,6 +293,14 @@ def test_text_encoder_equals_transformers(copied, length):
     with torch.no_grad():
         expected = net(torch.tensor([row + [0] * (length - len(row)) for row in ids])).last_hidden_state
     assert relative(model.load_text_encoder(copied)(PROMPTS), expected) <= 2e-5
+
+
+@pytest.mark.parametrize("keep", [True, False], ids=["both names", "the other name"])
+def test_the_tied_embedding_may_go_by_either_name(folder, copied, keep):
+    file = copied / "text_encoder" / "model.safetensors"
+    embedding = load_file(file)["shared.weight"]
+    rewrite(file, **{"encoder.embed_tokens.weight": embedding.clone(), "shared.weight": embedding if keep else ...})
+    assert torch.equal(model.load_text_encoder(copied)(PROMPTS), model.load_text_encoder(folder)(PROMPTS))
 
 
 @pytest.mark.parametrize("shard_bytes", [None, 20_000])
@@ -533,6 +553,13 @@ def test_multistep_with_25_steps_beats_euler_with_50(prediction, mean, std):
     assert multistep < euler / 2
 
 
+def test_t_min_is_the_first_training_step(denoiser):
+    t = torch.tensor([denoiser.t_min - 0.01, denoiser.t_min, denoiser.t_min + 0.01], dtype=torch.float64)
+    before, at, after = denoiser.prediction.step(t).tolist()
+    assert before == at == 0 < after and denoiser.t_min == pytest.approx(0.0283, abs=1e-4)
+    assert model.FlowPrediction.t_min == 0
+
+
 @PREDICTIONS
 def test_every_number_of_steps_has_its_falling_times(prediction):
     for steps in range(1, 1001):                           # 61, 103 … once had one too many: 1000 / (1000 / 61) > 61
@@ -588,6 +615,7 @@ BREAKAGES = {
         "unknown scheduler": (entries(SCHEDULE, _class_name="PNDMScheduler"), "PNDMScheduler"),
         "epsilon prediction": (entries(SCHEDULE, prediction_type="epsilon"), "epsilon"),
         "schedule without a prediction": (entries(SCHEDULE, prediction_type=...), "prediction_type"),
+        "schedule without its rescaling": (entries(SCHEDULE, rescale_betas_zero_snr=...), "rescale_betas_zero_snr"),
         "schedule without betas": (entries(SCHEDULE, beta_start=...), "beta_start"),
         "no weights": (lambda f: (f / WEIGHTS).unlink(), "no .safetensors"),
         "empty weights": (content(WEIGHTS, lambda b: b""), WEIGHTS),
@@ -605,13 +633,21 @@ BREAKAGES = {
         "index without a map": (lambda f: (f / INDEX).write_text("{}"), INDEX),
         "index of an absent file": (
             lambda f: (f / INDEX).write_text('{"weight_map": {"proj_out.bias": "gone.safetensors"}}'),
-            "gone.safetensors")},
+            "gone.safetensors"),
+        "index that leaves a file out": (lambda f: (f / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(
+            load_file(f / WEIGHTS), shutil.copy(f / WEIGHTS, f / "transformer/stale.safetensors").name)})),
+            INDEX + ".*diffusion_pytorch_model.safetensors"),
+        "a tensor in two files": (lambda f: (f / INDEX).write_text(json.dumps({"weight_map": {
+            "a": Path(WEIGHTS).name, "b": shutil.copy(f / WEIGHTS, f / "transformer/other.safetensors").name}})),
+            "other.safetensors: tensor .* is in diffusion|model.safetensors: tensor .* is in other")},
     model.load_vae: {
         "unknown convolution": (entries("vae/config.json", use_quant_conv=True), "use_quant_conv"),
         "config without a scale": (entries("vae/config.json", scaling_factor=...), "scaling_factor"),
         "fewer levels": (entries("vae/config.json", block_out_channels=[8, 16, 16]), "is missing")},
     model.load_text_encoder: {
         "unknown class": (entries("text_encoder/config.json", architectures=["BertModel"]), "BertModel"),
+        "two embeddings": (entries("text_encoder/model.safetensors",
+                                   **{"encoder.embed_tokens.weight": torch.zeros(160, 12)}), "differ"),
         "no tokenizer": (lambda f: (f / "tokenizer/spiece.model").unlink(), "spiece.model"),
         "tokenizer cut short": (content("tokenizer/spiece.model", lambda b: b[:50]), "spiece.model")}}
 
@@ -693,6 +729,21 @@ def test_hub_is_asked_only_for_the_needed_parts(hub, load, needed):
     assert set(hub) == needed
 
 
+def test_a_model_brings_its_option_defaults_and_a_run_has_its_bases(copied, tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", None)                      # not to be called
+    (copied / "defaults.json").write_text('{"sample": {"steps": 16}}')
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "base.json").write_text(json.dumps({"model": str(copied)}))
+    assert model.defaults_of(copied, "sample") == model.defaults_of(run, "sample") == {"steps": 16}
+    assert model.defaults_of(copied, "train") == model.defaults_of("owner/name", "sample") == {}
+    (run / "defaults.json").write_text('{"sample": {"steps": 8}}')
+    assert model.defaults_of(run, "sample") == {"steps": 8}
+    (copied / "defaults.json").write_text('{"sample": 16}')
+    with pytest.raises(UserError, match="defaults.json: sample is 16"):
+        model.defaults_of(copied, "sample")
+
+
 @pytest.mark.parametrize("name", ["owner/absent", "a/b/c", "../owner", "/owner", "word"])
 def test_unknown_hub_id_or_folder_is_refused_by_name(hub, name):
     with pytest.raises(model.UserError, match=f"^{name}: no such model folder.*") as caught:
@@ -707,13 +758,88 @@ def test_unknown_hub_id_or_folder_is_refused_by_name(hub, name):
 @pytest.mark.parametrize("how", [True, "selective"])
 def test_checkpointing_recomputes_blocks_and_keeps_the_gradient(denoiser, how):
     calls, gradients = [], []
-    denoiser.net.transformer_blocks[0].register_forward_pre_hook(lambda *_: calls.append(denoiser.checkpointing))
+    layer = denoiser.net.transformer_blocks[0].attn1
+    layer.register_forward_pre_hook(lambda *_: calls.append(denoiser.checkpointing))
     for denoiser.checkpointing in (False, how):
         denoiser.zero_grad()
         denoiser(*inputs(2), torch.tensor([0.3, 0.9])).square().mean().backward()
         gradients.append(parameters_to_vector(p.grad for p in denoiser.parameters()))
     assert calls == [False, how, how]
     assert torch.equal(*gradients)
+
+
+def block_gradients(block, checkpointing=False):
+    """What a small block gives for two samples, and the gradients of its parameters and inputs."""
+    inputs = [randn(2, 7, 32, seed=1), randn(2, 12, 32, seed=2), randn(2, 24, seed=3)]
+    for x in inputs:
+        x.requires_grad_()
+    out = block(*inputs, model.rope_table((2, 2, 3), 7, 16, torch.device("cpu")), checkpointing)
+    block.zero_grad()
+    sum(x.square().sum() for x in out).backward()
+    return [x.detach() for x in out] + [x.grad for x in inputs] + [
+        getattr(p.grad, "full_tensor", lambda grad=p.grad: grad)() for p in block.parameters()]
+
+
+def counted(calls, name):
+    """A compiler that runs a graph as it is and notes how often it computes attention forward."""
+    def compile(graph, inputs):
+        attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+        # A recomputed one is an argument of an operator that restores the generator.
+        calls[name] = sum(any(x is attention for x in (node.target, *node.args)) for node in graph.graph.nodes)
+        return make_boxed_func(graph.forward)
+    return compile
+
+
+@pytest.mark.parametrize("how, attentions", [(True, (1, 1)), ("selective", (1, 0))])
+def test_a_block_compiles_whole_and_keeps_what_selective_checkpointing_keeps(how, attentions):
+    torch.manual_seed(0)
+    block, calls = model.Block(32, 2, 24, 1e-5), {}
+    expected = block_gradients(block)
+    torch.compiler.reset()
+    backend = aot_autograd(fw_compiler=counted(calls, "forward"), bw_compiler=counted(calls, "backward"),
+                           partition_fn=min_cut_rematerialization_partition)
+    block.forward = torch.compile(block.forward, fullgraph=True, backend=backend)
+    for ours, theirs in zip(block_gradients(block, how), expected, strict=True):
+        assert relative(ours, theirs) <= 2e-5
+    assert (calls["forward"], calls["backward"]) == attentions
+
+
+def sharded_block(rank, folder, expected):
+    """A block, compiled and sharded as one of two processes, against one that is neither."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    net = nn.Module()
+    net.transformer_blocks = nn.ModuleList([model.Block(32, 2, 24, 1e-5)])
+    torch.compile = partial(torch.compile, backend="aot_eager")
+    model.DiT.compile_blocks(net)
+    block = fully_shard(net.transformer_blocks[0], mesh=init_device_mesh("cpu", (2,)))
+    for ours, theirs in zip(block_gradients(block, "selective"), expected, strict=True):
+        assert relative(ours, theirs) <= 2e-5
+    assert all(isinstance(p, DTensor) for p in block.parameters())
+    dist.destroy_process_group()
+
+
+def test_a_sharded_block_compiles_whole_on_two_ranks(tmp_path):
+    torch.manual_seed(0)
+    block = model.Block(32, 2, 24, 1e-5)
+    mp.spawn(sharded_block, nprocs=2, args=(tmp_path, block_gradients(block)))
+
+
+@pytest.mark.bench
+def test_compiled_blocks_sample_and_train_like_eager_ones(denoiser, folder):
+    """With the real compiler, which takes its time."""
+    compiled = model.load_dit(folder)
+    compiled.net.compile_blocks()
+    compiled.checkpointing = "selective"
+    results = []
+    for net in denoiser, compiled:
+        out = net(*inputs(2), torch.tensor([0.3, 0.9]))
+        out.square().mean().backward()
+        with torch.no_grad():
+            results.append((out.detach(), net(*inputs(1), torch.tensor([0.5])),
+                            parameters_to_vector(p.grad for p in net.parameters())))
+    for ours, theirs in zip(*reversed(results)):
+        assert relative(ours, theirs) <= 2e-5
 
 
 @pytest.mark.parametrize("file", sorted(Path(model.__file__).parent.glob("*.py")), ids=lambda file: file.name)
@@ -1583,10 +1709,10 @@ def test_a_run_exports_what_it_trained(straight):
 
 
 def test_a_first_loss_that_is_not_log_2_is_a_warning_with_the_figure(capsys):
-    train.warn_of_first_loss({"preference": math.log(2) + 1e-4})
-    assert capsys.readouterr().out == ""
-    train.warn_of_first_loss({"preference": 0.75})
-    assert "warning: the first preference loss is 0.750000, not log 2 = 0.693147" in capsys.readouterr().out
+    line = dict(loss=1.0, lr=1.0, seconds=1.0)
+    for step, off, warns in ((0, 1e-4, False), (1, 0.1, False), (0, 0.1, True)):
+        train.log_step(io.StringIO(), step, line | {"preference": math.log(2) + off})
+        assert ("off log 2 by 0.100000" in capsys.readouterr().out) == warns
 
 
 def test_a_reference_that_is_not_the_policy_stops_the_run(cache, tmp_path, monkeypatch):
@@ -1685,17 +1811,22 @@ def test_reward_weighted_regression_is_a_weighted_mean_of_errors():
     assert loss.item() == pytest.approx((share * errors).sum(1).mean().item(), rel=1e-6)
 
 
-@pytest.mark.parametrize("method", ["realdpo", "sft"])
-def test_the_dry_run_counts_parameters_and_memory(method, monkeypatch, capsys):
-    report, found = train.report_dry_run, {}
-    monkeypatch.setattr(train, "report_dry_run",
-                        lambda options, gpus, memory, *rest: (found.update(memory),
-                                                              report(options, gpus, memory, *rest)))
+@pytest.mark.parametrize("method, gpus", [("realdpo", 16), ("sft", 1)])
+def test_the_dry_run_counts_parameters_and_memory(method, gpus, monkeypatch, capsys):
+    measure, found = train.measure_memory, {}
+
+    def spy(*arguments):
+        memory, parameters = measure(*arguments)
+        found.update(memory)
+        return memory, parameters
+
+    monkeypatch.setattr(train, "measure_memory", spy)
     with as_a_process():
-        train.main(train.Options(model="tiny", dry_run="1", batch=1, method=method, stream=False))
+        train.main(train.Options(model="tiny", dry_run=gpus, batch=gpus, method=method, stream=False))
     count = sum(v.numel() for k, v in exported(model.TINY).items() if k != "patch_embed.pos_embedding")   # a buffer
-    assert f"{count:,} parameters" in capsys.readouterr().out
-    assert found["Adam"] == pytest.approx(8 * count, rel=0.01) and found["parameters"] >= 4 * count
+    assert f"{count:,} parameters, {gpus} ranks, {gpus} samples" in capsys.readouterr().out
+    part = count / min(gpus, 8)                            # sharded over the eight GPUs of a machine
+    assert found["Adam"] == pytest.approx(8 * part, rel=0.01) and found["parameters"] >= 4 * part
     assert all(size > 0 for size in found.values()), found
 
 
@@ -1716,15 +1847,19 @@ def test_two_and_two_steps_are_four_bit_for_bit(half, straight, cache, looks, tm
 
 
 class Count(TorchDispatchMode):
-    """Adds up, operator by operator, the bytes that `of(function, arguments, result)` finds, while this is on."""
+    """Adds up, operator by operator, the bytes that `of(function, arguments, result)` finds, while this is on.
+    A collective's name is followed by its group's: default_pg, mesh_shard, mesh_replicate."""
 
     def __init__(self, of):
         super().__init__()
         self.of, self.bytes = of, Counter()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        self.bytes[function.name().split("::")[1]] += sum(
+        result, name = function(*args, **(kwargs or {})), function.name().split("::")[1]
+        if function.namespace == "c10d":
+            group = next(x for x in args if isinstance(x, torch.ScriptObject))
+            name += " " + dist.ProcessGroup.unbox(group).group_desc
+        self.bytes[name] += sum(
             x.nbytes for x in tree_leaves(self.of(function, args, result)) if isinstance(x, torch.Tensor))
         return result
 
@@ -1752,44 +1887,99 @@ def watched(function, file):
     return call
 
 
-def one_of_two(rank, runs, folder):
-    """Some runs, one after the other, as one of two processes."""
-    os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank))
+def one_rank(rank, runs, folder, world_size, ranks_a_machine, dtype):
+    """Some runs, one after the other, as one of several processes."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank % ranks_a_machine),
+                      LOCAL_WORLD_SIZE=str(ranks_a_machine))
+    torch.set_num_threads(1)                               # as torchrun does
+    process = data.this_process()._replace(dtype=dtype)
+    train.this_process = lambda: process
     for name in "train_step", "ema_update":
         setattr(train, name, watched(getattr(train, name), folder / f"{name}-{rank}"))
     join = dist.init_process_group
     for i, options in enumerate(runs):
-        dist.init_process_group = partial(join, init_method=f"file://{folder}/store-{i}", rank=rank, world_size=2)
+        dist.init_process_group = partial(join, init_method=f"file://{folder}/store-{i}", rank=rank,
+                                          world_size=world_size)
         try:
             run_training(**options)
         except UserError as e:
             (folder / f"error-{i}-{rank}").write_text(str(e))
 
 
+def run_on_ranks(runs, folder, world_size=2, ranks_a_machine=2, dtype=torch.float32):
+    """Train on several ranks. Returns what each step of rank 0 made collectives carry, {"train_step": [...], ...}."""
+    mp.spawn(one_rank, nprocs=world_size, args=(runs, folder, world_size, ranks_a_machine, dtype))
+    return {name: [json.loads(line) for line in (folder / f"{name}-0").read_text().splitlines()]
+            for name in ("train_step", "ema_update")}
+
+
+def same_to_rounding(out, lines, straight):
+    """Whether a run's log and weights are those of the undisturbed run but for the order of sums."""
+    for ours, theirs in zip(lines, metrics(straight), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-6, rel=0)
+        assert ours == pytest.approx({k: theirs[k] for k in ours}, abs=1e-6, rel=1e-5), out
+    for name, ours in exported(out).items():
+        torch.testing.assert_close(ours, exported(straight)[name], rtol=2 ** -7, atol=1e-5)      # 2⁻⁷: bf16's last bit
+
+
 def test_two_ranks_compute_what_one_does_and_may_alternate_with_it(half, straight, cache, looks, tmp_path):
     shutil.copytree(half, tmp_path / "hop")
     runs = [dict(out=tmp_path / "two", cache=cache, **looks), dict(out=tmp_path / "hop", cache=cache, steps=3),
             dict(out=tmp_path / "odd", cache=cache, batch=3)]
-    mp.spawn(one_of_two, nprocs=2, args=(runs, tmp_path))
-    for out, lines in (("two", metrics(tmp_path / "two")), ("hop", run_training(tmp_path / "hop", cache, **looks))):
-        for ours, theirs in zip(lines, metrics(straight), strict=True):
-            assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-6, rel=0)
-            assert ours == pytest.approx({k: theirs[k] for k in ours}, abs=1e-6, rel=1e-5), out
-            assert ours.keys() == theirs.keys() or out == "hop"                         # one step without a look
-        for name, ours in exported(tmp_path / out).items():
-            torch.testing.assert_close(ours, exported(straight)[name], rtol=2 ** -7, atol=1e-5)  # 2⁻⁷: bf16's last bit
+    traffic = run_on_ranks(runs, tmp_path)
+    same_to_rounding(tmp_path / "two", metrics(tmp_path / "two"), straight)
+    same_to_rounding(tmp_path / "hop", run_training(tmp_path / "hop", cache, **looks), straight)
+    assert [line.keys() for line in metrics(tmp_path / "two")] == [line.keys() for line in metrics(straight)]
     assert all("--batch 3" in (tmp_path / f"error-2-{rank}").read_text() for rank in range(2))
     weights = 4 * sum(p.numel() for p in model.load_dit("tiny").parameters())            # fp32 on a CPU
-    lines = {name: [json.loads(line) for line in (tmp_path / f"{name}-0").read_text().splitlines()]
-             for name in ("train_step", "ema_update")}
     # gathered: policy forward and backward, reference; reduced: half is a rank's own
-    for step in lines["train_step"]:
-        assert (step["_allgather_base_"] == 3 * weights and step["_reduce_scatter_base_"] == weights / 2
-                and step["allreduce_"] < 100)
-    assert len(lines["ema_update"]) == len(lines["train_step"]) and not any(lines["ema_update"])
+    for step in traffic["train_step"]:
+        assert step["allreduce_ default_pg"] < 100
+        assert step["_allgather_base_ default_pg"] == 3 * weights
+        assert step["_reduce_scatter_base_ default_pg"] == weights / 2
+    assert len(traffic["ema_update"]) == len(traffic["train_step"]) and not any(traffic["ema_update"])
     next((tmp_path / "two" / "checkpoints" / "step-000004").glob("shard-00001-*")).unlink()  # a copy that was cut off
     with pytest.raises(UserError, match="not a whole checkpoint"):
         run_training(tmp_path / "two", cache, steps=5)
+
+
+def test_two_machines_of_two_ranks_compute_what_one_rank_does_and_may_alternate_with_it(half, straight, cache, tmp_path):
+    shutil.copytree(half, tmp_path / "from-one")
+    runs = [dict(out=tmp_path / "four", cache=cache, save_every=2), dict(out=tmp_path / "from-one", cache=cache)]
+    traffic = run_on_ranks(runs, tmp_path, world_size=4)
+    same_to_rounding(tmp_path / "four", metrics(tmp_path / "four"), straight)
+    same_to_rounding(tmp_path / "from-one", metrics(tmp_path / "from-one"), straight)
+    shutil.rmtree(tmp_path / "four" / "checkpoints" / "step-000004")
+    same_to_rounding(tmp_path / "four", run_training(tmp_path / "four", cache), straight)     # the rest on one rank
+    weights = 4 * sum(p.numel() for p in model.load_dit("tiny").parameters())
+    for step in traffic["train_step"]:                     # between machines: each rank's half of the gradient
+        assert step.pop("allreduce_ default_pg") < 100     # the metrics
+        assert step == {"_allgather_base_ mesh_shard": 3 * weights, "_reduce_scatter_base_ mesh_shard": weights / 2,
+                        "allreduce_ mesh_replicate": weights / 2}
+    assert not any(traffic["ema_update"])
+
+
+# torchrun's default: two ranks that compute in bf16, stream, and take one sample at a time with selective checkpointing.
+def test_the_default_of_a_run_on_gpus(cache, tmp_path):
+    default = dict(cache=cache, batch=2, stream=True, checkpointing="selective", micro_batch=1)
+    runs = {"straight": {}, "halves": dict(steps=2), "halves again": {}, "full": dict(checkpointing="full", steps=1),
+            "whole": dict(stream=False, steps=1), "ema": dict(ema_decay=0.0, steps=2),
+            "anchor": dict(anchor=2.0, batch=4, steps=1), "anchor, whole": dict(anchor=2.0, batch=4, steps=1, stream=False)}
+    run_on_ranks([default | options | dict(out=tmp_path / name.removesuffix(" again"))
+                  for name, options in runs.items()], tmp_path, dtype=torch.bfloat16)
+    lines = {name: metrics(tmp_path / name) for name in runs if name != "halves again"}
+    for name, (first, *_) in lines.items():
+        assert first["preference"] == torch.tensor(2.0).log() and first["margin"] == 0, name
+    for line in lines["ema"]:                              # the reference, root parameters too, is the policy again
+        assert line["margin"] == 0 and line["win"] == line["ref_win"]
+    assert lines["ema"][0]["ref_win"] != lines["ema"][1]["ref_win"]
+    assert lines["full"] == lines["straight"][:1]
+    for name, streamed in (("whole", lines["straight"][0]), ("anchor, whole", lines["anchor"][0])):
+        whole = lines[name][0]
+        assert streamed["loss"] == pytest.approx(whole["loss"], rel=1e-3)
+        assert streamed["grad_norm"] == pytest.approx(whole["grad_norm"], rel=0.02)     # bf16: up to 1.5 % was seen
+    assert lines["halves"] == lines["straight"]
+    assert same_tensors(exported(tmp_path / "halves"), exported(tmp_path / "straight"))
 
 
 def test_a_crash_between_log_and_checkpoint_leaves_no_line_twice(half, straight, cache, looks, tmp_path, monkeypatch):
@@ -1904,14 +2094,13 @@ REFUSED = {                                                # command line: what 
     "train --data {cache} --eval-data {bad}/no-negatives": ["lose/00000.safetensors"],
     "train --data {cache} --eval-data {bad}/empty": ["{bad}/empty: holds no records"],
     "data --videos {videos} --out {bad}/text/a.txt": ["{bad}/text/a.txt", "cannot be written"],
-    "train --data {cache} --resume {bad}/nowhere": ["--resume {bad}/nowhere"],
-    "train --data {cache} --out {half} --resume none": ["--out {half}"],
+    "train --data {cache} --resume {bad}/nowhere": ["{bad}/nowhere: no such checkpoint"],
     "train --data {cache} --out {half} --batch 4 --warmup 1 --lr 3e-4": ["step-000002", "--lr 0.0001 (now 0.0003)"],
     "train --data {cache}/. --out {half} --batch 4 --warmup 1 --lr 1e-4": ["step-000002", "was made with --data "],
     "train --data {cache} --epochs -1": ["--epochs -1", "at least 0"],
     "train --dry-run 2 --batch 3": ["--batch 3"],
     "train --dry-run 8 --batch 0": ["--batch 0", "at least 1"],
-    "train --dry-run 2x0": ["--dry-run 2x0", "8 or 2x8"],
+    "train --dry-run 12 --batch 12": ["--dry-run 12", "multiple of 8"],
     "train --data {cache} --steps 0 --batch 0": ["--batch 0", "at least 1"],
 }
 
@@ -2121,7 +2310,7 @@ def test_the_experiment_makes_a_base_a_seed_compares_and_goes_on(tmp_path, monke
                         lambda folder, steps, seed, imperfect: make_base(folder, 2, seed, imperfect))
     monkeypatch.setattr(experiment, "SIZES", {"real": 2, "held-out": 1, "validation": 1})
     monkeypatch.setattr(experiment, "TRIALS", {"SFT": (dict(method="sft", steps=1), (3e-4,)),
-                                          "RealDPO": (dict(steps=1), (1e-5, 3e-4))})
+                                          "RealDPO + anchor": (dict(steps=1), (1e-5, 3e-4))})
 
     def run(seeds, **options):
         with as_a_process():
@@ -2130,7 +2319,7 @@ def test_the_experiment_makes_a_base_a_seed_compares_and_goes_on(tmp_path, monke
                 if line.startswith("| ") and " | rvd" not in line]
 
     assert [row[:2] for row in run(1)][:4] == [["| clean-trained", "–"], ["| base", "–"],
-                                               ["| SFT", "0.0003"], ["| RealDPO", "0.0003"]]
+                                               ["| SFT", "0.0003"], ["| RealDPO + anchor", "0.0003"]]
     bases = [exported(model.resolve(tmp_path / "seed-0" / "base", "transformer"))]             # the shipped one
     made = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("scores*.json")}
     rows = run(2)
@@ -2372,7 +2561,7 @@ def test_what_a_5b_block_reads_and_writes(diffusers, backward):
 
     def ours():
         return model.Block(width, 48, 512, 1e-5), (tensor(1, text, width), tensor(1, tokens - text, width),
-                                                   tensor(1, 512), torch.empty(tokens, 1, 32, dtype=torch.complex64))
+                                                   tensor(1, 512), torch.empty(tokens, 1, 32, 2, dtype=torch.float32))
 
     def cost(make):
         with FakeTensorMode():
@@ -2420,3 +2609,54 @@ def test_time_and_memory_against_the_libraries(name, wide):
     print(f"\n{name:30} {ours[0]:6.2f} s : {theirs[0]:6.2f} s = {time_ratio:.2f}   "
           f"{ours[1]:5.0f} : {theirs[1]:5.0f} MiB = {memory_ratio:.2f}")
     assert time_ratio <= most_time and memory_ratio <= most_memory
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# On a GPU: pytest -m gpu -s prints a table (GPU_SUITE=cpu: the same scripts in small, to see that they run)
+# ---------------------------------------------------------------------------------------------------------------------
+
+def test_no_tensor_is_on_the_wrong_device_where_networks_are_on_a_gpu(cache, monkeypatch):
+    """Forward passes on fake tensors; a CUDA build of torch can do them without a GPU, but no backward pass."""
+    if not torch.version.cuda:
+        pytest.skip("this torch is built without CUDA")
+    device, seen, loss_of = torch.device("cuda", 0), set(), train.loss_of
+
+    class Reached(Exception):
+        pass
+
+    def stop_after_the_loss(*arguments):
+        loss, metrics = loss_of(*arguments)
+        seen.update(x.device for x in (loss, *metrics.values()))
+        raise Reached
+
+    def on_gpu(network, config):
+        with torch.device("meta"):
+            net = network(config)
+        empty = {k: torch.empty(v.shape, dtype=torch.bfloat16, device=device) for k, v in net.state_dict().items()}
+        net.load_state_dict(empty, assign=True)
+        return net
+
+    monkeypatch.setattr(train, "loss_of", stop_after_the_loss)
+    monkeypatch.setattr(train, "batch_indices", lambda *_: [0, 1])
+    records, prediction = data.Records(cache), model.VPrediction(SCHEDULER)
+    records = [records[0], records[1]]                     # real tensors on the CPU, as files give them
+    dit, vae = model.read_dit_config("tiny"), model.read_config(model.TINY, "vae", "AutoencoderKLCogVideoX")
+    model.rope_table.cache_clear()
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            vae, text_encoder = on_gpu(model.VAE, vae), on_gpu(model.T5Encoder, T5)
+            latents = vae.encode(torch.empty(1, 3, 17, 32, 32, device=device), torch.Generator())
+            text = text_encoder(torch.empty(1, 16, dtype=torch.long, device=device))
+            seen.update(x.device for x in (latents, text, vae.decode(latents)))
+            policy, reference = (model.Denoiser(on_gpu(model.DiT, dit), prediction, None) for _ in range(2))
+            cond = Condition(torch.empty(1, 16, 32, device=device), latents[:, :, :1])
+            for solver in ("euler", "multistep"):
+                seen.add(realdpo.sample(policy, torch.empty_like(latents), cond, steps=3, guidance=6.0, uncond=cond,
+                                        solver=solver, progress=False).device)
+            policy.checkpointing = "selective"
+            with pytest.raises(Reached):
+                train.train_step(policy, reference, None, records, train.Options(batch=2, anchor=1.0, stream=False), 0,
+                                 data.Process(0, 1, device, torch.bfloat16))
+    finally:
+        model.rope_table.cache_clear()                     # it holds fake tensors
+    assert seen == {device}

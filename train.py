@@ -12,7 +12,7 @@ from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -27,7 +27,7 @@ from tqdm import tqdm
 import data
 import model
 from data import Records, flag, generator, option, this_process, whole_file
-from model import UserError
+from model import FlowPrediction, UserError
 from realdpo import Condition, best_and_worst, ema_update, realdpo_loss, rwr_loss, sft_loss
 
 
@@ -37,10 +37,8 @@ class Options:
     model: str = option("", "model folder, hub id, training run or tiny; default: by whether a GPU is here", "files")
     data: str = option("cache", "cache of records, from data.py and sample.py")
     out: str = option("run", "folder for the trained transformer, checkpoints and logs")
-    resume: str = option("auto", "auto (go on with --out's run), none (refuse one) or a checkpoint to start from")
-
-    method: Literal["realdpo", "sft", "dpo", "rwr"] = option(
-        "realdpo", "realdpo; sft on the real videos; dpo or rwr on scored generated ones", "what is learned")
+    resume: str = option("auto", "auto (go on with --out's own run) or the checkpoint to start from")
+    method: Literal["realdpo", "sft", "dpo", "rwr"] = option("realdpo", "dpo and rwr: on scored negatives", "the loss")
     beta: float = option(5000.0, "strength of the preference, on the mean error an element (release: 5000)")
     anchor: float = option(0.0, "weight of the win error added to the loss (paper: none)")
     weighting: Literal["x0", "velocity"] = option("x0", "of the error over t: x0 (App. C) or velocity, 1/t²")
@@ -48,26 +46,28 @@ class Options:
     lose_per_step: int = option(0, "negatives of a sample in a step, drawn of those it has; 0: all (paper: 3)")
     ema_decay: float = option(0.996, "ω of the reference (Eq. 7, paper: 0.996)")
     ema_every: int = option(1, "steps between two updates of the reference (paper: unnamed)")
-
-    lr: float = option(1e-5, "learning rate after warm-up (paper: 1e-5)", "how fast")
+    lr: float = option(1e-5, "learning rate after warm-up (paper: 1e-5)", "the optimizer")
     warmup: int = option(20, "steps of linear warm-up")
     weight_decay: float = option(1e-4, "of AdamW")
     clip: float = option(1.0, "largest gradient norm")
     epochs: int = option(0, "passes over the records, in place of --steps; default: 10 (paper)")
     steps: int = option(0, "training steps; default: what the epochs come to")
     batch: int = option(8, "samples a step over all GPUs (paper: 8); a sample is one win and its lose videos")
-
-    micro_batch: int = option(1, "samples a GPU takes at a time; the rest of its share is accumulated", "hardware")
-    checkpointing: Literal["none", "full", "selective"] = option(
-        "selective", "recompute blocks in the backward pass; selective: all but their attention")
+    micro_batch: int = option(1, "samples a GPU takes at a time; the rest of its share is accumulated", "the hardware")
+    checkpointing: Literal["none", "full", "selective"] = option("selective", "what backward computes again")
     stream: bool = option(True, "back-propagate a sample's videos one by one: less memory, same gradient")
     compile: bool = option(False, "torch.compile each block")
-    dry_run: str = option("", "only compute what a run on 8 or 2x8 GPUs takes: memory, FLOP, hours; needs no GPU")
-
-    save_every: int = option(200, "steps between checkpoints, and between looks at --eval-data", "what is kept")
+    dry_run: int = option(0, "only compute what so many GPUs, 8 a machine, would need: memory, hours")
+    save_every: int = option(200, "steps between checkpoints, and between looks at --eval-data", "the run")
     max_minutes: float = option(0.0, "stop with a checkpoint after this long; 0: never")
     eval_data: str = option("", "cache of held-out records with negatives")
     seed: int = option(0, "of order, noise and t")
+
+    @property
+    def label(self):
+        """What the run is called in pictures, tables and on the console; the paper's loss has no anchor."""
+        name = {"realdpo": "RealDPO", "sft": "SFT", "dpo": "DPO", "rwr": "RWR"}[self.method]
+        return f"{name} + anchor" if self.anchor and self.method in PREFERENCE else name
 
 
 PREFERENCE = ("realdpo", "dpo")         # the methods that compare with a reference
@@ -76,13 +76,11 @@ CHECKPOINTING = {"none": False, "full": True, "selective": "selective"}
 KEEP = 2                                # checkpoints
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Processes and sharding: the networks know nothing of it
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Processes and sharding: the networks know nothing of it --------------------------------------------------------
 
 def make_mesh(device_type, world_size, ranks_a_node):
-    """The mesh of all ranks. On several machines it has two dimensions: parameters are sharded over the GPUs of a
-    machine and replicated across machines, so that only gradients cross the network."""
+    """The mesh of all ranks. On several machines, parameters are sharded over the GPUs of a machine and replicated
+    across machines, so that only gradients cross the network."""
     if world_size > ranks_a_node:
         return init_device_mesh(device_type, (world_size // ranks_a_node, ranks_a_node),
                                 mesh_dim_names=("replicate", "shard"))
@@ -90,10 +88,7 @@ def make_mesh(device_type, world_size, ranks_a_node):
 
 
 def init_distributed():
-    """Join the process group; a bare `python` is a group of one, so nothing below asks whether there are others.
-
-    Returns this Process and the mesh of all.
-    """
+    """Join the process group, of one process where torchrun did not start this. Returns this Process and the mesh."""
     process = this_process()
     cuda = process.device.type == "cuda"
     # Others wait while rank 0 writes an export or a checkpoint (11 and 89 GB at 5B) to a disk that may be slow.
@@ -102,7 +97,7 @@ def init_distributed():
         dist.init_process_group("cuda:nccl,cpu:gloo" if cuda else "gloo", **options)
     else:
         dist.init_process_group("nccl" if cuda else "gloo", store=dist.HashStore(), rank=0, world_size=1, **options)
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # on purpose, see `single_process`
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")         # on purpose, see `no_dist`
     ranks_a_node = int(os.environ.get("LOCAL_WORLD_SIZE", process.world_size))
     return process, make_mesh(process.device.type, process.world_size, ranks_a_node)
 
@@ -110,9 +105,9 @@ def init_distributed():
 def shard(net, mesh, dtype, compile=False):
     """Split every block's parameters over the ranks (FSDP2), gathered in `dtype`, gradients reduced in fp32."""
     precision = dict(param_dtype=dtype, reduce_dtype=torch.float32)
+    if compile:
+        net.compile_blocks()
     for block in net.transformer_blocks:
-        if compile:
-            block.compile()                                # in place: names stay
         fully_shard(block, mesh=mesh,
                     mp_policy=MixedPrecisionPolicy(**precision, cast_forward_inputs=False))    # rope stays fp32
     # Resharding the root too: else its parameters stay gathered after a forward and hide the EMA's updates.
@@ -121,23 +116,19 @@ def shard(net, mesh, dtype, compile=False):
 
 
 def load_models(options, process, mesh):
-    """Policy and reference, equal and sharded, fp32; they compute in the process's dtype."""
+    """Policy and reference, sharded, fp32; they compute in the process's dtype. Raises UserError unless every shard of
+    one is that of the other, bit for bit."""
     split = partial(shard, mesh=mesh, dtype=process.dtype, compile=options.compile)
     policy = model.load_dit(options.model, process.device, torch.float32, split)
     reference = model.load_dit(options.model, process.device, torch.float32, split)
-    policy.checkpointing = CHECKPOINTING[options.checkpointing]
-    return policy.train(), reference.requires_grad_(False)
-
-
-def check_equal(policy, reference, device):
-    """Raise UserError unless every rank's shards of the reference are those of the policy, bit for bit."""
-    different = 0
+    different = torch.zeros((), device=process.device)
     for p, r in zip(policy.parameters(), reference.parameters(), strict=True):
         different += not torch.equal(p.to_local(), r.to_local())
-    count = torch.tensor(float(different), device=device)
-    dist.all_reduce(count)
-    if count > 0:
-        raise UserError(f"{count:.0f} shards of the reference are not the policy's; both must start from one model")
+    dist.all_reduce(different)
+    if different > 0:
+        raise UserError(f"{different:.0f} shards of the reference are not the policy's; both must start from one model")
+    policy.checkpointing = CHECKPOINTING[options.checkpointing]
+    return policy.train(), reference.requires_grad_(False)
 
 
 def make_optimizer(policy, options):
@@ -150,30 +141,21 @@ def make_optimizer(policy, options):
     return optimizer
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# One step, from the records to the updated reference
-# ---------------------------------------------------------------------------------------------------------------------
-
-@lru_cache(maxsize=2)
-def shuffled(seed, epoch, count):
-    """The order of the records in an epoch."""
-    return torch.randperm(count, generator=generator("order", seed, epoch)).tolist()
-
+# ---- One step, from the records to the updated reference ------------------------------------------------------------
 
 def batch_indices(options, count, step):
     """Indices of the records of one global batch, a function of (seed, step) alone: a fresh order each epoch."""
     indices = []
     for position in range(step * options.batch, (step + 1) * options.batch):
         epoch, place = divmod(position, count)
-        indices.append(shuffled(options.seed, epoch, count)[place])
+        order = torch.randperm(count, generator=generator("order", options.seed, epoch))
+        indices.append(order[place].item())
     return indices
 
 
 def draw_sample(record, options, step, place, t_min):
-    """A record with the t, the noise and the negatives of this step, a function of (seed, step, place in the batch).
-
-    t is uniform in (t_min, t_max]; t_min is the least noise that the network was trained on.
-    """
+    """A record with this step's t, noise and negatives, a function of (seed, step, place in the batch). t is uniform in
+    (t_min, t_max]; t_min is the least noise that the network was trained on."""
     rng = generator("train", options.seed, step, place)
     record["t"] = t_min + (options.t_max - t_min) * (1 - torch.rand((), generator=rng))
     record["noise"] = torch.randn(record["win"].shape, generator=rng)
@@ -221,24 +203,16 @@ def accumulate_gradients(policy, reference, records, samples, options, step, dev
     return dict(total)
 
 
-stop = threading.Event()                                   # set when this process shall finish its step, save and leave
-
-
-def average_over_ranks(metrics, process):
-    """Metrics as plain numbers, the mean over the ranks, and whether some rank was asked to stop."""
-    asked = torch.tensor(float(stop.is_set()), dtype=torch.float64, device=process.device)
-    numbers = torch.stack([*metrics.values(), asked]) / process.world_size
-    dist.all_reduce(numbers)
-    *values, asked = numbers.tolist()
-    return dict(zip(metrics, values)), asked > 0
-
-
 def train_step(policy, reference, optimizer, records, options, step, process):
     """One optimizer step. Returns the metrics, averaged over all ranks, and whether some rank was asked to stop."""
     samples = list(enumerate(batch_indices(options, len(records), step)))
     mine = samples[process.rank::process.world_size]
     metrics = accumulate_gradients(policy, reference, records, mine, options, step, process.device)
-    metrics, asked = average_over_ranks(metrics, process)
+    metrics["asked"] = torch.tensor(float(stop.is_set()), dtype=torch.float64, device=process.device)
+    numbers = torch.stack(list(metrics.values())) / process.world_size
+    dist.all_reduce(numbers)
+    metrics = dict(zip(metrics, numbers.tolist()))
+    asked = metrics.pop("asked") > 0
     metrics["grad_norm"] = nn.utils.clip_grad_norm_(policy.parameters(), options.clip).full_tensor().item()
     check_health(metrics, options, step, [records.names[index] for _, index in samples])
     metrics["lr"] = options.lr * min(1, (step + 1) / max(1, options.warmup))
@@ -252,44 +226,16 @@ def train_step(policy, reference, optimizer, records, options, step, process):
 
 
 def check_health(metrics, options, step, names):
-    """Stop before the optimizer spoils the weights, where a number is not finite."""
+    """Raise UserError before the optimizer spoils the weights, where a number is not finite."""
     bad = [name for name, value in metrics.items() if not math.isfinite(value)]
     if bad:
-        last = [str(folder) for folder in checkpoints(options)[-1:]] or ["none"]
+        last = checkpoints(options)[-1] if checkpoints(options) else "none"
         raise UserError(f"step {step}: {', '.join(bad)} not finite, records {' '.join(names)}; nothing was updated; "
-                        f"the last good checkpoint is {last[0]}: "
+                        f"the last good checkpoint is {last}: "
                         "start from it with --resume, a lower --lr or --beta and another --out")
 
 
-def warn_of_first_loss(metrics):
-    """Say so where the first preference loss is not log 2. The weights are equal (`check_equal`), so it can only be
-    rounding: kernels may differ with and without gradients, and β makes that visible."""
-    off = abs(metrics["preference"] - math.log(2))
-    if off > 1e-3:
-        tqdm.write(f"warning: the first preference loss is {metrics['preference']:.6f}, not log 2 = {math.log(2):.6f}; "
-                   "policy and reference have the same weights, so their forward passes round differently")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Checkpoints: tensors only, in safetensors; a folder has its name only once it is whole
-# ---------------------------------------------------------------------------------------------------------------------
-
-@contextmanager
-def finish_on_signals():
-    """SIGTERM (clusters pre-empt, launchers repeat it) and Ctrl-C end the run after its step; Ctrl-C twice, at once."""
-    def handle(number, _):
-        stop.set()
-        if number == signal.SIGINT:
-            signal.signal(number, before[number])
-
-    stop.clear()
-    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
+# ---- Checkpoints: tensors only, in safetensors; a folder has its name only once it is whole -------------------------
 
 def checkpoints(options):
     """The whole checkpoints under --out, oldest first."""
@@ -308,17 +254,6 @@ def training_state(policy, reference, optimizer):
     return state
 
 
-def single_process():
-    """Whether there is one process: its checkpoints then go around the process group, whose CPU backend would leave
-    threads behind that make every later step on a CPU half as slow again (OpenMP sees more threads than cores)."""
-    return dist.get_world_size() == 1
-
-
-def why_dcp_failed(error):
-    """The first of the reasons that a failed save or load collected from the ranks."""
-    return list(error.failures.values())[0][0]
-
-
 def save_checkpoint(state, options, step, rank):
     """Write checkpoints/step-N, then forget all but the last KEEP."""
     folder = Path(options.out) / "checkpoints"
@@ -331,11 +266,13 @@ def save_checkpoint(state, options, step, rank):
             (part / "options.json").write_text(json.dumps({"step": step, **dataclasses.asdict(options)}, indent=1))
         dist.barrier()
         files = {name: 1 + i // 200 for i, name in enumerate(state)}     # a file is in CPU memory thrice as it is made
+        # One process goes around the process group, whose CPU backend would leave threads behind that make every later
+        # step on a CPU half as slow again: OpenMP then sees more threads than cores.
         writer = dcp.HuggingFaceStorageWriter(str(part), files, save_distributed=True)
-        dcp.save(state, storage_writer=writer, no_dist=single_process())
+        dcp.save(state, storage_writer=writer, no_dist=dist.get_world_size() == 1)
     except (OSError, dcp.api.CheckpointException) as e:
         shutil.rmtree(part, ignore_errors=True)
-        reason = e if isinstance(e, OSError) else why_dcp_failed(e)
+        reason = e if isinstance(e, OSError) else next(iter(e.failures.values()))[0]
         raise UserError(f"{part}: cannot be written ({reason}); "
                         "earlier checkpoints are whole: make room and start again") from None
     if rank == 0:
@@ -350,14 +287,14 @@ MAY_CHANGE = {"out", "steps", "epochs", "save_every", "resume", "max_minutes", "
               "compile", "eval_data", "dry_run"}
 
 
-def check_checkpoint(state, folder, options):
-    """The step of a checkpoint. Raises UserError where it is not whole, or is of this --out and was made with options
-    that make it another run."""
-    try:
-        saved = {"step": None, **json.loads((folder / "options.json").read_text())}
-    except (OSError, ValueError, TypeError) as e:
-        raise UserError(f"{folder / 'options.json'}: cannot be read ({e}); "
-                        f"delete {folder} to continue from an earlier one") from e
+def load_checkpoint(state, optimizer, folder, options):
+    """Read a checkpoint into the models and the optimizer. Returns its step.
+
+    Raises UserError where it is not whole, or is of this --out and was made with options that make it another run.
+    """
+    if not (folder / "options.json").is_file():
+        raise UserError(f"{folder}: no such checkpoint")
+    saved = model.read_json(folder / "options.json")
     different = [f"{flag(name)} {saved.get(name)} (now {value})" for name, value in dataclasses.asdict(options).items()
                  if name not in MAY_CHANGE and saved.get(name) != value]
     if different and folder.parent == Path(options.out) / "checkpoints":
@@ -370,41 +307,19 @@ def check_checkpoint(state, folder, options):
     if wrong:
         raise UserError(f"{folder}: not a whole checkpoint of this model (tensor {min(wrong)}); "
                         "delete it to continue from an earlier one")
+    try:
+        dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(str(folder)), no_dist=dist.get_world_size() == 1)
+    except dcp.api.CheckpointException as e:
+        raise UserError(f"{folder}: not a whole checkpoint ({next(iter(e.failures.values()))[0]!r}); "
+                        "delete it to continue from an earlier one") from None
+    for moments in optimizer.state.values():
+        moments["step"].fill_(saved["step"])
     return saved["step"]
 
 
-def load_checkpoint(state, optimizer, folder, options):
-    """Read a checkpoint into the models and the optimizer. Returns its step. Raises UserError for a damaged one."""
-    step = check_checkpoint(state, folder, options)
-    try:
-        dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(str(folder)), no_dist=single_process())
-    except dcp.api.CheckpointException as e:
-        raise UserError(f"{folder}: not a whole checkpoint ({why_dcp_failed(e)!r}); "
-                        "delete it to continue from an earlier one") from None
-    for s in optimizer.state.values():
-        s["step"].fill_(step)
-    return step
+# ---- Looking at it: held-out records, FLOP, the log -----------------------------------------------------------------
 
-
-def find_checkpoint(options):
-    """The checkpoint to go on from: the last of --out, else the one that --resume names, else None, a fresh start."""
-    found = checkpoints(options)
-    if found and options.resume == "none":
-        raise UserError(f"--out {options.out}: holds a run ({found[-1].name}); "
-                        "choose another folder or leave out --resume none")
-    if found:
-        return found[-1]
-    if options.resume in ("auto", "none"):
-        return None
-    if not (Path(options.resume) / "options.json").is_file():
-        raise UserError(f"--resume {options.resume}: no such checkpoint")
-    return Path(options.resume)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Looking at it: held-out records, FLOP, the log
-# ---------------------------------------------------------------------------------------------------------------------
-
+LOG_2 = math.log(2)                     # the preference loss while policy and reference agree
 EVAL_T = (0.1, 0.3, 0.5, 0.7, 0.9)
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}    # dense bf16 FLOP/s, by what the device's name contains
 
@@ -413,19 +328,16 @@ PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}    # dense bf16 FLOP/s, 
 def evaluate(policy, reference, records, options, process):
     """Preference loss, margin, accuracy and the four errors on held-out records at fixed t and fixed noise,
     {"eval_margin": …, "eval_win_t0.1": …}."""
-    sums = Counter()
+    options, sums = dataclasses.replace(options, method="realdpo", stream=False), Counter()
     for i in range(math.ceil(len(records) / process.world_size)):      # as many on every rank: they are collectives
         number = process.rank + i * process.world_size
         index = number % len(records)
         share = (number < len(records)) / len(records)     # a record that only fills up the last round counts nothing
-        row = {name: tensor[None].to(process.device).float() for name, tensor in records[index].items()}
         for t in EVAL_T:
-            noise = torch.randn(row["win"].shape[1:], generator=generator("eval", records.names[index], t))
-            _, metrics = realdpo_loss(
-                policy, reference, win=row["win"], lose=row["lose"], cond=Condition(row["text"], row["image"]),
-                beta=options.beta, t=torch.tensor([t], device=process.device),
-                noise=noise[None].to(process.device), weighting=options.weighting)
-            for name, value in metrics.items():
+            record = records[index] | {"t": torch.tensor(t)}
+            record["noise"] = torch.randn(record["win"].shape, generator=generator("eval", records.names[index], t))
+            batch = {name: tensor[None].to(process.device) for name, tensor in record.items()}
+            for name, value in loss_of(policy, reference, batch, options)[1].items():
                 if name in ("preference", "margin", "accuracy"):
                     sums[f"eval_{name}"] += value.double() * share / len(EVAL_T)
                 else:
@@ -435,35 +347,26 @@ def evaluate(policy, reference, records, options, process):
     return dict(zip(sums, numbers.tolist()))
 
 
-def forward_flops(config, grid, n_text):
+def forward_flops(config, grid):
     """FLOP of one sequence's forward pass in matrix products (24·D² a token and block) and in attention (4·S²·D a
     block), and its tokens S."""
     width = config["num_attention_heads"] * config["attention_head_dim"]
-    tokens = n_text + math.prod(grid) // config["patch_size"] ** 2
+    tokens = config["max_text_seq_length"] + math.prod(grid) // config["patch_size"] ** 2
     layers = config["num_layers"]
     return layers * 24 * width ** 2 * tokens, layers * 4 * tokens ** 2 * width, tokens
 
 
 def step_flops(config, shape, options, n_lose):
-    """(FLOP, tokens) of one step over all ranks; latents of shape (C,F,H,W), n_lose negatives a record.
-
-    Policy: forward, backward (twice that) and what is recomputed; reference: forward.
-    """
-    products, attention, tokens = forward_flops(config, shape[1:], config["max_text_seq_length"])
-    again = {"none": 0, "full": products + attention, "selective": products}[options.checkpointing]
-    reference = products + attention if options.method in PREFERENCE else 0
+    """(FLOP, tokens) of one step over all ranks; latents of shape (C,F,H,W), n_lose negatives a record."""
+    products, attention, tokens = forward_flops(config, shape[1:])
+    forward = products + attention
+    again = {"none": 0, "full": forward, "selective": products}[options.checkpointing]
+    passes = 3 * forward + again                           # the policy's: backward takes twice as much as forward
+    if options.method in PREFERENCE:
+        passes += forward                                  # the reference's
     drawn = min(n_lose, options.lose_per_step or n_lose)
     sequences = options.batch * {"realdpo": 1 + drawn, "sft": 1, "dpo": 2, "rwr": n_lose}[options.method]
-    return (3 * (products + attention) + again + reference) * sequences, tokens * sequences
-
-
-def peak_flops(device):
-    """What the GPU could do a second, or None where that is not known."""
-    if device.type == "cuda":
-        for name, flops in PEAK.items():
-            if name in torch.cuda.get_device_name():
-                return flops
-    return None
+    return passes * sequences, tokens * sequences
 
 
 def console_line(step, metrics):
@@ -473,7 +376,12 @@ def console_line(step, metrics):
         line += (f"  win {metrics['win'] - metrics['ref_win']:+.2e}  lose {metrics['lose'] - metrics['ref_lose']:+.2e}"
                  f"  margin {metrics['margin']:.3g}  acc {metrics['accuracy']:.2f}")
     line += f"  lr {metrics['lr']:.1e}  {metrics['seconds']:.2f} s"
-    return line + (f"  mfu {metrics['mfu']:.0%}" if "mfu" in metrics else "")
+    if "mfu" in metrics:
+        line += f"  mfu {metrics['mfu']:.0%}"
+    if "eval_margin" in metrics:
+        line += (f"\n  held out  preference {metrics['eval_preference']:.4f}  margin {metrics['eval_margin']:.3g}"
+                 f"  acc {metrics['eval_accuracy']:.2f}")
+    return line
 
 
 def open_log(file, first):
@@ -485,39 +393,21 @@ def open_log(file, first):
     return open(file, "a")
 
 
-class Log:
-    """metrics.jsonl, the console and, where it is installed, TensorBoard. On rank 0; the other ranks say nothing."""
-
-    def __init__(self, options, first, rank):
-        self.active = rank == 0
-        if self.active:
-            self.file = open_log(Path(options.out) / "metrics.jsonl", first)
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-                self.board = SummaryWriter(f"{options.out}/tensorboard", purge_step=first, flush_secs=10)
-            except ImportError:
-                self.board = None
-
-    def __call__(self, step, metrics):
-        if not self.active:
-            return
-        try:
-            self.file.write(json.dumps({"step": step, **metrics}) + "\n")
-            self.file.flush()
-        except OSError as e:
-            raise UserError(f"{self.file.name}: cannot be written ({e}); make room, then start again") from e
-        tqdm.write(console_line(step, metrics))
-        if "eval_margin" in metrics:
-            tqdm.write(f"   held out  preference {metrics['eval_preference']:.4f}  margin {metrics['eval_margin']:.3g}"
-                       f"  acc {metrics['eval_accuracy']:.2f}")
-        if self.board:
-            for name, value in metrics.items():
-                self.board.add_scalar(name, value, step)
+def log_step(file, step, metrics):
+    """A line on the console and one in metrics.jsonl."""
+    tqdm.write(console_line(step, metrics))
+    off = abs(metrics.get("preference", LOG_2) - LOG_2)
+    if step == 0 and off > 1e-3:                           # β magnifies what kernels round differently without gradients
+        tqdm.write(f"warning: the first preference loss is off log 2 by {off:.6f}, though policy and reference have the "
+                   "same weights: their forward passes round differently")
+    try:
+        file.write(json.dumps({"step": step, **metrics}) + "\n")
+        file.flush()
+    except OSError as e:
+        raise UserError(f"{file.name}: cannot be written ({e}); make room, then start again") from e
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The run
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- The run --------------------------------------------------------------------------------------------------------
 
 def number_of_steps(options, count):
     """What --epochs over `count` records come to; else --steps; else what the paper's ten epochs come to."""
@@ -528,12 +418,10 @@ def number_of_steps(options, count):
 
 def check_options(options, world_size):
     """Raise UserError for options that contradict each other or the number of processes."""
-    for name in ("batch", "micro_batch", "ema_every", "save_every"):
-        if getattr(options, name) < 1:
-            raise UserError(f"{flag(name)} {getattr(options, name)}: expected at least 1")
-    for name in ("epochs", "steps", "lose_per_step"):
-        if getattr(options, name) < 0:
-            raise UserError(f"{flag(name)} {getattr(options, name)}: expected at least 0")
+    least = dict(batch=1, micro_batch=1, ema_every=1, save_every=1, epochs=0, steps=0, lose_per_step=0)
+    for name, smallest in least.items():
+        if getattr(options, name) < smallest:
+            raise UserError(f"{flag(name)} {getattr(options, name)}: expected at least {smallest}")
     if options.batch % world_size:
         raise UserError(f"--batch {options.batch}: expected a multiple of the {world_size} processes")
     local = options.batch // world_size
@@ -547,14 +435,14 @@ def check_options(options, world_size):
 def check_records(records, config, options):
     """Raise UserError for records that are not of the model with this config, or have too few negatives."""
     shapes = {name: tuple(tensor.shape) for name, tensor in records[0].items()}
-    win, text, lose = shapes["win"], shapes["text"], shapes.get("lose")
-    if win[0] != config["out_channels"] or text != (config["max_text_seq_length"], config["text_embed_dim"]):
-        raise UserError(f"{records.folder}: latents {win} and text {text} are not this model's "
-                        f"({config['out_channels']} channels, "
-                        f"text {config['max_text_seq_length']}×{config['text_embed_dim']}); "
+    found = shapes["win"][0], *shapes["text"]
+    expected = config["out_channels"], config["max_text_seq_length"], config["text_embed_dim"]
+    if found != expected:
+        raise UserError(f"{records.folder}: (channels, tokens, text width) are {found}, this model's {expected}; "
                         "encode the videos with the model to be trained")
-    if lose and lose[1:] != win:
-        raise UserError(f"{records.folder}: win latents are {win} and lose latents {lose}; "
+    lose = shapes.get("lose")
+    if lose and lose[1:] != shapes["win"]:
+        raise UserError(f"{records.folder}: win latents are {shapes['win']} and lose latents {lose}; "
                         f"delete {records.folder}/lose and make the negatives again")
     if lose and options.lose_per_step > lose[0]:
         raise UserError(f"--lose-per-step {options.lose_per_step}: the records of {records.folder} have {lose[0]}")
@@ -569,34 +457,54 @@ def export(policy, options, rank):
             part.write_text(json.dumps({"model": model.base_of(base)}))
 
 
+stop = threading.Event()                                   # set when this process shall finish its step, save and leave
+
+
+@contextmanager
+def finish_on_signals():
+    """SIGTERM (clusters pre-empt, launchers repeat it) and Ctrl-C end the run after its step; Ctrl-C twice, at once."""
+    def handle(number, _):
+        stop.set()
+        if number == signal.SIGINT:
+            signal.signal(number, before[number])
+
+    stop.clear()
+    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def train(options, process, mesh):
     """Steps until done or asked to stop, checkpoints on the way, the trained transformer at the end.
 
     Returns whether training is complete.
     """
+    begin, main_rank = time.time(), process.rank == 0
+    check_options(options, process.world_size)
+    config = model.read_dit_config(options.model)
     records = Records(options.data, negatives=options.method != "sft", scores=options.method in SCORED)
     held_out = Records(options.eval_data) if options.eval_data else None
-    check_options(options, process.world_size)
-    steps, begin = number_of_steps(options, len(records)), time.time()
-    config = model.read_dit_config(options.model)
     check_records(records, config, options)
     if held_out:
         check_records(held_out, config, options)
     policy, reference = load_models(options, process, mesh)
     optimizer = make_optimizer(policy, options)
     state = training_state(policy, reference, optimizer)
-    checkpoint = find_checkpoint(options)
-    if checkpoint:
+    first, steps = 0, number_of_steps(options, len(records))
+    found = checkpoints(options)
+    if found or options.resume != "auto":
+        checkpoint = found[-1] if found else Path(options.resume)
         first = load_checkpoint(state, optimizer, checkpoint, options)
-    else:
-        first = 0
-        check_equal(policy, reference, process.device)
-    if process.rank == 0 and first:
-        print(f"continuing from {checkpoint}")
+        if main_rank:
+            print(f"continuing from {checkpoint}")
     flops, tokens = step_flops(config, records[0]["win"].shape, options, len(records[0].get("lose", ())))
-    peak = peak_flops(process.device)
-    log = Log(options, first, process.rank)
-    bar = tqdm(range(first, steps), initial=first, total=steps, desc=name_of(options), disable=process.rank > 0)
+    gpu = torch.cuda.get_device_name() if process.device.type == "cuda" else ""
+    peak = next((flops for name, flops in PEAK.items() if name in gpu), None)
+    log = open_log(Path(options.out) / "metrics.jsonl", first) if main_rank else None
+    bar = tqdm(range(first, steps), initial=first, total=steps, desc=options.label, disable=not main_rank)
     with finish_on_signals():
         for step in bar:
             tick = time.time()
@@ -610,14 +518,13 @@ def train(options, process, mesh):
             due = step + 1 == steps or (step + 1) % options.save_every == 0
             if held_out and due:
                 metrics |= evaluate(policy, reference, held_out, options, process)
-            log(step, metrics)
-            if step == 0 and process.rank == 0 and options.method in PREFERENCE:
-                warn_of_first_loss(metrics)
+            if main_rank:
+                log_step(log, step, metrics)
             if asked or due:
                 save_checkpoint(state, options, step + 1, process.rank)
             if asked and step + 1 < steps:
                 bar.close()                                # so that what follows is the last line
-                if process.rank == 0:
+                if main_rank:
                     print(f"stopped after {step + 1} steps; checkpoint saved in {options.out}/checkpoints, "
                           "and the same command continues")
                 return False
@@ -625,71 +532,24 @@ def train(options, process, mesh):
     return True
 
 
-def name_of(options):
-    """What a run is called in pictures, tables and progress bars. The paper's loss has no anchor, and must show."""
-    name = {"realdpo": "RealDPO", "sft": "SFT", "dpo": "DPO", "rwr": "RWR"}[options.method]
-    return f"{name} + anchor" if options.anchor and options.method in PREFERENCE else name
+# ---- The dry run: the real code on tensors without data -------------------------------------------------------------
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The dry run: the real code on tensors without data
-# ---------------------------------------------------------------------------------------------------------------------
-
-def report_dry_run(options, gpus, memory, config, shape, n_lose, parameters, clips=5000, utilisation=0.4):
-    """Print what `dry_run` found, and how long the paper's 5 k clips would take at a stated part of an H100's peak."""
-    products, attention, _ = forward_flops(config, shape[1:], config["max_text_seq_length"])
-    flops, tokens = step_flops(config, shape, options, n_lose)
-    print(f"{parameters:,} parameters, {gpus} ranks, {options.batch} samples and {tokens:,} tokens a step")
-    print(f"{flops / options.batch / 1e15:.3g} PFLOP a sample, {flops / 1e15:.3g} PFLOP a step")
-    for kind, size in memory.items():
-        print(f"{size / 2 ** 30:7.2f} GiB a rank  {kind}")
-    total = sum(memory.values()) / 2 ** 30
-    print(f"{total:7.2f} GiB a rank  at the peak, which {'fits' if total < 78 else 'does not fit'} "
-          "into the 78 GiB that an 80 GB GPU gives")
-    speed = gpus * utilisation * PEAK["H100"] * 3600       # FLOP an hour
-    steps = number_of_steps(options, clips)
-    print(f"at {utilisation:.0%} of an H100's {PEAK['H100'] / 1e12:.0f} TFLOP/s: {3600 * flops / speed:.3g} s a step, "
-          f"{steps} steps ({clips} clips) {steps * flops / speed:.3g} h;\n"
-          f"before that, {n_lose} negatives a clip, 50 steps with guidance: "
-          f"{clips * n_lose * 50 * 2 * (products + attention) / speed:.3g} h")
-
-
-def parse_gpus(text):
-    """(machines, GPUs a machine) of "8" or "2x8". Raises UserError for anything else."""
-    numbers = text.split("x")
-    if len(numbers) > 2 or not all(number.isdecimal() and int(number) > 0 for number in numbers):
-        raise UserError(f"--dry-run {text}: expected a number of GPUs, or machines x GPUs: 8 or 2x8")
-    nodes, ranks_a_node = [1, *map(int, numbers)][-2:]
-    return nodes, ranks_a_node
-
-
-def dry_run(options):
-    """What a run would take on --dry-run GPUs: the step on fake tensors, its memory followed by torch's FSDP tracker."""
+def measure_memory(options, config, shape, n_lose, mesh):
+    """The peak bytes of a step on one rank, {kind: bytes}, and the number of parameters: the real code on tensors without
+    data, followed by torch's FSDP tracker. Latents of shape (C,F,H,W), n_lose negatives in a step."""
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-    nodes, ranks_a_node = parse_gpus(options.dry_run)
-    world_size = nodes * ranks_a_node
-    check_options(options, world_size)
-    print("two steps on tensors without data; at 5B this takes some minutes")
-    config = model.PUBLISHED_DIT if options.model == data.HUB_MODEL else model.read_dit_config(options.model)
-    shape = (config["out_channels"], (config["sample_frames"] - 1) // config["temporal_compression_ratio"] + 1,
-             config["sample_height"], config["sample_width"])
-    n_lose = 3
-    drawn = min(n_lose, options.lose_per_step or n_lose)
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
-    mesh = make_mesh("cpu", world_size, ranks_a_node)
-    model.rope_table.cache_clear()
+    split = partial(shard, mesh=mesh, dtype=torch.bfloat16)
+    model.rope_table.cache_clear()                         # here and below: no fake tensors among the real ones
     with FakeTensorMode():
-        split = partial(shard, mesh=mesh, dtype=torch.bfloat16)
-        policy, reference = (model.Denoiser(model.empty(model.DiT, config, torch.float32, "cpu", split),
-                                            model.FlowPrediction(), None) for _ in range(2))
+        policy = model.Denoiser(model.empty(model.DiT, config, torch.float32, "cpu", split), FlowPrediction(), None)
+        reference = model.Denoiser(model.empty(model.DiT, config, torch.float32, "cpu", split), FlowPrediction(), None)
         policy.checkpointing = CHECKPOINTING[options.checkpointing]
         tracker = FSDPMemTracker(policy.net, make_optimizer(policy, options))
         reference.requires_grad_(False)
-        n = min(options.micro_batch, options.batch // world_size)
-        batch = dict(win=torch.randn(n, *shape), lose=torch.randn(n, drawn, *shape), t=torch.rand(n),
-                     noise=torch.randn(n, *shape), scores=torch.rand(n, drawn),
+        n = min(options.micro_batch, options.batch // mesh.size())
+        batch = dict(win=torch.randn(n, *shape), lose=torch.randn(n, n_lose, *shape), t=torch.rand(n),
+                     noise=torch.randn(n, *shape), scores=torch.rand(n, n_lose),
                      image=torch.randn(n, shape[0], 1, *shape[2:]),
                      text=torch.randn(n, config["max_text_seq_length"], config["text_embed_dim"]))
         with tracker:
@@ -697,22 +557,47 @@ def dry_run(options):
                 loss, _ = loss_of(policy, reference, batch, options)
                 if loss.requires_grad:
                     loss.backward()
-    model.rope_table.cache_clear()                         # it holds fake tensors
-    found = {k.value if hasattr(k, "value") else k: v
-             for k, v in tracker.get_tracker_snapshot("peak")[torch.device("cpu")].items()}
-    held = sum(t.to_local().nbytes if hasattr(t, "to_local") else t.nbytes for t in reference.state_dict().values())
+    model.rope_table.cache_clear()
+    found = {str(getattr(kind, "value", kind)): size
+             for kind, size in tracker.get_tracker_snapshot("peak")[torch.device("cpu")].items()}
+    held = sum(p.to_local().nbytes for p in reference.parameters()) + sum(b.nbytes for b in reference.buffers())
     memory = {"parameters": found["Sharded Param"] + found["Unsharded Param"] + found["All Gather"] + found["Buffer"],
               "gradients": found["Sharded Grad"] + found["Unsharded Grad"] + found["Reduce Scatter"],
               "Adam": found["OptState"], "reference": held,
               "activations": found["Activation"] - (held if options.method in PREFERENCE else 0),
               "temporaries": found["Temp"], "context, NCCL …": 5 * 2 ** 30}             # the last: a guess, 4 to 6
-    report_dry_run(options, world_size, memory, config, shape, n_lose, sum(p.numel() for p in policy.parameters()))
+    return memory, sum(p.numel() for p in policy.parameters())
+
+
+def dry_run(options, clips=5000, n_lose=3, utilisation=0.4):
+    """Print what a run on --dry-run GPUs would take, and how long the paper's 5 k clips at a part of an H100's peak."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+    gpus = options.dry_run
+    if gpus < 1 or gpus > 8 and gpus % 8:
+        raise UserError(f"--dry-run {gpus}: expected up to 8 GPUs, or a multiple of 8")
+    check_options(options, gpus)
+    print("two steps on tensors without data; at 5B this takes some minutes")
+    config = model.PUBLISHED_DIT if options.model == data.HUB_MODEL else model.read_dit_config(options.model)
+    frames = (config["sample_frames"] - 1) // config["temporal_compression_ratio"] + 1
+    shape = (config["out_channels"], frames, config["sample_height"], config["sample_width"])
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=gpus)
+    drawn = min(n_lose, options.lose_per_step or n_lose)
+    memory, parameters = measure_memory(options, config, shape, drawn, make_mesh("cpu", gpus, min(gpus, 8)))
     dist.destroy_process_group()
+    memory["at the peak; an 80 GB GPU gives 78"] = sum(memory.values())
+    flops, tokens = step_flops(config, shape, options, n_lose)
+    steps, per_hour = number_of_steps(options, clips), gpus * utilisation * PEAK["H100"] * 3600
+    sampling = clips * n_lose * 50 * 2 * sum(forward_flops(config, shape[1:])[:2])
+    print(f"{parameters:,} parameters, {gpus} ranks, {options.batch} samples and {tokens:,} tokens a step, "
+          f"{flops / options.batch / 1e15:.3g} PFLOP a sample")
+    for kind, size in memory.items():
+        print(f"{size / 2 ** 30:7.2f} GiB a rank  {kind}")
+    print(f"at {utilisation:.0%} of an H100's {PEAK['H100'] / 1e12:.0f} TFLOP/s, {clips} clips: {steps} steps of "
+          f"{3600 * flops / per_hour:.3g} s, {steps * flops / per_hour:.3g} h;\n"
+          f"before that, {n_lose} negatives a clip, 50 steps with guidance: {sampling / per_hour:.3g} h")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The command
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- The command ----------------------------------------------------------------------------------------------------
 
 def main(options):
     """Train on a cache of records; without one, on the tiny model, the whole story on the toy world."""

@@ -25,9 +25,9 @@ from toy.world import COUNTS, world_of
 RATE, LOW, HIGH = 3e-4, (1e-5, 5e-5, 3e-4), (1e-4, 3e-4, 1e-3)
 TRIALS = {
     "SFT": (dict(method="sft"), HIGH),
-    "RealDPO": (dict(), HIGH),
+    "RealDPO + anchor": (dict(), HIGH),
     "SFT, equal compute": (dict(method="sft", steps=533), HIGH),
-    "RealDPO, no anchor": (dict(anchor=0.0), LOW),
+    "RealDPO": (dict(anchor=0.0), LOW),
     "DPO": (dict(method="dpo", anchor=0.0), LOW),
     "RWR": (dict(method="rwr"), LOW),
 }
@@ -39,43 +39,56 @@ def scores_of(run, folder, seed):
     """{split: {measure: [a number a figure]}} of the model in `run` on a seed's figures, kept in scores-SEED.json."""
     file = Path(run) / f"scores-{seed}.json"
     if not file.exists():
-        denoiser = model.load_dit(run)
-        scores = {split: judge_all(enumerate(generate_held_out(denoiser, run, Records(folder / "cache" / split, negatives=False),
-                                                    range(SIZES[split]))), world_of(seed, split))
-                  for split in ("validation", "held-out")}
+        denoiser, scores = model.load_dit(run), {}
+        for split in ("validation", "held-out"):
+            records = Records(folder / "cache" / split, negatives=False)
+            scores[split] = judge_all(enumerate(generate_held_out(denoiser, run, records)), world_of(seed, split))
         with whole_file(file) as part:
             part.write_text(json.dumps(scores))
     return json.loads(file.read_text())
 
 
-def table(scores):
-    """Markdown: held-out means over seeds, with 95 % intervals of rvd, of each trial at the one rate that all share
-    and at its own best; `scores` {(row, learning rate, seed): `scored`}."""
-    seeds = sorted({seed for *_, seed in scores})
-    mean = lambda row, lr, split, measure: np.array([np.mean(scores[row, lr, s][split][measure]) for s in seeds])
+class Table:
+    """The Markdown table of `scores` {(row, learning rate, seed): `scores_of`}."""
 
-    def interval(values):
+    def __init__(self, scores):
+        self.scores = scores
+        self.seeds = sorted({seed for _, _, seed in scores})
+
+    def means(self, row, lr, split, measure):
+        """The mean over figures, a number a base."""
+        return np.array([np.mean(self.scores[row, lr, seed][split][measure]) for seed in self.seeds])
+
+    def best_rate(self, row):
+        """The learning rate of the lowest rvd on the validation figures."""
+        return min(TRIALS[row][1], key=lambda lr: self.means(row, lr, "validation", "rvd").mean())
+
+    def interval(self, values):
+        """The mean over bases and its 95 % interval."""
         if len(values) < 2:
             return f"{values.mean():.2f}"
-        return f"{values.mean():.2f} ± {T95[len(values) - 2] * values.std(ddof=1) / len(values) ** 0.5:.2f}"
+        half = T95[len(values) - 2] * values.std(ddof=1) / len(values) ** 0.5
+        return f"{values.mean():.2f} ± {half:.2f}"
 
-    def line(row, lr, sft):
-        rvd = mean(row, lr, "held-out", "rvd")
-        others = (f"{mean(row, lr, 'held-out', m).mean():.2f}"
-                  for m in ("limb_change", "jerkiness", "identity_loss", "action_match", "motion"))
-        better = ((f"{(rvd < other).sum()}/{len(seeds)}", interval(rvd - other))
-                  for other in (mean("base", 0.0, "held-out", "rvd"), sft))
-        return " | ".join([f"| {row}", f"{lr:g}" if lr else "–", interval(rvd), *others,
-                           *(f"{count} ({difference})" for count, difference in better)]) + " |"
+    def line(self, row, lr, sft_rate):
+        """One row: held-out measures, and the difference in rvd to the base and to SFT."""
+        rvd = self.means(row, lr, "held-out", "rvd")
+        cells = [row, f"{lr:g}" if lr else "–", self.interval(rvd)]
+        for measure in ("limb_change", "jerkiness", "identity_loss", "action_match", "motion"):
+            cells.append(f"{self.means(row, lr, 'held-out', measure).mean():.2f}")
+        for other_row, other_lr in (("base", 0.0), ("SFT", sft_rate)):
+            other = self.means(other_row, other_lr, "held-out", "rvd")
+            cells.append(f"{(rvd < other).sum()}/{len(rvd)} ({self.interval(rvd - other)})")
+        return "| " + " | ".join(cells) + " |"
 
-    best = {row: min(rates, key=lambda lr: mean(row, lr, "validation", "rvd").mean())
-            for row, (_, rates) in TRIALS.items()}
-    lines = ["| | rate | rvd | limb_change | jerkiness | identity_loss | action_match | motion "
-             "| below base | below SFT |", "|---" * 10 + "|"]
-    for rows in {"clean-trained": 0.0, "base": 0.0, **dict.fromkeys(TRIALS, RATE)}, best:
-        sft = mean("SFT", rows["SFT"], "held-out", "rvd")
-        lines += [line(row, lr, sft) for row, lr in rows.items()]
-    return "\n".join(lines)
+    def markdown(self):
+        """Every trial at the one rate that all share, then each at its own best."""
+        lines = ["| | rate | rvd | limb_change | jerkiness | identity_loss | action_match | motion "
+                 "| below base | below SFT |", "|---" * 10 + "|"]
+        lines += [self.line(row, 0.0, RATE) for row in ("clean-trained", "base")]
+        lines += [self.line(row, RATE, RATE) for row in TRIALS]
+        lines += [self.line(row, self.best_rate(row), self.best_rate("SFT")) for row in TRIALS]
+        return "\n".join(lines)
 
 
 def own_base(folder, seed, steps, imperfect=True):
@@ -129,7 +142,7 @@ def main(options):
     ceiling = own_base(folders[options.seed] / "clean-trained", options.seed, options.steps, imperfect=False)
     for seed, folder in folders.items():
         scores["clean-trained", 0.0, seed] = scores_of(ceiling, folder, seed)
-    print(table(scores) + f"\n\nheld-out figures, means over the bases; every run is in {options.out}/seed-*/")
+    print(Table(scores).markdown() + f"\n\nheld-out figures, means over the bases; every run is in {options.out}/seed-*/")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch.distributed as dist
+from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import data
@@ -21,19 +22,22 @@ from toy.world import COUNTS, FPS, draw_figure, enlarge, toy_video, world_of, wr
 def run_stage(module, rank, **options):
     """One stage, and the command line that does the same."""
     if rank == 0:
-        print(f"\n$ python {module.__name__}.py " + " ".join(f"{flag(k)} {v}" for k, v in options.items()))
+        words = " ".join(f"{flag(name)} {value}" for name, value in options.items())
+        print(f"\n$ python {module.__name__}.py {words}")
     module.main(module.Options(**options))
 
 
 def score_negatives(cache, seed):
     """scores.json for toy records, as a reward model would write it: minus the distance to the nearest real video."""
-    file, newest = cache / "scores.json", max(lose.stat().st_mtime for lose in (cache / "lose").iterdir())
+    file = cache / "scores.json"
+    newest = max(lose.stat().st_mtime for lose in (cache / "lose").iterdir())
     if file.exists() and file.stat().st_mtime >= newest:
         return
-    records, vae = Records(cache), model.load_vae("tiny")
-    scores = {name: [-judge(data.to_uint8(video), draw_figure(world_of(seed, "real"), i))["rvd"]
-                     for video in vae.decode(records[i]["lose"].float())]
-              for i, name in enumerate(tqdm(records.names, desc="scoring negatives"))}
+    records, vae, scores = Records(cache), model.load_vae("tiny"), {}
+    for i, name in enumerate(tqdm(records.names, desc="scoring negatives")):
+        figure = draw_figure(world_of(seed, "real"), i)
+        videos = vae.decode(records[i]["lose"].float())
+        scores[name] = [-judge(data.to_uint8(video), figure)["rvd"] for video in videos]
     with whole_file(file) as part:
         part.write_text(json.dumps(scores))
 
@@ -53,42 +57,65 @@ def prepare(out, name, seed, counts, rank, scores=True):
     return f"{out}/cache/real"
 
 
-def generate_held_out(denoiser, path, records, numbers):
-    """Yield a denoiser's videos (F,H,W,3) uint8 of the records with these numbers, through the autoencoder of the
-    model at `path`, from noise that depends on the number alone."""
+def runs_to_compare(options):
+    """The runs to compare: RealDPO, and supervised training on the same records, steps and noise at the same rate."""
+    if options.method != "realdpo":
+        return [options]
+    return [dataclasses.replace(options, method="sft", out=f"{options.out}/sft"), options]
+
+
+def generate_held_out(denoiser, path, records):
+    """Yield a denoiser's video (F,H,W,3) uint8 of each record, through the autoencoder of the model at `path`, from
+    noise that depends on the record's number alone."""
     settings = sample.Options(**model.defaults_of("tiny", "sample"))
     vae, empty = model.load_vae(path), records.empty_text()
-    for i in numbers:
+    for i in range(len(records)):
         latents = sample.generate(denoiser, records[i], empty, settings, "cpu", "held-out", i, progress=False)
         yield data.to_uint8(vae.decode(latents)[0])
 
 
-def runs_to_compare(options):
-    """The runs to compare: RealDPO, and supervised training on the same records, steps and noise at the same rate."""
-    sft = dataclasses.replace(options, method="sft", out=f"{options.out}/sft")
-    return [sft, options] if options.method == "realdpo" else [options]
+def title(labels, width, height=14):
+    """A strip (height,width·len(labels),3) uint8 with each label centred over its column."""
+    strip = Image.new("RGB", (width * len(labels), height), "white")
+    draw, font = ImageDraw.Draw(strip), ImageFont.load_default(10)
+    for i, label in enumerate(labels):
+        draw.text((width * (i + 0.5), height / 2), label, fill="black", font=font, anchor="mm")
+    return np.asarray(strip)
+
+
+def side_by_side(columns, times=3):
+    """A video of eight figures, two to a row: first frame, then each of `columns` {label: [video (F,H,W,3) a figure]},
+    the last of which is the real one. Every pixel `times` as wide and high, labels on top."""
+    frames, size = columns["real"][0].shape[0], columns["real"][0].shape[2]
+    strips = []                                            # a figure's videos beside each other
+    for videos in zip(*columns.values()):
+        first = videos[-1][:1].repeat(frames, axis=0)
+        strips.append(np.concatenate([first, *videos], axis=2))
+    halves = [np.concatenate(strips[start:start + 4], axis=1) for start in (0, 4)]
+    grid = enlarge(np.concatenate(halves, axis=2), times)
+    labels = title(["first frame", *columns] * 2, size * times)
+    return np.concatenate([labels[None].repeat(frames, axis=0), grid], axis=1)
 
 
 def compare_on_held_out(options, runs):
-    """Held-out figures of the base and of `runs` (Options each), as a GIF and an mp4, and what the metrics say."""
+    """Held-out figures of the base and of `runs` (Options each): what they score, and a picture."""
     records, out = Records(f"{options.out}/cache/held-out", negatives=False), Path(options.out)
-    world = world_of(options.seed, "held-out")
-    columns = [("base", "tiny"), *((each.method, each.out) for each in runs)]
-    videos = {name: list(generate_held_out(model.load_dit(path), path, records, range(len(records))))
-              for name, path in tqdm(columns, desc="held-out figures")}
+    world, columns = world_of(options.seed, "held-out"), {}
+    models = [("base", "base", "tiny"), *((each.label, each.method, each.out) for each in runs)]
     print(f"{len(records)} held-out figures (mean):")
-    for name, made in videos.items():
-        print(f"  {name:7}  {mean_line(judge_all(enumerate(made), world))}")
-        for i, video in enumerate(made):
-            write_toy_video(out / "held-out" / name / f"{i:05d}.mp4", video)
-    real = [toy_video(world, i)[0] for i in range(8)]
-    rows = [np.concatenate([r[:1].repeat(len(r), axis=0), *made, r], axis=2)
-            for r, *made in zip(real, *videos.values())]
-    grid = enlarge(np.concatenate([np.concatenate(rows[:4], axis=1), np.concatenate(rows[4:], axis=1)], axis=2), 3)
+    for label, folder, path in models:
+        columns[label] = list(generate_held_out(model.load_dit(path), path, records))
+        print(f"  {label:16}  {mean_line(judge_all(enumerate(columns[label]), world))}")
+        for i, video in enumerate(columns[label]):
+            write_toy_video(out / "held-out" / folder / f"{i:05d}.mp4", video)
+    columns["real"] = [toy_video(world, i)[0] for i in range(8)]
+    picture = side_by_side(columns)
     for file in (out / "held-out.gif", out / "held-out.mp4"):
-        data.write_video(file, grid, FPS)
-    print(f"first frame | {' | '.join(videos)} | real, two figures a row: {out}/held-out.gif and .mp4; "
-          f"one by one: {out}/held-out/")
+        data.write_video(file, picture, FPS)
+    first = enlarge(columns["real"][0][:1], 8)[0]
+    Image.fromarray(first).save(out / "first.png")
+    print(f"side by side: {out}/held-out.gif and .mp4; one by one: {out}/held-out/\n"
+          f"try: python sample.py --model {out} --image {out}/first.png --prompt \"{draw_figure(world, 0).caption}\"")
 
 
 def run(options, process, train):

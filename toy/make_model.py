@@ -63,46 +63,78 @@ def muon(weights, momenta, lr):
         torch._foreach_add_([weights[i] for i in same], list(step), alpha=-lr)
 
 
+class State:
+    """What an optimization changes: weights, Muon's momentum and Adam's moments, kept in a file now and then."""
+
+    def __init__(self, parameters, file, **made_by):
+        self.file, self.made_by = file, made_by
+        self.weights = list(parameters)
+        self.matrices = [p for p in self.weights if p.ndim == 2]
+        self.others = [p for p in self.weights if p.ndim != 2]
+        self.momentum = [torch.zeros_like(p) for p in self.matrices]
+        self.exp_avg = [torch.zeros_like(p) for p in self.others]
+        self.exp_avg_sq = [torch.zeros_like(p) for p in self.others]
+
+    def tensors(self):
+        """{name: tensor} of everything."""
+        named = {}
+        for kind in ("weights", "momentum", "exp_avg", "exp_avg_sq"):
+            for i, tensor in enumerate(getattr(self, kind)):
+                named[f"{kind}.{i}"] = tensor.detach()
+        return named
+
+    def load(self):
+        """Read the file, if there is one. Returns the steps done. Raises UserError where it was made with another seed
+        or number of steps."""
+        if not self.file.exists():
+            return 0
+        saved = data.read_header(self.file)[1]
+        data.check_metadata(self.file, saved, {"fingerprint": self.made_by})
+        named = self.tensors()
+        for name, tensor in data.read_tensors(self.file).items():
+            named[name].copy_(tensor)
+        return saved["step"]
+
+    def save(self, step):
+        """Write the file."""
+        data.write_tensors(self.file, self.tensors(), step=step, fingerprint=self.made_by)
+
+
 def optimize(parameters, loss, steps, lr, file, seed=0, save_every=500):
     """Muon for matrices and Adam for all else, on `loss(generator)`, with a progress bar; its state goes to `file` now
-    and then, from which it continues. Raises UserError where that was made with another seed or number of steps."""
-    parameters, made_by = list(parameters), {"fingerprint": dict(steps=steps, seed=seed)}
+    and then, from which it continues."""
     torch.set_flush_denormal(True)                         # else Adam's moments of idle weights slow a CPU down
     model.keep_freed_memory()
-    matrices, others = ([p for p in parameters if (p.ndim == 2) == matrix] for matrix in (True, False))
-    optimizer = torch.optim.AdamW(others, lr, betas=(0.9, 0.99), weight_decay=0.0)
-    kinds = {"weight": parameters, "momentum": [torch.zeros_like(p) for p in matrices],
-             "exp_avg": [torch.zeros_like(p) for p in others], "exp_avg_sq": [torch.zeros_like(p) for p in others]}
-    state, first = {f"{kind}.{i}": t.detach() for kind, ts in kinds.items() for i, t in enumerate(ts)}, 0
-    if file.exists():
-        saved = data.read_header(file)[1]
-        data.check_metadata(file, saved, made_by)
-        first = saved["step"]
-        for name, tensor in data.read_tensors(file).items():
-            state[name].copy_(tensor)
-    for p, m, v in zip(others, kinds["exp_avg"], kinds["exp_avg_sq"]):
-        optimizer.state[p] = dict(step=torch.tensor(float(first)), exp_avg=m, exp_avg_sq=v)
-    bar, average = tqdm(range(first, steps), initial=first, total=steps, desc=file.stem), None
+    state = State(parameters, file, steps=steps, seed=seed)
+    first = state.load()
+    adam = torch.optim.AdamW(state.others, lr, betas=(0.9, 0.99), weight_decay=0.0)
+    for p, exp_avg, exp_avg_sq in zip(state.others, state.exp_avg, state.exp_avg_sq):
+        adam.state[p] = dict(step=torch.tensor(float(first)), exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
+    average = None
+    bar = tqdm(range(first, steps), initial=first, total=steps, desc=file.stem)
     for step in bar:
         value = loss(generator(file.stem, seed, step))
-        for p in parameters:
+        for p in state.weights:
             p.grad = None
         value.backward()
-        nn.utils.clip_grad_norm_(others, 1.0)
-        optimizer.param_groups[0]["lr"] = now = cosine(step, steps, lr)
-        optimizer.step()
-        muon(matrices, kinds["momentum"], now)
+        nn.utils.clip_grad_norm_(state.others, 1.0)
+        rate = cosine(step, steps, lr)
+        adam.param_groups[0]["lr"] = rate
+        adam.step()
+        muon(state.matrices, state.momentum, rate)
         average = value.item() if average is None else 0.99 * average + 0.01 * value.item()
         bar.set_postfix(loss=f"{average:.4f}")
         if (step + 1) % save_every == 0:
-            data.write_tensors(file, state, step=step + 1, **made_by)
+            state.save(step + 1)
 
 
 def make_text_encoder(folder):
     """A SentencePiece vocabulary of the toy captions and a random T5, frozen: it only has to tell captions apart."""
     import sentencepiece
-    words, rng = (sorted({w for action in ACTIONS for w in action.split()} | {"a", "figure", *SPEEDS}),
-                  np.random.default_rng(0))
+    words, rng = {"a", "figure", *SPEEDS}, np.random.default_rng(0)
+    for action in ACTIONS:
+        words.update(action.split())
+    words = sorted(words)
     sentences = (" ".join(rng.choice(words, 6)) for _ in range(1000))       # shuffled, so that the pieces are the words
     with whole_file(folder / "tokenizer" / "spiece.model") as part, open(part, "wb") as f:
         sentencepiece.SentencePieceTrainer.train(
@@ -127,7 +159,8 @@ def make_vae(folder, steps):
     def reconstruct(video, noise):
         mean, std = vae.posterior(video)
         past, z = {}, mean + std * noise(mean)
-        return torch.cat([vae.decoder(z[:, :, chunk], past) for chunk in model.chunks(z.shape[2], 2)], dim=2), mean, std
+        video = torch.cat([vae.decoder(z[:, :, chunk], past) for chunk in model.chunks(z.shape[2], 2)], dim=2)
+        return video, mean, std
 
     def loss(rng):
         video = clips[torch.randint(len(clips), (4,), generator=rng)]
@@ -161,8 +194,10 @@ def make_base(folder, steps, seed=0, imperfect=True, clips=4096, unseen=128):
     torch.manual_seed(seed)
     net = model.DiT(TINY_DIT)
     # Every block starts as the identity (DiT's adaLN-Zero).
-    for linear in ([n.linear for b in net.transformer_blocks for n in (b.norm1, b.norm2)]
-                   + [net.norm_out.linear, net.proj_out]):
+    zero = [net.norm_out.linear, net.proj_out]
+    for block in net.transformer_blocks:
+        zero += [block.norm1.linear, block.norm2.linear]
+    for linear in zero:
         nn.init.zeros_(linear.weight)
         nn.init.zeros_(linear.bias)
     # The table of positions is published as a buffer, but somebody trained it.
@@ -183,6 +218,7 @@ def make_base(folder, steps, seed=0, imperfect=True, clips=4096, unseen=128):
 
 
 BASE_STEPS = 6000
+DEFAULTS = json.loads((model.TINY / "defaults.json").read_text())      # of the commands, where this is the model
 
 
 @dataclass
@@ -202,6 +238,7 @@ def main(options):
     if not (folder / "vae").is_dir():
         make_vae(folder, 3500)
     make_base(folder, options.steps, options.seed)
+    (folder / "defaults.json").write_text(json.dumps(DEFAULTS, indent=2) + "\n")
     print(f"the tiny model is in {folder}; put it in the place of {model.TINY} to use it as --model tiny")
 
 
