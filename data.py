@@ -13,7 +13,7 @@ training needs, in bf16:
 Files are written whole or not at all, so every stage can be killed at any moment,
 and started again does what is missing.
 """
-import argparse, base64, csv, hashlib, json, math, os, re, subprocess, sys, time
+import argparse, base64, csv, glob, hashlib, json, math, os, re, subprocess, sys, time
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -199,7 +199,7 @@ def read_tensors(path):
 
 def from_uint8(frames):
     """(F,H,W,3) uint8 -> (3,F,H,W) fp32 in [-1,1]."""
-    return rearrange(torch.from_numpy(frames).float() / 127.5 - 1, "f h w c -> c f h w")
+    return rearrange(torch.from_numpy(frames).float().div_(127.5).sub_(1), "f h w c -> c f h w")
 
 
 def run_ffmpeg(path, *arguments, decoder=()):
@@ -279,7 +279,7 @@ def read_video(path, frames, height, width, fps):
     times = re.findall(r"pts_time:(\S+) .*duration_time:([\d.]+)", log) or [(0, 0)]
     begin, last = map(float, times[-1])                    # of the last picture, in seconds
     end, needed = begin + last + 0.001, (frames - 1) / fps
-    if end + min(last, 1 / fps) < needed - 0.002:
+    if len(video) < frames or end + min(last, 1 / fps) < needed - 0.002:
         raise UserError(f"{path}: lasts {end:.2f} s, but {frames} frames at {fps} fps need {needed:.2f} s; "
                         "leave it out or choose fewer --frames")
     if alpha:                                              # the colours come multiplied by it
@@ -361,8 +361,8 @@ def make_row(where, file, caption, extra=None):
 
 
 def read_lines(path):
-    """The lines of a UTF-8 file, with or without a byte order mark. They end at \\n or \\r\\n only: other separators are
-    part of a caption. A byte that is not UTF-8 becomes a surrogate, which `make_row` reports."""
+    """The lines of a UTF-8 file, with or without a byte order mark; only \\n and \\r\\n end a line, for captions hold
+    other separators. A byte that is not UTF-8 becomes a surrogate, which `make_row` reports."""
     text = path.read_bytes().decode("utf-8-sig", "surrogateescape")
     return text.replace("\r\n", "\n").removesuffix("\n").split("\n")
 
@@ -395,17 +395,17 @@ def metadata_rows(path):
         table = map(json.loads, [line.strip() or "{}" for line in lines])
     while True:
         try:
-            fields, fault = next(table, None), ""
-        except (ValueError, csv.Error) as e:
-            fields, fault = {}, f"cannot be read ({e})"
-        if fields is None:
+            fields, fault = next(table), ""
+        except StopIteration:
             return rows
+        except (ValueError, csv.Error) as e:
+            fields, fault = {}, f"cannot be read from row {number + 1} on ({e})"
         number = table.reader.line_num if is_csv else number + 1
         where = f"{path}, row {number}"
         if is_csv and (None in fields or None in fields.values()):         # DictReader's marks for more and fewer cells
             fault = f"does not have the {len(table.fieldnames)} cells of the head; put a caption with commas in quotes"
-        elif fields and not {"file_name", "text"} <= {*fields}:
-            fault = f"has {list(fields)!r:.80}"
+        elif not isinstance(fields, dict) or (fields and not {"file_name", "text"} <= fields.keys()):
+            fault = f"holds {json.dumps(fields):.90}"
         if fault:
             rows.append(Row("", "", {}, f"{where}: {fault}; expected file_name and text"))
         elif "".join(map(str, fields.values())).strip():                   # else a blank row
@@ -434,13 +434,12 @@ def read_list(folder, files="video.txt", prompts="prompt.txt", what="video"):
     Raises UserError for a folder without rows; the fault of a single one is in its `fault`.
     """
     folder = Path(folder)
+    tables = [folder / name for name in ("metadata.jsonl", "metadata.csv") if (folder / name).is_file()]
     try:
         if (folder / files).is_file():
             rows = paired_rows(folder, files, prompts)
-        elif (folder / "metadata.jsonl").is_file():
-            rows = metadata_rows(folder / "metadata.jsonl")
-        elif (folder / "metadata.csv").is_file():
-            rows = metadata_rows(folder / "metadata.csv")
+        elif tables:
+            rows = metadata_rows(tables[0])
         else:
             rows = sidecar_rows(folder, what)
         found = sorted(path.name for path in folder.iterdir())[:9]
@@ -454,7 +453,7 @@ def read_list(folder, files="video.txt", prompts="prompt.txt", what="video"):
 
 class Clip(NamedTuple):
     """One sample before encoding."""
-    name: str                                              # of its record
+    name: str                                              # of its record; empty for a faulty row
     video: Path
     caption: str
     image: Path | None = None                              # a first frame of its own, where the folder has one
@@ -478,18 +477,13 @@ def list_clips(folder, given_negatives=False):
     folder, clips, dropped = Path(folder), [], set()
     images = {path.stem: path for path in sorted(folder.glob("first_frames/*"))}
     for row in read_list(folder):
-        video, negatives = folder / row.file, []
+        video = folder / row.file
         if str(row.extra.get("keep", True)).lower() != "true":
             dropped.add(video)
             continue
-        if row.fault:
-            clips.append(Clip("", video, row.caption, fault=row.fault))
-            continue
-        if given_negatives:
-            found = sorted((folder / "negative_samples" / video.stem).glob("*"))
-            negatives = [path for path in found if path.suffix.lower() in SUFFIXES["video"]]
-        name = record_name(row.file)
-        clips.append(Clip(name, video, row.caption, images.get(name), tuple(negatives)))
+        name = "" if row.fault else record_name(row.file)
+        negatives = sorted(folder.glob(f"negative_samples/{glob.escape(video.stem)}/[!.]*")) if given_negatives else ()
+        clips.append(Clip(name, video, row.caption, images.get(name), tuple(negatives), row.fault))
     for name, count in Counter(clip.name for clip in clips if clip.name).items():
         if count > 1:
             raise UserError(f"{folder}: {count} clips are named {name}; rename all but one")
@@ -777,8 +771,9 @@ def check_clip(clip, usual, options, frames):
         raise UserError(f"{clip.video}: has {len(clip.negatives)} negatives in negative_samples/{clip.video.stem}, "
                         f"expected {usual or 'some'} as for most clips")
     for video in (clip.video, *clip.negatives):
-        if read_video_header(video)[2] < (frames - 1) / options.fps:
-            read_video(video, frames, 16, 16, options.fps)              # whose word counts: a header may be wrong
+        _, _, seconds = read_video_header(video)
+        if seconds < (frames - 1) / options.fps:           # a header may be wrong: let the pictures decide
+            read_video(video, frames, 16, 16, options.fps)
 
 
 def read_clip(clip, shape, options):
