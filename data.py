@@ -1,6 +1,7 @@
 """Videos in: a folder of clips with captions becomes a cache of records, encoded once and trained on many times.
 
     python data.py --videos DIR --model MODEL --out CACHE              (torchrun --nproc_per_node 8 data.py … as well)
+    python data.py --curate --videos RAW --theme "people eating" --endpoint URL --vlm NAME --out DIR       makes such a DIR
 
 DIR holds NAME.mp4 beside NAME.txt; or metadata.jsonl / metadata.csv with file_name and text; or the authors' video.txt
 and prompt.txt, a line a clip. A clip is read as a player shows it. A record is a safetensors file that holds all that
@@ -726,7 +727,7 @@ class Options:
     """Encode a folder of videos with captions into records; before that, --curate makes such a folder of raw videos."""
     videos: str = option("", "folder of clips with captions")
     model: str = option("", "model folder, hub id or tiny; default: by whether a GPU is here")
-    out: str = option("cache", "folder for the records")
+    out: str = option("cache", "folder for the records, or for the list that --curate makes")
     frames: int = option(0, "frames a clip, 8k + 1; default: the model's")
     height: int = option(0, "pixels, divisible by 16; default: the model's")
     width: int = option(0, "pixels, divisible by 16; default: the model's")
