@@ -1,7 +1,7 @@
 """Videos in: a folder of clips with captions becomes a cache of records, encoded once and trained on many times.
 
     python data.py --videos DIR --model MODEL --out CACHE              (torchrun --nproc_per_node 8 data.py … as well)
-    python data.py --curate --videos RAW --theme "people eating" --endpoint URL --vlm NAME --out DIR       makes such a DIR
+    python data.py --curate --videos RAW --theme "people eating" --endpoint URL --vlm NAME --out DIR    (makes DIR)
 
 DIR holds NAME.mp4 beside NAME.txt; or metadata.jsonl / metadata.csv with file_name and text; or the authors' video.txt
 and prompt.txt, a line a clip. A clip is read as a player shows it. A record is a safetensors file that holds all that
