@@ -306,8 +306,8 @@ def read_image(path, height, width):
                 image = ImageCms.profileToProfile(image, BytesIO(profile), ImageCms.createProfile("sRGB"),
                                                   outputMode="RGB" if image.mode == "CMYK" else None)
         image = image.convert("RGBA")
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as e:    # what Pillow raises
-        raise UserError(f"{path}: cannot be read as a picture ({str(e).splitlines()[0]})") from e
+    except (OSError, ValueError, SyntaxError, EOFError, RuntimeError, Image.DecompressionBombError) as e:
+        raise UserError(f"{path}: cannot be read as a picture ({e!s:.120})") from e
     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     smaller = height < image.height and width < image.width
     image = ImageOps.fit(image, (width, height), Image.Resampling.BOX if smaller else Image.Resampling.BICUBIC)
@@ -493,7 +493,7 @@ def list_clips(folder, given_negatives=False):
     if not clips:
         raise UserError(f"{folder}: no clip is left; none has a `keep` that is true")
     used = dropped.union(*[(clip.video, clip.image, *clip.negatives) for clip in clips])
-    captions = {clip.video.with_suffix("") for clip in clips}
+    captions = {clip.video.with_suffix("") for clip in clips if clip.video.name}
     kinds = Counter()
     for path in folder.rglob("*"):
         is_caption = path.suffix.lower() == ".txt" and path.with_suffix("") in captions
