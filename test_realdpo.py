@@ -1710,6 +1710,36 @@ def test_killed_commands_end_with_the_files_of_undisturbed_ones(videos, tmp_path
     assert ours == theirs
 
 
+FAILURES = {                                               # of one rank of two: how often "error: " is printed
+    "a damaged record": (lambda cache, rank: DAMAGES["cut short"](cache / "lose" / "00001.safetensors"), 1),
+    "SIGKILL": (lambda cache, rank: os.kill(rank, signal.SIGKILL), 0),
+    "no cache at all": (None, 1),                          # a mistake that both ranks find
+}
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize("what", FAILURES)
+def test_where_one_rank_fails_it_says_why_and_the_others_end(what, own_cache, tmp_path):
+    fail, errors = FAILURES[what]
+    arguments = ["--model", "tiny", "--data", own_cache if fail else tmp_path / "nowhere", "--out", tmp_path / "run",
+                 "--batch", "4", "--steps", "5000"]
+    with open(tmp_path / "output", "w") as output:
+        torchrun = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
+                                     "2", REPO / "train.py", *arguments], stdout=output, stderr=output)
+    if fail:
+        log = tmp_path / "run" / "metrics.jsonl"
+        while torchrun.poll() is None and not (log.is_file() and log.read_text()):
+            time.sleep(0.1)
+        ranks = Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split()
+        fail(own_cache, next(int(rank) for rank in ranks if b"\0RANK=1\0" in Path(f"/proc/{rank}/environ").read_bytes()))
+    begin = time.time()
+    assert torchrun.wait(timeout=60) == 1
+    print(f"{what}: all ended after {time.time() - begin:.1f} s")
+    printed = (tmp_path / "output").read_text()
+    assert printed.count("error: ") == errors, printed
+    assert printed.count("Traceback") == 1, printed        # torchrun's own
+
+
 def test_making_the_tiny_model_goes_on_where_it_stopped(tmp_path):
     def fit(file, stop_at=None, steps=6):
         weights, calls = [torch.zeros(shape, requires_grad=True) for shape in (3, (4, 2))], []     # Adam's and Muon's
