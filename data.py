@@ -40,9 +40,7 @@ from tqdm import tqdm
 
 from model import UserError, defaults_of, load_text_encoder, load_vae, read_config, read_dit_config, resolve
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What all commands share: options, devices, seeds, files written whole
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- What all commands share: options, devices, seeds, files written whole ------------------------------------------
 
 HUB_MODEL = "zai-org/CogVideoX-5b-I2V"
 READERS = 4                                                # clips read ahead in threads; 200 MB each at 49×480×720
@@ -133,7 +131,13 @@ def command(main, options, name):
             print(f"model: {options.model} ({why if options.model == default else '--model'})")
         main(options)
     except UserError as e:
+        if int(os.environ.get("RANK", 0)) > 0:             # most mistakes are every rank's: rank 0 says so, and torchrun
+            time.sleep(3)                                  # ends the others meanwhile
         sys.exit(f"error: {e}")
+    except RuntimeError as e:
+        if "by peer" not in str(e) and "remote process" not in str(e):                  # gloo's words, and NCCL's
+            raise
+        sys.exit("another rank has gone, so this one ends too; its own last line says why")
     except KeyboardInterrupt:
         sys.exit("interrupted; nothing finished is lost, and the same command goes on from here")
 
@@ -194,9 +198,7 @@ def read_tensors(path):
         return {k: f.get_tensor(k) for k in f.keys()}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Pixels: reading and writing pictures and videos
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Pixels: reading and writing pictures and videos ----------------------------------------------------------------
 
 def from_uint8(frames):
     """(F,H,W,3) uint8 -> (3,F,H,W) fp32 in [-1,1]."""
@@ -330,9 +332,7 @@ def write_video(path, frames, fps):
         part.write_bytes(coded)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# A folder of videos or pictures with captions
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- A folder of videos or pictures with captions -------------------------------------------------------------------
 
 # Names that promise a video or a picture. Any other file is taken for one where a caption stands beside it.
 SUFFIXES = {"video": ".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .ts .mts .m2ts .wmv .flv .ogv .3gp .gif".split(),
@@ -505,9 +505,7 @@ def list_clips(folder, given_negatives=False):
     return clips
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Records: what training reads
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Records: what training reads -----------------------------------------------------------------------------------
 
 def digest(folder):
     """A short name for the weights in a folder: a hash of its small files and of the size and first MiB of others."""
@@ -718,9 +716,7 @@ def curate(options):
           f"move what it saves to {options.out}/metadata.jsonl, then: python data.py --videos {options.out}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The command: encode a folder of videos
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- The command: encode a folder of videos -------------------------------------------------------------------------
 
 @dataclass
 class Options:
