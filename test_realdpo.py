@@ -21,6 +21,8 @@ from xml.etree import ElementTree
 
 VISIBLE_GPUS = os.environ.get("CUDA_VISIBLE_DEVICES")       # for the suite on a GPU; the other tests must not see one,
 os.environ["CUDA_VISIBLE_DEVICES"] = ""                    # and torch looks when it is imported
+USERS_THREADS = os.environ.get("OMP_NUM_THREADS")          # for the benchmarks; elsewhere one thread a process is enough,
+os.environ.setdefault("OMP_NUM_THREADS", "1")              # and two ranks on two cores do not wait for each other
 
 import huggingface_hub
 import imageio.v2 as imageio
@@ -3165,8 +3167,9 @@ def wide(tmp_path_factory):
 def race(folder, theirs, ours, sizes):
     """Medians over BENCH rounds, sides alternating: their (seconds, MiB), ours, and the two ratios ours / theirs."""
     def run(side):
+        environment = {**os.environ, "OMP_NUM_THREADS": USERS_THREADS or str(os.cpu_count())}
         done = subprocess.run([sys.executable, "-W", "ignore", "-c", CLOCK.format(side=side), folder, *map(str, sizes)],
-                              cwd=REPO, capture_output=True, text=True)
+                              cwd=REPO, capture_output=True, text=True, env=environment)
         assert done.returncode == 0, done.stderr
         return [float(x) for x in done.stdout.split()[-2:]]
 
