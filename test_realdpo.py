@@ -3514,7 +3514,7 @@ def gpu(cards):
     cells = "".join(f"{name:>10}" for name in ("ours", "theirs", "ratio", "GiB", "theirs"))
     print(f"\n\ntorch {torch.__version__}, CUDA {torch.version.cuda}, {len(cards)} x {cards[0]}")
     print(f"\n{'seconds':70}{cells}", flush=True)
-    environment = os.environ | {"TQDM_DISABLE": "1"}
+    environment = dict(os.environ)
     del environment["CUDA_VISIBLE_DEVICES"]
     return environment if VISIBLE_GPUS is None else environment | {"CUDA_VISIBLE_DEVICES": VISIBLE_GPUS}
 
@@ -3528,11 +3528,15 @@ def test_a_tiny_run_on_gpus_learns_what_one_on_a_cpu_does(count, cards, gpu, vid
     python, options = [sys.executable, "-W", "ignore"], "--model tiny --data cache --batch 4 --steps 100 --out".split()
     default = "gpu --stream --checkpointing selective --micro-batch 1".split()
     torchrun = [*python, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
-    run = partial(subprocess.run, cwd=tmp_path, check=True, timeout=240, stdout=subprocess.DEVNULL)
-    run([*python, REPO / "data.py", "--videos", videos, "--model", "tiny", "--out", "cache"], env=gpu)
-    run([*python, REPO / "sample.py", "--model", "tiny", "--data", "cache", "--negatives", "2"], env=gpu)
-    run([*torchrun, REPO / "train.py", *options, *default], env=gpu)
-    run([*python, REPO / "train.py", *options, "cpu"])
+
+    def run(arguments, env):
+        done = subprocess.run(arguments, cwd=tmp_path, env=env, timeout=240, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+    run([*python, REPO / "data.py", "--videos", videos, "--model", "tiny", "--out", "cache"], gpu)
+    run([*python, REPO / "sample.py", "--model", "tiny", "--data", "cache", "--negatives", "2"], gpu)
+    run([*torchrun, REPO / "train.py", *options, *default], gpu)
+    run([*python, REPO / "train.py", *options, "cpu"], os.environ)
     ours, expected = metrics(tmp_path / "gpu"), metrics(tmp_path / "cpu")
     last = [np.mean([line["loss"] for line in lines[-10:]]) for lines in (ours, expected)]
     for item, a, b in (("first preference loss : log 2", ours[0]["preference"], math.log(2)),
