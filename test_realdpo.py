@@ -3024,7 +3024,9 @@ def test_the_readmes_give_commands_and_options_that_parse():
     known = {field.name for module in COMMANDS.values() for field in dataclasses.fields(module.Options)}
     for option in re.findall(r"(?<![\w-])--([a-z][\w-]*)", text):
         option = option.replace("-", "_").removeprefix("no_")
-        assert option in known | {"help", "nproc_per_node", "shutdown_timeout", "index_url"}, option
+        assert option in known | {"help", "nproc_per_node", "shutdown_timeout", "index_url",
+                                  "nnodes", "rdzv_backend", "rdzv_endpoint", "mode", "videos_path",
+                                  "custom_image_folder", "dimension"}, option
 
 
 def test_every_option_has_a_line_in_the_readme_or_a_test():
