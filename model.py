@@ -580,6 +580,7 @@ def read_json(file):
 
 
 def local_folder(path):
+    """Where a model lies on this disk, if it does."""
     return TINY if str(path) == "tiny" else Path(path)
 
 
