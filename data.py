@@ -171,6 +171,12 @@ def whole_file(path):
             part.unlink()
 
 
+def write_json(path, value):
+    """A JSON file."""
+    with whole_file(path) as part:
+        part.write_text(json.dumps(value))
+
+
 def write_tensors(path, tensors, model="the model", **metadata):
     """A safetensors file; `metadata` is JSON in its header, as one entry: safetensors writes several in any order.
     Raises UserError, naming `path` and `model`, rather than write numbers that are not finite."""

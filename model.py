@@ -672,6 +672,11 @@ def keep_freed_memory():
     libc.mallopt(M_TRIM_THRESHOLD, 2 ** 31 - 1)
 
 
+def dcp_reason(error):
+    """The first of the reasons that a torch checkpoint's failed save or load collected from the ranks."""
+    return next(iter(error.failures.values()))[0]
+
+
 def stored_tensors(where):
     """{name: (file, shape)} of a part's weights: the only .safetensors file, or those that an index names.
     Raises UserError for any other file beside them, because DCP's reader takes all there are."""
@@ -716,7 +721,7 @@ def read_weights(net, where):
     try:
         dcp.load(target, storage_reader=dcp.HuggingFaceStorageReader(str(where)), no_dist=True)
     except dcp.api.CheckpointException as e:
-        raise UserError(f"{where}: cannot be read ({list(e.failures.values())[0][0]})") from e
+        raise UserError(f"{where}: cannot be read ({dcp_reason(e)})") from e
     if shared in target and tied in target and not torch.equal(target[shared], target[tied]):
         raise UserError(f"{where}: {shared} and {tied} differ, but are two names of one tensor")
 

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from data import (ASSETS, KEY, SUFFIXES, Records, ask, check_metadata, clip_shape, command, digest, frames_as_jpeg,
                   generator, in_parallel, missing, option, read_image, read_list, read_rows, read_video, this_process,
-                  to_uint8, whole_file, write_page, write_rows, write_tensors, write_video)
+                  to_uint8, whole_file, write_json, write_page, write_rows, write_tensors, write_video)
 from model import UserError, load_dit, load_text_encoder, load_vae, read_json, resolve
 from realdpo import Condition, sample
 
@@ -183,8 +183,7 @@ def generate_bench(options):
                                **{name: getattr(options, name) for name in names}}}
     if (out / "bench.json").is_file():
         check_metadata(out / "bench.json", read_json(out / "bench.json"), made_by)
-    with whole_file(out / "bench.json") as part:
-        part.write_text(json.dumps(made_by))
+    write_json(out / "bench.json", made_by)
     for prompt in prompts:
         for number in range(max(1, options.samples)):
             ending = f"-{number}" if options.samples or re.search(r"-\d+$", prompt.name) else ""
@@ -242,8 +241,7 @@ def write_study(options):
             contents.update(content)
     contents.update(json.dumps([secret, pages]).encode())
     study = contents.hexdigest()[:16]
-    with whole_file(key) as part:
-        part.write_text(json.dumps(dict(study=study, secret=secret, clips=clips)))
+    write_json(key, dict(study=study, secret=secret, clips=clips))
     write_page("study.html", out / "study.html", dict(study=study, pages=pages))
     print(f"{len(pages)} pages of {len(methods)} videos in {out}: give raters this folder, without {key}, and collect "
           f"what they save; then: python sample.py --tally answers/*.json --out {out}")

@@ -58,7 +58,7 @@ import sample
 import train
 from model import UserError
 from realdpo import Condition
-from toy import curves, experiment, judge, laptop, make_model, world
+from toy import curves, experiment, judge, make_model, world
 
 
 def randn(*shape, seed=0):

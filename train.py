@@ -7,7 +7,7 @@
 RUN afterwards holds transformer/ (opens here, --model RUN, and in diffusers), metrics.jsonl and checkpoints/.
 The same command continues an interrupted run from its last checkpoint.
 """
-import dataclasses, json, math, os, shutil, signal, threading, time, warnings
+import dataclasses, json, math, os, shutil, signal, threading, time
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 import data
 import model
-from data import Records, flag, generator, option, this_process, whole_file
+from data import Records, flag, generator, option, this_process, whole_file, write_json
 from model import FlowPrediction, UserError
 from realdpo import Condition, best_and_worst, ema_update, realdpo_loss, rwr_loss, sft_loss
 
@@ -97,7 +97,6 @@ def init_distributed():
         dist.init_process_group("cuda:nccl,cpu:gloo" if cuda else "gloo", **options)
     else:
         dist.init_process_group("nccl" if cuda else "gloo", store=dist.HashStore(), rank=0, world_size=1, **options)
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")         # on purpose, see `no_dist`
     ranks_a_node = int(os.environ.get("LOCAL_WORLD_SIZE", process.world_size))
     return process, make_mesh(process.device.type, process.world_size, ranks_a_node)
 
@@ -272,7 +271,7 @@ def save_checkpoint(state, options, step, rank):
         dcp.save(state, storage_writer=writer, no_dist=dist.get_world_size() == 1)
     except (OSError, dcp.api.CheckpointException) as e:
         shutil.rmtree(part, ignore_errors=True)
-        reason = e if isinstance(e, OSError) else next(iter(e.failures.values()))[0]
+        reason = e if isinstance(e, OSError) else model.dcp_reason(e)
         raise UserError(f"{part}: cannot be written ({reason}); "
                         "earlier checkpoints are whole: make room and start again") from None
     if rank == 0:
@@ -310,7 +309,7 @@ def load_checkpoint(state, optimizer, folder, options):
     try:
         dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(str(folder)), no_dist=dist.get_world_size() == 1)
     except dcp.api.CheckpointException as e:
-        raise UserError(f"{folder}: not a whole checkpoint ({next(iter(e.failures.values()))[0]!r}); "
+        raise UserError(f"{folder}: not a whole checkpoint ({model.dcp_reason(e)!r}); "
                         "delete it to continue from an earlier one") from None
     for moments in optimizer.state.values():
         moments["step"].fill_(saved["step"])
@@ -397,9 +396,9 @@ def log_step(file, step, metrics):
     """A line on the console and one in metrics.jsonl."""
     tqdm.write(console_line(step, metrics))
     off = abs(metrics.get("preference", LOG_2) - LOG_2)
-    if step == 0 and off > 1e-3:                           # β magnifies what kernels round differently without gradients
-        tqdm.write(f"warning: the first preference loss is off log 2 by {off:.6f}, though policy and reference have the "
-                   "same weights: their forward passes round differently")
+    if step == 0 and off > 1e-3:                           # β magnifies what kernels round differently
+        tqdm.write(f"warning: the first preference loss is off log 2 by {off:.6f}, though policy and reference have "
+                   "the same weights: their forward passes round differently")
     try:
         file.write(json.dumps({"step": step, **metrics}) + "\n")
         file.flush()
@@ -453,8 +452,7 @@ def export(policy, options, rank):
     model.save_dit(policy, options.out, torch.bfloat16)
     if rank == 0:
         base = str(Path(options.model).resolve()) if Path(options.model).is_dir() else options.model
-        with whole_file(Path(options.out) / "base.json") as part:
-            part.write_text(json.dumps({"model": model.base_of(base)}))
+        write_json(Path(options.out) / "base.json", {"model": model.base_of(base)})
 
 
 stop = threading.Event()                                   # set when this process shall finish its step, save and leave
@@ -535,8 +533,8 @@ def train(options, process, mesh):
 # ---- The dry run: the real code on tensors without data -------------------------------------------------------------
 
 def measure_memory(options, config, shape, n_lose, mesh):
-    """The peak bytes of a step on one rank, {kind: bytes}, and the number of parameters: the real code on tensors without
-    data, followed by torch's FSDP tracker. Latents of shape (C,F,H,W), n_lose negatives in a step."""
+    """The peak bytes of a step on one rank, {kind: bytes}, and the number of parameters: the real code on tensors
+    without data, followed by torch's FSDP tracker. Latents of shape (C,F,H,W), n_lose negatives in a step."""
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
     split = partial(shard, mesh=mesh, dtype=torch.bfloat16)

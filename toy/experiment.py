@@ -2,7 +2,7 @@
 
     python -m toy.experiment --bases 5 --out DIR       hours; started again it goes on, and processes may share the seeds
 """
-import dataclasses, json
+import json
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +12,7 @@ import numpy as np
 import data
 import model
 import train
-from data import Records, option, whole_file
+from data import Records, option, write_json
 from model import UserError
 from toy.judge import judge_all
 from toy.laptop import generate_held_out, prepare
@@ -43,8 +43,7 @@ def scores_of(run, folder, seed):
         for split in ("validation", "held-out"):
             records = Records(folder / "cache" / split, negatives=False)
             scores[split] = judge_all(enumerate(generate_held_out(denoiser, run, records)), world_of(seed, split))
-        with whole_file(file) as part:
-            part.write_text(json.dumps(scores))
+        write_json(file, scores)
     return json.loads(file.read_text())
 
 
@@ -97,8 +96,7 @@ def own_base(folder, seed, steps, imperfect=True):
     file, made_by = folder / "base.json", dict(model="tiny", fingerprint=dict(steps=steps))
     if file.exists():
         data.check_metadata(file, model.read_json(file), made_by)
-    with whole_file(file) as part:
-        part.write_text(json.dumps(made_by))               # for the parts it does not have, see model.resolve
+    write_json(file, made_by)                              # for the parts it does not have, see model.resolve
     shipped = (seed, steps, imperfect) == (0, BASE_STEPS, True)
     if not shipped and not list(folder.glob("transformer/*.safetensors")):
         make_base(folder, steps, seed, imperfect)

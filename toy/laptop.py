@@ -3,7 +3,7 @@
 Toy mp4s are drawn, data.py and sample.py make records and negatives of them, train.py trains on those, once by SFT and
 once by RealDPO, and figures that no run has seen show the difference.
 """
-import dataclasses, json
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,7 @@ from tqdm import tqdm
 import data
 import model
 import sample
-from data import Records, flag, whole_file
+from data import Records, flag, write_json
 from toy.judge import judge, judge_all, mean_line
 from toy.world import COUNTS, FPS, draw_figure, enlarge, toy_video, world_of, write_toy_video, write_toy_videos
 
@@ -38,8 +38,7 @@ def score_negatives(cache, seed):
         figure = draw_figure(world_of(seed, "real"), i)
         videos = vae.decode(records[i]["lose"].float())
         scores[name] = [-judge(data.to_uint8(video), figure)["rvd"] for video in videos]
-    with whole_file(file) as part:
-        part.write_text(json.dumps(scores))
+    write_json(file, scores)
 
 
 def prepare(out, name, seed, counts, rank, scores=True):
