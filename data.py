@@ -131,8 +131,9 @@ def command(main, options, name):
             print(f"model: {options.model} ({why if options.model == default else '--model'})")
         main(options)
     except UserError as e:
-        if int(os.environ.get("RANK", 0)) > 0:             # most mistakes are every rank's: rank 0 says so, and torchrun
-            time.sleep(3)                                  # ends the others meanwhile
+        # Most mistakes are every rank's: rank 0 says so, and torchrun ends the others meanwhile.
+        if int(os.environ.get("RANK", 0)) > 0:
+            time.sleep(3)
         sys.exit(f"error: {e}")
     except RuntimeError as e:
         if "by peer" not in str(e) and "remote process" not in str(e):                  # gloo's words, and NCCL's

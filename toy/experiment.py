@@ -1,6 +1,6 @@
 """The experiment: several bases, every method at several learning rates, one table.
 
-    python -m toy.experiment --bases 5 --out DIR       hours; started again it goes on, and processes may share the seeds
+    python -m toy.experiment --bases 5 --out DIR       hours; started again it goes on; processes may share the seeds
 """
 import json
 from contextlib import redirect_stdout
@@ -140,7 +140,8 @@ def main(options):
     ceiling = own_base(folders[options.seed] / "clean-trained", options.seed, options.steps, imperfect=False)
     for seed, folder in folders.items():
         scores["clean-trained", 0.0, seed] = scores_of(ceiling, folder, seed)
-    print(Table(scores).markdown() + f"\n\nheld-out figures, means over the bases; every run is in {options.out}/seed-*/")
+    print(Table(scores).markdown())
+    print(f"\nheld-out figures, means over the bases; every run is in {options.out}/seed-*/")
 
 
 if __name__ == "__main__":
