@@ -12,39 +12,43 @@ import numpy as np
 
 import data
 import model
+import sample
 import train
 from data import Records, option, write_json
 from model import UserError
 from toy.judge import judge_all
-from toy.laptop import generate_held_out, prepare
+from toy.laptop import generate_held_out, prepare, run_stage
 from toy.make_model import BASE_STEPS, make_base
 from toy.world import world_of
 
 
 class Trial(NamedTuple):
-    """One row of the table: how it is trained, and the SFT rows of as many steps and of as much work."""
-    options: dict
-    equal_steps: str = ""
-    equal_compute: str = ""
+    """One row of the table."""
+    options: dict                                          # of train.py
+    compared: tuple = ()                                   # rows to give the difference to
+    cache: str = "real"                                    # records: "euler" has negatives made in twice the time
 
 
 # A step of SFT costs 3 passes of a video; one of RealDPO with n negatives 3 (1 + n) of the policy and 1 + n of the
 # reference. So 100 steps with three negatives, 200 with one, and 533 of SFT are the same work.
 LOW = 0.6387                                               # the low-noise half of the noise levels, as in the release
+ONE_LOW = dict(lose_per_step=1, steps=200, t_max=LOW)
 TRIALS = {
     "SFT": Trial(dict(method="sft")),
     "SFT, low t": Trial(dict(method="sft", t_max=LOW)),
-    "SFT, 533 steps": Trial(dict(method="sft", steps=533)),
-    "SFT, 533 steps, low t": Trial(dict(method="sft", steps=533, t_max=LOW)),
-    "SFT, 533 steps, velocity": Trial(dict(method="sft", steps=533, weighting="velocity")),
-    "RealDPO": Trial(dict(anchor=0.0, lose_per_step=0), "SFT", "SFT, 533 steps"),
-    "RealDPO + anchor": Trial(dict(lose_per_step=0), "SFT", "SFT, 533 steps"),
-    "RealDPO + anchor, low t": Trial(dict(lose_per_step=0, t_max=LOW), "SFT, low t", "SFT, 533 steps, low t"),
-    "RealDPO + anchor, 1 of 3": Trial(dict(lose_per_step=1, steps=200), "", "SFT, 533 steps"),
-    "RealDPO + anchor, 1 of 3, low t": Trial(dict(lose_per_step=1, steps=200, t_max=LOW), "", "SFT, 533 steps, low t"),
-    "DPO": Trial(dict(method="dpo", anchor=0.0), "SFT"),
-    "RWR": Trial(dict(method="rwr"), "SFT"),
+    "SFT 533": Trial(dict(method="sft", steps=533)),
+    "SFT 533, low t": Trial(dict(method="sft", steps=533, t_max=LOW)),
+    "SFT 533, velocity": Trial(dict(method="sft", steps=533, weighting="velocity")),
+    "RealDPO": Trial(dict(anchor=0.0), ("SFT", "SFT 533")),
+    "RealDPO + anchor": Trial(dict(), ("SFT", "SFT 533")),
+    "RealDPO + anchor, low t": Trial(dict(t_max=LOW), ("SFT, low t", "SFT 533, low t", "SFT 533")),
+    "RealDPO + anchor, 1 of 3": Trial(dict(lose_per_step=1, steps=200), ("RealDPO + anchor", "SFT 533")),
+    "RealDPO + anchor, 1 of 3, low t": Trial(ONE_LOW, ("RealDPO + anchor, low t", "SFT 533, low t", "SFT 533")),
+    "the same, Euler negatives": Trial(ONE_LOW, ("RealDPO + anchor, 1 of 3, low t",), "euler"),
+    "DPO": Trial(dict(method="dpo", anchor=0.0), ("SFT",)),
+    "RWR": Trial(dict(method="rwr"), ("SFT",)),
 }
+COMMON = dict(steps=100, t_max=1.0, lose_per_step=0)       # where a row says nothing else
 RATES = (5e-5, 2e-4, 5e-4, 1e-3)                           # among which the validation figures of two bases choose
 CHOOSING = 2
 SIZES = {"real": 48, "held-out": 256, "validation": 128}
@@ -81,13 +85,17 @@ class Seed:
         self.number, self.process, self.mesh = number, process, mesh
         self.folder = Path(options.out) / f"seed-{number}"
         self.base = own_base(self.folder / "base", number, options.steps)
-        self.records = prepare(self.folder, self.base, number, SIZES, process.rank)
+        prepare(self.folder, self.base, number, SIZES, process.rank)
+        videos, euler = f"{self.folder}/videos/real", f"{self.folder}/cache/euler"
+        run_stage(data, process.rank, videos=videos, model=self.base, out=euler)
+        run_stage(sample, process.rank, data=euler, model=self.base, **model.defaults_of("tiny", "sample"))
 
     def run(self, row, rate):
         """The folder of a trained row. Raises KeyboardInterrupt where training was asked to stop."""
         out = self.folder / f"{row}-{rate:g}"
-        changes = dict(model=self.base, data=self.records, out=str(out), seed=self.number, lr=rate)
-        options = train.Options(**model.defaults_of("tiny", "train") | changes | TRIALS[row].options)
+        trial, options = TRIALS[row], model.defaults_of("tiny", "train") | COMMON
+        options |= dict(model=self.base, data=f"{self.folder}/cache/{trial.cache}", seed=self.number, lr=rate)
+        options = train.Options(out=str(out), **options | trial.options)
         if not (out / "base.json").exists():
             out.mkdir(exist_ok=True)
             with open(out / "log.txt", "a") as log, redirect_stdout(log):
@@ -121,19 +129,18 @@ def interval(values):
 
 def table(scores, rates):
     """Markdown of `scores` {row: [what `scores_of` says, a base each]}: the measures, and the difference in rvd to the
-    base and to SFT."""
+    rows that it is compared with."""
     rvd = {}
     for row, bases in scores.items():
         rvd[row] = np.array([np.mean(base["rvd"]) for base in bases])
-    lines = ["| | rate | rvd | limb_change | jerkiness | identity_loss | action_match | motion "
-             "| to the base | to SFT, equal steps | to SFT, equal compute |", "|---" * 11 + "|"]
+    lines = ["| | rate | rvd | limb_change | jerkiness | identity_loss | action_match | motion | difference in rvd to |",
+             "|---" * 9 + "|"]
     for row, bases in scores.items():
         cells = [row, f"{rates[row]:g}" if row in rates else "–", interval(rvd[row])]
         for measure in ("limb_change", "jerkiness", "identity_loss", "action_match", "motion"):
             cells.append(f"{np.mean([np.mean(base[measure]) for base in bases]):.2f}")
-        trial = TRIALS.get(row, Trial({}))
-        for other in ("base", trial.equal_steps, trial.equal_compute):
-            cells.append(interval(rvd[row] - rvd[other]) if other and other != row else "")
+        compared = TRIALS[row].compared if row in TRIALS else ()
+        cells.append("; ".join(f"{other}: {interval(rvd[row] - rvd[other])}" for other in compared))
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
