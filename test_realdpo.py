@@ -1643,6 +1643,16 @@ def test_negatives_depend_only_on_seed_record_and_index(own_cache, monkeypatch):
     assert not torch.equal(two[0], two[1])
 
 
+def test_negatives_take_half_the_evaluations_of_a_published_video(monkeypatch):
+    taken = []
+    for action in "negatives", "generate_one", "generate_bench":
+        monkeypatch.setattr(sample, action, lambda options: taken.append((options.solver, options.steps)))
+    for options in ({"data": "cache"}, {"image": "a.png"}, {"bench": "shots"}, {"data": "cache", "solver": "euler"},
+                    {"data": "cache", "steps": 9}, {"image": "a.png", "solver": "multistep"}):
+        sample.main(sample.Options(model="tiny", **options))
+    assert taken == [("multistep", 25), ("euler", 50), ("euler", 50), ("euler", 50), ("multistep", 9), ("multistep", 25)]
+
+
 def make_video(out, picture, **options):
     sample.main(sample.Options(**{**dict(model="tiny", image=str(picture), prompt="a figure marches in place slowly",
                                          out=str(out), steps=2, guidance=2.0), **options}))
