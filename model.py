@@ -23,7 +23,7 @@ import torch.nn.functional as nnf
 from einops import rearrange
 from safetensors import SafetensorError, safe_open
 from torch.distributed import checkpoint as dcp
-from torch.distributed.tensor import DTensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 
@@ -543,21 +543,13 @@ class Denoiser(nn.Module):
 # ---- Folders: the layout that diffusers publishes, read strictly and written whole ----------------------------------
 
 TINY = Path(__file__).parent / "assets" / "tiny"
-TIED = "shared.weight", "encoder.embed_tokens.weight"      # T5's embedding is stored by either name, or by both
-DEFAULTS = {                                               # what diffusers assumes where a config.json is silent
-    "T5EncoderModel": dict(
-        relative_attention_num_buckets=32, relative_attention_max_distance=128, layer_norm_epsilon=1e-6),
-    "AutoencoderKLCogVideoX": dict(in_channels=3, out_channels=3, norm_num_groups=32, temporal_compression_ratio=4),
-    "CogVideoXTransformer3DModel": dict(
-        patch_size=2, norm_eps=1e-5, max_text_seq_length=226, temporal_compression_ratio=4,
-        use_rotary_positional_embeddings=False, use_learned_positional_embeddings=False),
-    "CogVideoXDDIMScheduler": dict(
-        snr_shift_scale=3.0, num_train_timesteps=1000, prediction_type="epsilon", rescale_betas_zero_snr=False)}
-DEFAULTS["CogVideoXDPMScheduler"] = DEFAULTS["CogVideoXDDIMScheduler"]
-PUBLISHED_DIT = DEFAULTS["CogVideoXTransformer3DModel"] | dict(  # CogVideoX-5B-I2V's, for dry runs without a download
+# What diffusers assumes where a config is silent, if it is something else than this code computes.
+ASSUMED = dict(use_rotary_positional_embeddings=False, prediction_type="epsilon", rescale_betas_zero_snr=False)
+PUBLISHED_DIT = dict(                                      # CogVideoX-5B-I2V's, for dry runs without a download
     _class_name="CogVideoXTransformer3DModel", num_attention_heads=48, attention_head_dim=64, in_channels=32,
-    out_channels=16, num_layers=42, sample_frames=49, sample_height=60, sample_width=90, text_embed_dim=4096,
-    time_embed_dim=512, use_learned_positional_embeddings=True, use_rotary_positional_embeddings=True)
+    out_channels=16, num_layers=42, patch_size=2, norm_eps=1e-5, sample_frames=49, sample_height=60, sample_width=90,
+    temporal_compression_ratio=4, text_embed_dim=4096, max_text_seq_length=226, time_embed_dim=512,
+    use_learned_positional_embeddings=True, use_rotary_positional_embeddings=True)
 
 
 class Config(dict):
@@ -607,32 +599,33 @@ def resolve(path, *parts):
     """The local folder that holds the named parts of a model: the model's own, its base's where it is a training run
     that does not have them, or the hub's, downloaded once. Raises UserError where there is none."""
     folder = local_folder(path)
+    if not folder.is_dir():
+        return download(path, parts)
     missing = [part for part in parts if not (folder / part).exists()]
-    if folder.is_dir() and not missing:
+    if not missing:
         return folder
-    if folder.is_dir() and base_of(path) != str(path):
+    if base_of(path) != str(path):
         return resolve(base_of(path), *parts)
-    if folder.is_dir():
-        raise UserError(f"{folder}: has no {missing[0]}; "
-                        "a model folder holds transformer/ vae/ text_encoder/ tokenizer/ scheduler/")
-    if str(path) == "tiny" or str(path).count("/") != 1 or str(path).startswith((".", "/")):
-        raise UserError(f"{folder}: no such model folder, and not a hub id (owner/name)")
+    raise UserError(f"{folder}: has no {missing[0]}; "
+                    "a model folder holds transformer/ vae/ text_encoder/ tokenizer/ scheduler/")
+
+
+def download(name, parts):
+    """The named parts of a model on the hub, as a local folder."""
     try:
-        patterns = [part if "." in part else f"{part}/*" for part in parts]
-        return Path(huggingface_hub.snapshot_download(str(path), allow_patterns=patterns))
-    except (huggingface_hub.errors.HfHubHTTPError, huggingface_hub.errors.LocalEntryNotFoundError, OSError) as e:
-        raise UserError(f"{path}: no such model folder, and the hub gave no such model "
-                        f"({str(e).splitlines()[0]})") from e
+        return Path(huggingface_hub.snapshot_download(str(name), allow_patterns=[part + "*" for part in parts]))
+    except (OSError, ValueError) as e:                     # ValueError: this cannot be the name of a model on the hub
+        reason = str(e).splitlines()[0]
+        raise UserError(f"{name}: no such model folder, and the hub gave no such model ({reason})") from e
 
 
 def read_config(folder, part, *class_names):
-    """config.json of a part, with the family's defaults filled in. Raises UserError for another class of network."""
-    file = folder / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
-    config = read_json(file)
+    """config.json of a part. Raises UserError for another class of network."""
+    config = read_json(folder / part / ("scheduler_config.json" if part == "scheduler" else "config.json"))
     name = config.get("_class_name") or (config.get("architectures") or ["no class"])[0]
     if name not in class_names:
-        raise UserError(f"{file}: is of class {name}, expected {' or '.join(class_names)}")
-    return Config(file, {**DEFAULTS.get(name, {}), **config, "_class_name": name})
+        raise UserError(f"{config.file}: is of class {name}, expected {' or '.join(class_names)}")
+    return config
 
 
 def read_dit_config(path):
@@ -640,17 +633,20 @@ def read_dit_config(path):
     return read_config(resolve(path, "transformer/config.json"), "transformer", "CogVideoXTransformer3DModel")
 
 
-def refuse(where, config, **supported):
-    """Raise UserError where a config asks for what this code does not have, rather than compute something else. What is
-    neither in the config nor in DEFAULTS is as supported."""
+def refuse(config, **supported):
+    """Raise UserError where a config asks for what this code does not have, rather than compute something else. Where
+    it is silent, it means what diffusers assumes."""
     for key, value in supported.items():
-        if config.get(key, value) != value:
-            raise UserError(f"{where}: {key} is {config[key]}, supported is {value}; this code knows CogVideoX-5B-I2V "
+        found = config.get(key, ASSUMED.get(key, value))
+        if found != value:
+            raise UserError(f"{config.file}: {key} is {found}, supported is {value}; this code knows CogVideoX-5B-I2V "
                             "(not 2b, text-to-video, or 1.5)")
 
 
 def empty(network, config, dtype, device, shard=lambda net: None):
     """A network with memory on `device`, sharded first so that a rank takes only its part, and nothing in it yet."""
+    if torch.device(device).type == "cpu":
+        keep_freed_memory()
     with torch.device("meta"):
         net = network(config)
     if dtype != torch.float32:                             # a dry run's fake tensors cannot be converted
@@ -678,37 +674,27 @@ def dcp_reason(error):
 
 
 def stored_tensors(where):
-    """{name: (file, shape)} of a part's weights: the only .safetensors file, or those that an index names.
-    Raises UserError for any other file beside them, because DCP's reader takes all there are."""
-    files = named = {file.name for file in where.glob("*.safetensors")}
-    index = min(where.glob("*.safetensors.index.json"), default=None)
-    if not files:
-        raise UserError(f"{where}: holds no .safetensors weights (pickled weights are not read)")
-    if index:
-        named = set(read_json(index)["weight_map"].values())
-    elif len(files) > 1:
-        raise UserError(f"{where}: holds {len(files)} .safetensors files and no index that says which are the weights")
-    if named != files:
-        raise UserError(f"{index}: names other files than lie beside it; the difference: {sorted(named ^ files)}")
+    """{name: (file, shape)} of all .safetensors files in `where`, which are what DCP's reader takes. An index is not
+    read: each name once, none missing and none too many is all that it could say."""
     found = {}
-    for file in sorted(files):
+    for file in sorted(where.glob("*.safetensors")):
         try:
-            with safe_open(where / file, "pt") as f:
-                for name in f.keys():
-                    if name in found:
-                        raise UserError(f"{where / file}: tensor {name} is in {found[name][0]} as well")
-                    found[name] = file, tuple(f.get_slice(name).get_shape())
+            with safe_open(file, "pt") as f:
+                shapes = {name: tuple(f.get_slice(name).get_shape()) for name in f.keys()}
         except (OSError, SafetensorError) as e:
-            raise UserError(f"{where / file}: not a whole safetensors file ({e}); download or copy it again") from e
+            raise UserError(f"{file}: not a whole safetensors file ({e}); download or copy it again") from e
+        for name, shape in shapes.items():
+            if name in found:
+                raise UserError(f"{file}: tensor {name} is in {found[name][0].name} as well; delete the older file")
+            found[name] = file, shape
+    if not found:
+        raise UserError(f"{where}: holds no .safetensors weights (pickled weights are not read)")
     return found
 
 
 def read_weights(net, where):
     """Fill `net` from a part's weights, each rank only its own shards. Names and shapes must match exactly."""
     found, target = stored_tensors(where), net.state_dict()
-    shared, tied = TIED
-    if shared in target and tied in found:
-        target[tied] = target[shared].clone() if shared in found else target.pop(shared)
     for problem, names in (("is missing", target.keys() - found.keys()),
                            ("is not expected", found.keys() - target.keys())):
         if names:
@@ -716,28 +702,13 @@ def read_weights(net, where):
                             f"({len(names)} such; {len(target)} expected, {len(found)} found)")
     for name, (file, shape) in found.items():
         if shape != target[name].shape:
-            raise UserError(f"{where / file}: tensor {name} is {shape}, expected {tuple(target[name].shape)}")
+            raise UserError(f"{file}: tensor {name} is {shape}, expected {tuple(target[name].shape)}")
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")           # no_dist: each reads alone
     try:
         dcp.load(target, storage_reader=dcp.HuggingFaceStorageReader(str(where)), no_dist=True)
     except dcp.api.CheckpointException as e:
         raise UserError(f"{where}: cannot be read ({dcp_reason(e)})") from e
-    if shared in target and tied in target and not torch.equal(target[shared], target[tied]):
-        raise UserError(f"{where}: {shared} and {tied} differ, but are two names of one tensor")
-
-
-def materialize(network, config, where, device, dtype, shard=lambda net: None):
-    """A network filled from the files in `where`. Raises UserError where they are not its own."""
-    if torch.device(device).type == "cpu":
-        keep_freed_memory()
-    net = empty(network, config, dtype, device, shard)
-    read_weights(net, where)
     return net
-
-
-def is_first():
-    """Whether this process is the one that writes what all share."""
-    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
 
 
 def replace_folder(new, old):
@@ -750,27 +721,24 @@ def replace_folder(new, old):
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def save_part(net, config, where, dtype=None, stem="diffusion_pytorch_model", config_name="config.json",
-              shard_bytes=5 * 10 ** 9):
-    """Write a network and its config as the folder `where`, whole or not at all. Every rank calls it. Meanwhile rank 0
-    holds the whole network in `dtype` in CPU memory (11 GB of bf16 at 5B). Files are split at 5 GB, as the published
-    ones are. Raises UserError where there is no room."""
+def save_part(net, config, where, dtype=None, stem="diffusion_pytorch_model", config_name="config.json"):
+    """Write a network, or None, and its config as the folder `where`, whole or not at all. Every rank calls it; rank 0
+    then holds the whole network in CPU memory (22 GB of fp32 at 5B, 11 GB more if it becomes bf16). Raises UserError
+    where there is no room."""
     tensors, part = {}, where.with_name(where.name + ".part")
-    for name, tensor in (net.state_dict() if net else {}).items():
-        tensor = tensor.to(dtype or tensor.dtype)          # before it is gathered: half the traffic and the memory
-        if isinstance(tensor, DTensor):
-            tensor = tensor.full_tensor()                  # a collective
-        if is_first():
-            tensors[name] = tensor.cpu()
-    if not is_first():
+    if net:
+        whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        tensors = get_model_state_dict(net, options=whole)                              # a collective
+    if torch.distributed.is_initialized() and torch.distributed.get_rank() > 0:
         return
+    if dtype:
+        tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
     try:
         shutil.rmtree(part, ignore_errors=True)            # left by a run that was killed while writing
         part.mkdir(parents=True)
         (part / config_name).write_text(json.dumps(config, indent=2) + "\n")
-        if net:
-            huggingface_hub.save_torch_state_dict(tensors, part, filename_pattern=stem + "{suffix}.safetensors",
-                                                  max_shard_size=shard_bytes)
+        if net:                                            # split at 5 GB, as the published files are
+            huggingface_hub.save_torch_state_dict(tensors, part, filename_pattern=stem + "{suffix}.safetensors")
         replace_folder(part, where)
     except (OSError, SafetensorError) as e:
         shutil.rmtree(part, ignore_errors=True)
@@ -785,8 +753,8 @@ def load_text_encoder(path, device="cpu", dtype=torch.float32):
     or padded to the transformer's `max_text_seq_length` L (226). Raises UserError where a part is missing or broken."""
     import sentencepiece
     folder = resolve(path, "tokenizer", "text_encoder", "transformer/config.json")
-    net = materialize(T5Encoder, read_config(folder, "text_encoder", "T5EncoderModel"),
-                      folder / "text_encoder", device, dtype)
+    config = read_config(folder, "text_encoder", "T5EncoderModel")
+    net = read_weights(empty(T5Encoder, config, dtype, device), folder / "text_encoder")
     spiece = folder / "tokenizer" / "spiece.model"
     try:
         tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(spiece))
@@ -808,9 +776,9 @@ def load_vae(path, device="cpu", dtype=torch.float32):
     """Load the video autoencoder of a model folder or hub id. Raises UserError where it is missing or broken."""
     folder = resolve(path, "vae")
     config = read_config(folder, "vae", "AutoencoderKLCogVideoX")
-    refuse(folder / "vae", config, use_quant_conv=False, use_post_quant_conv=False,
-           invert_scale_latents=False, shift_factor=None, norm_eps=1e-6)
-    return materialize(VAE, config, folder / "vae", device, dtype).eval()
+    refuse(config, use_quant_conv=False, use_post_quant_conv=False, invert_scale_latents=False, shift_factor=None,
+           norm_eps=1e-6)
+    return read_weights(empty(VAE, config, dtype, device), folder / "vae").eval()
 
 
 def load_dit(path, device="cpu", dtype=torch.float32, shard=lambda net: None):
@@ -818,21 +786,19 @@ def load_dit(path, device="cpu", dtype=torch.float32, shard=lambda net: None):
     empty network; each rank then reads only its own slices of the files. Raises UserError for a checkpoint that is
     missing, broken or of another kind."""
     folder = resolve(path, "transformer", "scheduler")
-    config, where = read_dit_config(folder), folder / "transformer"
-    refuse(where, config, use_rotary_positional_embeddings=True, patch_size_t=None, ofs_embed_dim=None,
-           attention_bias=True, patch_bias=True, in_channels=2 * config["out_channels"],
-           activation_fn="gelu-approximate", timestep_activation_fn="silu",
-           norm_elementwise_affine=True, flip_sin_to_cos=True, freq_shift=0)
-    c = read_config(folder, "scheduler",
-                    "CogVideoXDDIMScheduler", "CogVideoXDPMScheduler", "FlowMatchEulerDiscreteScheduler")
-    if c["_class_name"] == "FlowMatchEulerDiscreteScheduler":
+    config = read_dit_config(folder)
+    refuse(config, use_rotary_positional_embeddings=True, patch_size_t=None, ofs_embed_dim=None,
+           in_channels=2 * config["out_channels"], activation_fn="gelu-approximate", timestep_activation_fn="silu",
+           flip_sin_to_cos=True, freq_shift=0)
+    scheduler = read_config(folder, "scheduler",
+                            "CogVideoXDDIMScheduler", "CogVideoXDPMScheduler", "FlowMatchEulerDiscreteScheduler")
+    if scheduler["_class_name"] == "FlowMatchEulerDiscreteScheduler":
         prediction = FlowPrediction()
     else:
-        refuse(folder / "scheduler", c, prediction_type="v_prediction", beta_schedule="scaled_linear",
-               rescale_betas_zero_snr=True)
-        prediction = VPrediction(c)
-    scheduler = dict(read_json(c.file))                    # as it is, without the defaults
-    return Denoiser(materialize(DiT, config, where, device, dtype, shard), prediction, scheduler)
+        refuse(scheduler, prediction_type="v_prediction", beta_schedule="scaled_linear", rescale_betas_zero_snr=True)
+        prediction = VPrediction(scheduler)
+    net = read_weights(empty(DiT, config, dtype, device, shard), folder / "transformer")
+    return Denoiser(net, prediction, scheduler)
 
 
 def save_dit(dit, path, dtype=None):
