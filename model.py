@@ -24,7 +24,7 @@ from einops import rearrange
 from safetensors import SafetensorError, safe_open
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
 
 class UserError(ValueError):
@@ -92,18 +92,15 @@ class T5Encoder(nn.Module):
 # A clip passes in chunks of 8 frames (the odd first frame joins the first chunk), so memory does not grow with length.
 # `past` carries, from chunk to chunk, the frames each convolution still needs. Normalisation spans a chunk, so the
 # chunking is part of the model: another one gives other latents. Within a chunk, whatever makes large temporaries goes
-# through it a few frames at a time (`pieces`), which changes nothing but the memory.
+# through it a few frames at a time, about PIECE numbers, which changes nothing but the memory.
+
+PIECE = 2 ** 21
+
 
 def chunks(length, size):
     """Slices of `size` that cover `length`; the remainder goes into the first: chunks(17, 8) -> [0:9], [9:17]."""
     starts = [0] + list(range(size + length % size, length, size))
     return [slice(a, b) for a, b in zip(starts, starts[1:] + [length])]
-
-
-def pieces(x, channels):
-    """Slices of (B,C,F,H,W) of so few frames that they hold about 2 million numbers with `channels`, or one frame."""
-    frames = max(1, 2 ** 21 // (len(x) * channels * x[0, 0, 0].numel()))
-    return [slice(i, i + frames) for i in range(0, x.shape[2], frames)]
 
 
 class Norm(nn.GroupNorm):
@@ -113,11 +110,10 @@ class Norm(nn.GroupNorm):
         # Summed frame by frame, then in fp64: a single fp32 sum over a long chunk loses the variance beside the mean.
         sums = 0
         for frame in x.unbind(2):
-            frame = frame.float()
-            sums = sums + torch.stack([frame.sum((2, 3)), frame.square().sum((2, 3))]).double()             # (2,B,C)
-        sums = sums.unflatten(2, (self.num_groups, -1))                                                # (2,B,G,C/G)
-        sums = sums.sum(3, keepdim=True).expand_as(sums).flatten(2)                                         # (2,B,C)
-        mean, square = sums * self.num_groups / x[0].numel()                                                  # (B,C)
+            groups = frame.float().unflatten(1, (self.num_groups, -1))                                  # (B,G,C/G,H,W)
+            sums = sums + torch.stack([groups.sum((2, 3, 4)), groups.square().sum((2, 3, 4))]).double()     # (2,B,G)
+        moments = sums * self.num_groups / x[0].numel()
+        mean, square = moments.repeat_interleave(x.shape[1] // self.num_groups, dim=2)                        # (B,C)
         std = ((square - mean ** 2).clamp(min=0) + self.eps).sqrt()                        # rounding may leave it < 0
         scale = self.weight / std
         shift = self.bias - mean * scale
@@ -161,7 +157,9 @@ class CausalConv3d(nn.Module):
         in_place = not torch.is_grad_enabled()
         out = x if overwrite and in_place else x.new_empty(len(x), self.conv.out_channels, *x.shape[2:])
         before = past.pop(self, None)                      # taken, so that it goes once the first piece has used it
-        for frames in pieces(x, max(self.conv.weight.shape[:2])):
+        size = max(1, PIECE // (len(x) * max(self.conv.weight.shape[:2]) * x[0, 0, 0].numel()))
+        for i in range(0, x.shape[2], size):
+            frames = slice(i, i + size)
             piece = x[:, :, frames]
             if norm:
                 scale, shift = norm
@@ -374,10 +372,9 @@ class Block(nn.Module):
         """text (B,L,D) and video (B,FHW,D) after the block. `checkpointing`: see Denoiser."""
         if not checkpointing:
             return self.layers(text, video, time, rope)
-        recompute = partial(checkpoint, self.layers, text, video, time, rope, use_reentrant=False)
-        if checkpointing == "selective":
-            return recompute(context_fn=partial(create_selective_checkpoint_contexts, KEPT))
-        return recompute()
+        selective = partial(create_selective_checkpoint_contexts, KEPT)
+        context = selective if checkpointing == "selective" else noop_context_fn
+        return checkpoint(self.layers, text, video, time, rope, use_reentrant=False, context_fn=context)
 
     def layers(self, text, video, time, rope):
         text, video = self.residual(self.norm1, self.attn1, text, video, time, rope)
@@ -673,41 +670,31 @@ def dcp_reason(error):
     return next(iter(error.failures.values()))[0]
 
 
-def stored_tensors(where):
-    """{name: (file, shape)} of all .safetensors files in `where`, which are what DCP's reader takes. An index is not
-    read: each name once, none missing and none too many is all that it could say."""
-    found = {}
+def read_weights(net, where):
+    """Fill `net` from all .safetensors files in `where`, each rank only its own shards, and return it. Names and shapes
+    must match exactly: torch refuses a tensor that is missing or of another shape, and we one that is in two files or
+    too many. An index could say no more, and is not read."""
+    target, found = net.state_dict(), {}
     for file in sorted(where.glob("*.safetensors")):
         try:
             with safe_open(file, "pt") as f:
-                shapes = {name: tuple(f.get_slice(name).get_shape()) for name in f.keys()}
+                names = f.keys()
         except (OSError, SafetensorError) as e:
             raise UserError(f"{file}: not a whole safetensors file ({e}); download or copy it again") from e
-        for name, shape in shapes.items():
+        for name in names:
+            if name not in target:
+                raise UserError(f"{file}: tensor {name} is not expected")
             if name in found:
-                raise UserError(f"{file}: tensor {name} is in {found[name][0].name} as well; delete the older file")
-            found[name] = file, shape
+                raise UserError(f"{file}: tensor {name} is in {found[name]} as well; delete the older file")
+            found[name] = file.name
     if not found:
         raise UserError(f"{where}: holds no .safetensors weights (pickled weights are not read)")
-    return found
-
-
-def read_weights(net, where):
-    """Fill `net` from a part's weights, each rank only its own shards. Names and shapes must match exactly."""
-    found, target = stored_tensors(where), net.state_dict()
-    for problem, names in (("is missing", target.keys() - found.keys()),
-                           ("is not expected", found.keys() - target.keys())):
-        if names:
-            raise UserError(f"{where}: tensor {min(names)} {problem} "
-                            f"({len(names)} such; {len(target)} expected, {len(found)} found)")
-    for name, (file, shape) in found.items():
-        if shape != target[name].shape:
-            raise UserError(f"{file}: tensor {name} is {shape}, expected {tuple(target[name].shape)}")
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")           # no_dist: each reads alone
     try:
         dcp.load(target, storage_reader=dcp.HuggingFaceStorageReader(str(where)), no_dist=True)
     except dcp.api.CheckpointException as e:
-        raise UserError(f"{where}: cannot be read ({dcp_reason(e)})") from e
+        raise UserError(f"{where}: cannot be read into this network ({dcp_reason(e)}; "
+                        f"{len(target)} tensors expected, {len(found)} found)") from e
     return net
 
 

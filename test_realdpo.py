@@ -620,20 +620,20 @@ BREAKAGES = {
         "weights cut in the header": (content(WEIGHTS, lambda b: b[:100]), WEIGHTS),
         "weights cut in the last tensor": (content(WEIGHTS, lambda b: b[:-1]), WEIGHTS),
         "another shape": (entries(WEIGHTS, **{"proj_out.bias": torch.zeros(15)}),
-                          r"proj_out.bias is \(15,\), expected \(16,\)"),
+                          r"Size mismatch .*\[15\].*\[16\].* for proj_out.bias"),
         "a tensor missing": (entries(WEIGHTS, **{"transformer_blocks.1.attn1.norm_k.bias": ...}),
-                             "transformer_blocks.1.attn1.norm_k.bias is missing"),
+                             "Missing key .*transformer_blocks.1.attn1.norm_k.bias"),
         "a tensor too many": (entries(WEIGHTS, **{"ofs_embedding.bias": torch.zeros(2)}),
                               "ofs_embedding.bias is not expected"),
         "a tensor in two files": (lambda f: shutil.copy(f / WEIGHTS, f / "transformer/other.safetensors"),
                                   "other.safetensors: tensor .* is in diffusion_pytorch_model.safetensors as well"),
         "one file of several lost": (
             lambda f: save_file({"proj_out.bias": load_file(f / WEIGHTS)["proj_out.bias"]}, f / WEIGHTS),
-            r"is missing \(64 such; 65 expected, 1 found\)")},
+            r"Missing key .*65 tensors expected, 1 found")},
     model.load_vae: {
         "unknown convolution": (entries("vae/config.json", use_quant_conv=True), "use_quant_conv"),
         "config without a scale": (entries("vae/config.json", scaling_factor=...), "scaling_factor"),
-        "fewer levels": (entries("vae/config.json", block_out_channels=[8, 16, 16]), "is missing")},
+        "fewer levels": (entries("vae/config.json", block_out_channels=[8, 16, 16]), "is not expected")},
     model.load_text_encoder: {
         "unknown class": (entries("text_encoder/config.json", architectures=["BertModel"]), "BertModel"),
         "two embeddings": (entries("text_encoder/model.safetensors",
@@ -3443,11 +3443,7 @@ video, latents = randn(1, 3, 4 * frames - 3, 8 * shape[2], 8 * shape[3]).clamp(-
 ours, result, vae = {}, {}, fill(model.empty(model.VAE, config, bf16, device))
 calls = {"encode": lambda: vae.encode(video), "decode": lambda: vae.decode(latents)}
 for size in c["pieces"]:
-    def pieces(x, channels):
-        count = max(1, 2 ** size // (len(x) * channels * x[0, 0, 0].numel()))
-        return [slice(i, i + count) for i in range(0, x.shape[2], count)]
-
-    model.pieces = pieces
+    model.PIECE = 2 ** size
     for way, call in calls.items():
         seconds, peak, result[way] = clock(call, repeats=1, warm=1)
         ours[way, size] = seconds, peak
