@@ -13,6 +13,7 @@ A model is a folder in the published layout (transformer/ vae/ text_encoder/ tok
 Axes: B batch, C channels, F latent frames, H W latent height and width, L text tokens, S all tokens, D width.
 """
 import ctypes, json, math, shutil, warnings
+from collections import OrderedDict
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from einops import rearrange
 from safetensors import SafetensorError, safe_open
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, noop_context_fn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 
 class UserError(ValueError):
@@ -40,8 +41,7 @@ class T5Block(nn.Module):
         super().__init__()
         width, inner, hidden, self.heads = c["d_model"], c["num_heads"] * c["d_kv"], c["d_ff"], c["num_heads"]
         linear, norm = partial(nn.Linear, bias=False), partial(nn.RMSNorm, width, eps=c["layer_norm_epsilon"])
-        attention = {"q": linear(width, inner), "k": linear(width, inner), "v": linear(width, inner),
-                     "o": linear(inner, width)}
+        attention = {name: linear(width, inner) for name in "qkv"} | {"o": linear(inner, width)}
         gated = {"wi_0": linear(width, hidden), "wi_1": linear(width, hidden), "wo": linear(hidden, width)}
         self.layer = nn.ModuleList([                       # the nesting only reproduces the published names
             nn.ModuleDict({"SelfAttention": nn.ModuleDict(attention), "layer_norm": norm()}),
@@ -64,11 +64,10 @@ class T5Encoder(nn.Module):
         super().__init__()
         self.shared = nn.Embedding(c["vocab_size"], c["d_model"])
         blocks = nn.ModuleList([T5Block(c) for _ in range(c["num_layers"])])
-        buckets = c["relative_attention_num_buckets"]
-        blocks[0].layer[0]["SelfAttention"]["relative_attention_bias"] = nn.Embedding(buckets, c["num_heads"])
+        self.buckets, self.max_distance = c["relative_attention_num_buckets"], c["relative_attention_max_distance"]
+        blocks[0].layer[0]["SelfAttention"]["relative_attention_bias"] = nn.Embedding(self.buckets, c["num_heads"])
         norm = nn.RMSNorm(c["d_model"], eps=c["layer_norm_epsilon"])
         self.encoder = nn.ModuleDict({"block": blocks, "final_layer_norm": norm})
-        self.buckets, self.max_distance = buckets, c["relative_attention_max_distance"]
 
     def position_bias(self, length, device):
         """(1,heads,L,L): one learned number a head and a bucket of key − query distance, shared by all blocks."""
@@ -92,10 +91,7 @@ class T5Encoder(nn.Module):
 # A clip passes in chunks of 8 frames (the odd first frame joins the first chunk), so memory does not grow with length.
 # `past` carries, from chunk to chunk, the frames each convolution still needs. Normalisation spans a chunk, so the
 # chunking is part of the model: another one gives other latents. Within a chunk, whatever makes large temporaries goes
-# through it a few frames at a time, about PIECE numbers, which changes nothing but the memory.
-
-PIECE = 2 ** 21
-
+# through it a few frames at a time, which changes nothing but the memory.
 
 def chunks(length, size):
     """Slices of `size` that cover `length`; the remainder goes into the first: chunks(17, 8) -> [0:9], [9:17]."""
@@ -110,10 +106,11 @@ class Norm(nn.GroupNorm):
         # Summed frame by frame, then in fp64: a single fp32 sum over a long chunk loses the variance beside the mean.
         sums = 0
         for frame in x.unbind(2):
-            groups = frame.float().unflatten(1, (self.num_groups, -1))                                  # (B,G,C/G,H,W)
-            sums = sums + torch.stack([groups.sum((2, 3, 4)), groups.square().sum((2, 3, 4))]).double()     # (2,B,G)
-        moments = sums * self.num_groups / x[0].numel()
-        mean, square = moments.repeat_interleave(x.shape[1] // self.num_groups, dim=2)                        # (B,C)
+            frame = frame.float()
+            sums = sums + torch.stack([frame.sum((2, 3)), frame.square().sum((2, 3))]).double()             # (2,B,C)
+        sums = sums.unflatten(2, (self.num_groups, -1))                                                # (2,B,G,C/G)
+        sums = sums.sum(3, keepdim=True).expand_as(sums).flatten(2)                                         # (2,B,C)
+        mean, square = sums * self.num_groups / x[0].numel()                                                  # (B,C)
         std = ((square - mean ** 2).clamp(min=0) + self.eps).sqrt()                        # rounding may leave it < 0
         scale = self.weight / std
         shift = self.bias - mean * scale
@@ -148,6 +145,7 @@ def affine(x, scale, shift):
 class CausalConv3d(nn.Module):
     """3×3×3 convolution of (B,C,F,H,W) that never sees the future: two past frames in front, zeros at the borders.
     With `norm`, a scale and a shift, `affine` and SiLU come first. With `overwrite` the result may take x's memory."""
+    piece_size = 2 ** 21                                   # about as many numbers at a time, or one frame
 
     def __init__(self, c_in, c_out):
         super().__init__()
@@ -157,7 +155,7 @@ class CausalConv3d(nn.Module):
         in_place = not torch.is_grad_enabled()
         out = x if overwrite and in_place else x.new_empty(len(x), self.conv.out_channels, *x.shape[2:])
         before = past.pop(self, None)                      # taken, so that it goes once the first piece has used it
-        size = max(1, PIECE // (len(x) * max(self.conv.weight.shape[:2]) * x[0, 0, 0].numel()))
+        size = max(1, self.piece_size // (len(x) * max(self.conv.weight.shape[:2]) * x[0, 0, 0].numel()))
         for i in range(0, x.shape[2], size):
             frames = slice(i, i + size)
             piece = x[:, :, frames]
@@ -231,14 +229,13 @@ class Coder(nn.Module):
 
     def __init__(self, direction, widths, layers, c_in, c_out, norm, resample, time_levels):
         super().__init__()
-        self.direction, levels, before = direction, nn.ModuleList(), widths[0]
-        for i, width in enumerate(widths):
+        self.direction, levels = direction, nn.ModuleList()
+        for i, (before, width) in enumerate(zip([widths[0], *widths], widths)):
             resnets = [Resnet(before if n == 0 else width, width, norm) for n in range(layers)]
             level = nn.ModuleDict({"resnets": nn.ModuleList(resnets)})
             if i < len(widths) - 1:
                 level[f"{direction}samplers"] = nn.ModuleList([resample(width, time=i < time_levels)])
             levels.append(level)
-            before = width
         setattr(self, f"{direction}_blocks", levels)
         middle = widths[-1] if direction == "down" else widths[0]
         resnets = [Resnet(middle, middle, norm) for _ in range(2)]
@@ -264,8 +261,8 @@ class VAE(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.config, self.scale = c, c["scaling_factor"]   # which brings latents to about unit variance
-        widths, layers, groups, latents = (c[key] for key in ("block_out_channels", "layers_per_block",
-                                                              "norm_num_groups", "latent_channels"))
+        widths, layers = c["block_out_channels"], c["layers_per_block"]
+        groups, latents = c["norm_num_groups"], c["latent_channels"]
         time_levels = int(math.log2(c["temporal_compression_ratio"]))
         self.encoder = Coder("down", widths, layers, c["in_channels"], 2 * latents,
                              partial(Norm, groups, eps=1e-6), Downsample, time_levels)
@@ -321,8 +318,8 @@ def rope_table(grid, n_text, head_dim, device):
     parts = (head_dim // 4, head_dim // 8 * 3, head_dim // 8 * 3)
     frequencies = [10_000.0 ** (-torch.arange(0, n, 2, dtype=torch.float32) / n) for n in parts]
     positions = torch.cartesian_prod(*(torch.arange(n, dtype=torch.float32) for n in grid))                 # (FHW,3)
-    angles = torch.cat([positions[:, i, None] * f for i, f in enumerate(frequencies)], dim=1)
-    angles = torch.cat([torch.zeros(n_text, angles.shape[1]), angles])                                      # (S,d/2)
+    positions = torch.cat([torch.zeros(n_text, 3), positions])                                              # (S,3)
+    angles = torch.cat([positions[:, i, None] * f for i, f in enumerate(frequencies)], dim=1)               # (S,d/2)
     return torch.view_as_real(torch.polar(torch.ones_like(angles), angles))[:, None].to(device)
 
 
@@ -344,13 +341,13 @@ class Attention(nn.Module):
         super().__init__()
         self.to_q, self.to_k, self.to_v = (nn.Linear(width, width) for _ in range(3))
         self.norm_q, self.norm_k = (nn.LayerNorm(width // heads, eps=1e-6) for _ in range(2))
-        self.to_out, self.heads = nn.ModuleList([nn.Linear(width, width)]), heads
+        self.to_out, self.heads = nn.Sequential(nn.Linear(width, width)), heads
 
     def forward(self, x, rope):
         q, k, v = (rearrange(to(x), "b s (h d) -> b s h d", h=self.heads) for to in (self.to_q, self.to_k, self.to_v))
         q, k = rotate(self.norm_q(q), rope), rotate(self.norm_k(k), rope)            # as they lie in memory: no copies
         q, k, v = (rearrange(y, "b s h d -> b h s d") for y in (q, k, v))
-        return self.to_out[0](rearrange(nnf.scaled_dot_product_attention(q, k, v), "b h s d -> b s (h d)"))
+        return self.to_out(rearrange(nnf.scaled_dot_product_attention(q, k, v), "b h s d -> b s (h d)"))
 
 
 # What "selective" checkpointing keeps: attention's output, half of a 5B block's work for one activation more.
@@ -365,32 +362,29 @@ class Block(nn.Module):
         super().__init__()
         self.norm1, self.attn1 = AdaptiveNorm(width, time_width, eps, 6), Attention(width, heads)
         self.norm2 = AdaptiveNorm(width, time_width, eps, 6)
-        up, down = nn.ModuleDict({"proj": nn.Linear(width, 4 * width)}), nn.Linear(4 * width, width)
-        self.ff = nn.ModuleDict({"net": nn.ModuleList([up, nn.Identity(), down])})
+        up = nn.Sequential(OrderedDict(proj=nn.Linear(width, 4 * width), gelu=nn.GELU("tanh")))
+        self.ff = nn.ModuleDict({"net": nn.Sequential(up, nn.Identity(), nn.Linear(4 * width, width))})
 
     def forward(self, text, video, time, rope, checkpointing=False):
         """text (B,L,D) and video (B,FHW,D) after the block. `checkpointing`: see Denoiser."""
         if not checkpointing:
             return self.layers(text, video, time, rope)
-        selective = partial(create_selective_checkpoint_contexts, KEPT)
-        context = selective if checkpointing == "selective" else noop_context_fn
-        return checkpoint(self.layers, text, video, time, rope, use_reentrant=False, context_fn=context)
+        recompute = partial(checkpoint, self.layers, text, video, time, rope, use_reentrant=False)
+        if checkpointing == "selective":
+            return recompute(context_fn=partial(create_selective_checkpoint_contexts, KEPT))
+        return recompute()
 
     def layers(self, text, video, time, rope):
-        text, video = self.residual(self.norm1, self.attn1, text, video, time, rope)
-        return self.residual(self.norm2, self.feed_forward, text, video, time)
+        text, video = self.residual(self.norm1, partial(self.attn1, rope=rope), text, video, time)
+        return self.residual(self.norm2, self.ff["net"], text, video, time)
 
-    def residual(self, norm, layer, text, video, time, *rope):
+    def residual(self, norm, layer, text, video, time):
         """Add gate · layer(norm(·)) to text and video, which the layer sees as one sequence."""
         shift, scale, gate, text_shift, text_scale, text_gate = norm(time)
         h = torch.cat([norm.modulate(text, text_shift, text_scale), norm.modulate(video, shift, scale)], dim=1)
         # Split, not sliced: the backward pass of a slice is a whole tensor of zeros to copy into and to add.
-        text_h, video_h = layer(h, *rope).split([text.shape[1], video.shape[1]], dim=1)
+        text_h, video_h = layer(h).split([text.shape[1], video.shape[1]], dim=1)
         return torch.addcmul(text, text_gate, text_h), torch.addcmul(video, gate, video_h)
-
-    def feed_forward(self, x):
-        up, _, down = self.ff["net"]
-        return down(nnf.gelu(up["proj"](x), approximate="tanh"))
 
 
 class DiT(nn.Module):
@@ -407,8 +401,8 @@ class DiT(nn.Module):
             self.learned_grid = frames, c["sample_height"] // p, c["sample_width"] // p
             tokens = c["max_text_seq_length"] + math.prod(self.learned_grid)
             self.patch_embed.register_buffer("pos_embedding", torch.zeros(1, tokens, width))
-        self.time_embedding = nn.ModuleDict({"linear_1": nn.Linear(width, time_width),
-                                             "linear_2": nn.Linear(time_width, time_width)})
+        self.time_embedding = nn.Sequential(OrderedDict(
+            linear_1=nn.Linear(width, time_width), act=nn.SiLU(), linear_2=nn.Linear(time_width, time_width)))
         block = partial(Block, width, heads, time_width, c["norm_eps"])
         self.transformer_blocks = nn.ModuleList([block() for _ in range(c["num_layers"])])
         self.norm_final = nn.LayerNorm(width, c["norm_eps"])
@@ -421,9 +415,9 @@ class DiT(nn.Module):
             block.forward = torch.compile(block.forward, fullgraph=True)    # not the block: FSDP's hooks stay outside
 
     def forward(self, x, text, time_code, checkpointing=False):
-        p, (_, _, frames, height, width) = self.config["patch_size"], x.shape
-        grid, n_text = (frames, height // p, width // p), text.shape[1]
-        time = self.time_embedding["linear_2"](nnf.silu(self.time_embedding["linear_1"](time_code)))        # (B,T)
+        p, n_text = self.config["patch_size"], text.shape[1]
+        f, h, w = grid = x.shape[2], x.shape[3] // p, x.shape[4] // p
+        time = self.time_embedding(time_code)                                                               # (B,T)
         # The convolution of the patches is a matrix product, since its stride is its kernel.
         patches, proj = rearrange(x, "b c f (h p) (w q) -> b (f h w) (c p q)", p=p, q=p), self.patch_embed["proj"]
         text, video = self.patch_embed["text_proj"](text), nnf.linear(patches, proj.weight.flatten(1), proj.bias)
@@ -435,18 +429,14 @@ class DiT(nn.Module):
             text, video = block(text, video, time, rope, checkpointing)
         shift, scale = self.norm_out(time)
         video = self.proj_out(self.norm_out.modulate(self.norm_final(video), shift, scale))
-        f, h, w = grid
         return rearrange(video, "b (f h w) (c p q) -> b c f (h p) (w q)", f=f, h=h, w=w, p=p, q=p)
 
     def learned_positions(self, grid, n_text):
-        """The learned table's rows for text and video (1,S,D): a shorter clip takes the first frames', another size has
-        none."""
-        expected = (n_text == self.config["max_text_seq_length"] and grid[0] <= self.learned_grid[0]
-                    and grid[1:] == self.learned_grid[1:])
-        if not expected:
+        """The learned table's rows for text and video (1,S,D). A shorter clip has the first; other sizes have none."""
+        length, frames, size = self.config["max_text_seq_length"], self.learned_grid[0], self.learned_grid[1:]
+        if n_text != length or grid[0] > frames or grid[1:] != size:
             raise UserError(f"{n_text} text tokens and a token grid (frames, height, width) of {grid}; "
-                            f"this checkpoint's learned positions are for {self.config['max_text_seq_length']} and at "
-                            f"most {self.learned_grid[0]} frames of {self.learned_grid[1:]}")
+                            f"the learned positions are for {length} and at most {frames} frames of {size}")
         return self.patch_embed.pos_embedding[:, :n_text + math.prod(grid)]
 
 
@@ -532,7 +522,7 @@ class Denoiser(nn.Module):
         like = self.net.proj_out.weight.dtype
         image = nnf.pad(cond.image, (0, 0, 0, 0, 0, x_t.shape[2] - 1))                  # zeros after the first frame
         x = torch.cat([(c_in * x_t).to(like), image.to(like)], dim=1)                   # (B,2C,F,H,W)
-        code = sinusoid(c_noise.flatten(), self.net.time_embedding["linear_1"].in_features)
+        code = sinusoid(c_noise.flatten(), self.net.time_embedding.linear_1.in_features)
         output = self.net(x, cond.text.to(like), code.to(like), checkpointing=self.checkpointing)
         return c_skip * x_t + c_out * output.float()
 
@@ -568,22 +558,22 @@ def read_json(file):
         raise UserError(f"{file}: cannot be read as a JSON object ({e})") from e
 
 
-def local_folder(path):
-    """Where a model lies on this disk, if it does."""
-    return TINY if str(path) == "tiny" else Path(path)
-
-
 def base_of(path):
     """The model a training run started from, by the note in its folder; any other model as it is."""
     note = Path(path) / "base.json"
     return read_json(note)["model"] if note.is_file() else str(path)
 
 
+def local_folders(path):
+    """Where the parts of a model may lie on this disk: its own folder or, where it is a training run, its base's."""
+    return [TINY if model == "tiny" else Path(model) for model in (str(path), base_of(path))]
+
+
 def defaults_of(path, command):
     """The option defaults that suit a model, from {command: {option: value}} in the defaults.json of its folder, or of
     its base's where it is a training run. {} where there is none; the hub is never asked."""
-    for model in (path, base_of(path)):
-        file = local_folder(model) / "defaults.json"
+    for folder in local_folders(path):
+        file = folder / "defaults.json"
         if file.is_file():
             options = read_json(file).get(command, {})
             if not isinstance(options, dict):
@@ -595,25 +585,18 @@ def defaults_of(path, command):
 def resolve(path, *parts):
     """The local folder that holds the named parts of a model: the model's own, its base's where it is a training run
     that does not have them, or the hub's, downloaded once. Raises UserError where there is none."""
-    folder = local_folder(path)
-    if not folder.is_dir():
-        return download(path, parts)
-    missing = [part for part in parts if not (folder / part).exists()]
-    if not missing:
-        return folder
-    if base_of(path) != str(path):
-        return resolve(base_of(path), *parts)
-    raise UserError(f"{folder}: has no {missing[0]}; "
-                    "a model folder holds transformer/ vae/ text_encoder/ tokenizer/ scheduler/")
-
-
-def download(name, parts):
-    """The named parts of a model on the hub, as a local folder."""
+    for folder in local_folders(path):
+        missing = [part for part in parts if not (folder / part).exists()]
+        if not missing:
+            return folder
+    if folder.is_dir():
+        raise UserError(f"{folder}: has no {missing[0]}; "
+                        "a model folder holds transformer/ vae/ text_encoder/ tokenizer/ scheduler/")
     try:
-        return Path(huggingface_hub.snapshot_download(str(name), allow_patterns=[part + "*" for part in parts]))
-    except (OSError, ValueError) as e:                     # ValueError: this cannot be the name of a model on the hub
+        return Path(huggingface_hub.snapshot_download(base_of(path), allow_patterns=[part + "*" for part in parts]))
+    except (OSError, ValueError) as e:                     # ValueError: no model on the hub can have such a name
         reason = str(e).splitlines()[0]
-        raise UserError(f"{name}: no such model folder, and the hub gave no such model ({reason})") from e
+        raise UserError(f"{base_of(path)}: no such model folder, and the hub gave no such model ({reason})") from e
 
 
 def read_config(folder, part, *class_names):
@@ -713,13 +696,11 @@ def save_part(net, config, where, dtype=None, stem="diffusion_pytorch_model", co
     then holds the whole network in CPU memory (22 GB of fp32 at 5B, 11 GB more if it becomes bf16). Raises UserError
     where there is no room."""
     tensors, part = {}, where.with_name(where.name + ".part")
-    if net:
-        whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        tensors = get_model_state_dict(net, options=whole)                              # a collective
+    if net:                                                # a collective, which leaves it all on rank 0
+        tensors = get_model_state_dict(net, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if torch.distributed.is_initialized() and torch.distributed.get_rank() > 0:
         return
-    if dtype:
-        tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+    tensors = {name: tensor.to(dtype or tensor.dtype) for name, tensor in tensors.items()}
     try:
         shutil.rmtree(part, ignore_errors=True)            # left by a run that was killed while writing
         part.mkdir(parents=True)
