@@ -393,7 +393,7 @@ class DiT(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.config, heads, p = c, c["num_attention_heads"], c["patch_size"]
-        width, time_width = heads * c["attention_head_dim"], c["time_embed_dim"]
+        width, time_width, eps = heads * c["attention_head_dim"], c["time_embed_dim"], c["norm_eps"]
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(c["in_channels"], width, p, stride=p),
                                           "text_proj": nn.Linear(c["text_embed_dim"], width)})
         if c["use_learned_positional_embeddings"]:         # a buffer, not a parameter: published as one, never trained
@@ -403,10 +403,9 @@ class DiT(nn.Module):
             self.patch_embed.register_buffer("pos_embedding", torch.zeros(1, tokens, width))
         self.time_embedding = nn.Sequential(OrderedDict(
             linear_1=nn.Linear(width, time_width), act=nn.SiLU(), linear_2=nn.Linear(time_width, time_width)))
-        block = partial(Block, width, heads, time_width, c["norm_eps"])
-        self.transformer_blocks = nn.ModuleList([block() for _ in range(c["num_layers"])])
-        self.norm_final = nn.LayerNorm(width, c["norm_eps"])
-        self.norm_out = AdaptiveNorm(width, time_width, c["norm_eps"], 2)
+        blocks = [Block(width, heads, time_width, eps) for _ in range(c["num_layers"])]
+        self.transformer_blocks = nn.ModuleList(blocks)
+        self.norm_final, self.norm_out = nn.LayerNorm(width, eps), AdaptiveNorm(width, time_width, eps, 2)
         self.proj_out = nn.Linear(width, p * p * c["out_channels"])
 
     def compile_blocks(self):
@@ -416,15 +415,15 @@ class DiT(nn.Module):
 
     def forward(self, x, text, time_code, checkpointing=False):
         p, n_text = self.config["patch_size"], text.shape[1]
-        f, h, w = grid = x.shape[2], x.shape[3] // p, x.shape[4] // p
+        f, h, w = x.shape[2], x.shape[3] // p, x.shape[4] // p
         time = self.time_embedding(time_code)                                                               # (B,T)
         # The convolution of the patches is a matrix product, since its stride is its kernel.
         patches, proj = rearrange(x, "b c f (h p) (w q) -> b (f h w) (c p q)", p=p, q=p), self.patch_embed["proj"]
         text, video = self.patch_embed["text_proj"](text), nnf.linear(patches, proj.weight.flatten(1), proj.bias)
         if self.config["use_learned_positional_embeddings"]:
-            positions = self.learned_positions(grid, n_text).to(text)                                       # (1,S,D)
+            positions = self.learned_positions((f, h, w), n_text).to(text)                                  # (1,S,D)
             text, video = text + positions[:, :n_text], video + positions[:, n_text:]
-        rope = rope_table(grid, n_text, self.config["attention_head_dim"], x.device)
+        rope = rope_table((f, h, w), n_text, self.config["attention_head_dim"], x.device)
         for block in self.transformer_blocks:
             text, video = block(text, video, time, rope, checkpointing)
         shift, scale = self.norm_out(time)
@@ -655,8 +654,8 @@ def dcp_reason(error):
 
 def read_weights(net, where):
     """Fill `net` from all .safetensors files in `where`, each rank only its own shards, and return it. Names and shapes
-    must match exactly: torch refuses a tensor that is missing or of another shape, and we one that is in two files or
-    too many. An index could say no more, and is not read."""
+    must match exactly: the loop refuses a tensor that is unexpected or in two files, torch's reader one that is missing
+    or has another shape. An index could add nothing, so none is read."""
     target, found = net.state_dict(), {}
     for file in sorted(where.glob("*.safetensors")):
         try:

@@ -608,6 +608,7 @@ BREAKAGES = {
         "config without channels": (entries(CONFIG, out_channels=...), "out_channels"),
         "2b": (entries(CONFIG, use_rotary_positional_embeddings=False, use_learned_positional_embeddings=False),
                "use_rotary.*2b"),
+        "silent about rope": (entries(CONFIG, use_rotary_positional_embeddings=...), "use_rotary.* is False"),
         "1.5": (entries(CONFIG, patch_size_t=2, patch_bias=False, ofs_embed_dim=512), r"patch_size_t is 2.*1\.5"),
         "text to video": (entries(CONFIG, in_channels=4), "in_channels is 4.*text-to-video"),
         "unknown scheduler": (entries(SCHEDULE, _class_name="PNDMScheduler"), "PNDMScheduler"),
