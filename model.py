@@ -244,8 +244,8 @@ class Coder(nn.Module):
         self.norm_out = norm(widths[-1])
 
     def forward(self, x, past):
-        z = x                                              # in the decoder the latents, which its norms look at
-        x = self.conv_in(x, past)
+        z = x.to(self.conv_in.conv.weight)                 # in the decoder the latents, which its norms look at
+        x = self.conv_in(z, past)
         levels = [*self.down_blocks, self.mid_block] if self.direction == "down" else [self.mid_block, *self.up_blocks]
         for level in levels:
             for resnet in level["resnets"]:
@@ -271,8 +271,8 @@ class VAE(nn.Module):
 
     def posterior(self, video):
         """Mean and standard deviation of q(latents | video), each (B,C,f,h,w), unscaled and fp32."""
-        past, parameter = {}, self.encoder.conv_in.conv.weight
-        moments = [self.encoder(video[:, :, chunk].to(parameter), past) for chunk in chunks(video.shape[2], 8)]
+        past = {}
+        moments = [self.encoder(video[:, :, chunk], past) for chunk in chunks(video.shape[2], 8)]
         mean, logvar = torch.cat(moments, dim=2).float().chunk(2, dim=1)
         return mean, (0.5 * logvar.clamp(-30, 20)).exp()
 
@@ -290,9 +290,8 @@ class VAE(nn.Module):
     @torch.no_grad()
     def decode(self, latents):
         """Video (B,3,F,H,W), fp32, about [-1,1], of scaled latents (B,C,f,h,w), f odd."""
-        past, parameter, z = {}, self.decoder.conv_in.conv.weight, latents / self.scale
-        return torch.cat([self.decoder(z[:, :, chunk].to(parameter), past).float()
-                          for chunk in chunks(z.shape[2], 2)], dim=2)
+        past, z = {}, latents / self.scale
+        return torch.cat([self.decoder(z[:, :, chunk], past).float() for chunk in chunks(z.shape[2], 2)], dim=2)
 
 
 # ---- Diffusion transformer: text and video tokens in one sequence (CogVideoX, Sec. 2.2) -----------------------------
