@@ -12,7 +12,7 @@ A model is a folder in the published layout (transformer/ vae/ text_encoder/ tok
 
 Axes: B batch, C channels, F latent frames, H W latent height and width, L text tokens, S all tokens, D width.
 """
-import ctypes, json, math, shutil, warnings
+import json, math, shutil, warnings
 from collections import OrderedDict
 from functools import lru_cache, partial
 from pathlib import Path
@@ -623,27 +623,12 @@ def refuse(config, **supported):
 
 def empty(network, config, dtype, device, shard=lambda net: None):
     """A network with memory on `device`, sharded first so that a rank takes only its part, and nothing in it yet."""
-    if torch.device(device).type == "cpu":
-        keep_freed_memory()
     with torch.device("meta"):
         net = network(config)
     if dtype != torch.float32:                             # a dry run's fake tensors cannot be converted
         net.to(dtype)
     shard(net)
     return net.to_empty(device=device)
-
-
-@lru_cache
-def keep_freed_memory():
-    """A CPU trick, which a GPU never sees: have glibc keep what is freed, so that not every large activation is mapped,
-    zeroed page by page and given back."""
-    try:
-        libc = ctypes.CDLL("libc.so.6")
-    except OSError:
-        return
-    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4                  # malloc.h
-    libc.mallopt(M_MMAP_MAX, 0)
-    libc.mallopt(M_TRIM_THRESHOLD, 2 ** 31 - 1)
 
 
 def dcp_reason(error):
