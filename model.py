@@ -12,7 +12,8 @@ A model is a folder in the published layout (transformer/ vae/ text_encoder/ tok
 
 Axes: B batch, C channels, F latent frames, H W latent height and width, L text tokens, S all tokens, D width.
 """
-import ctypes, json, math, shutil, warnings
+import json, math, shutil, warnings
+from collections import OrderedDict
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -23,7 +24,7 @@ import torch.nn.functional as nnf
 from einops import rearrange
 from safetensors import SafetensorError, safe_open
 from torch.distributed import checkpoint as dcp
-from torch.distributed.tensor import DTensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 
@@ -40,8 +41,7 @@ class T5Block(nn.Module):
         super().__init__()
         width, inner, hidden, self.heads = c["d_model"], c["num_heads"] * c["d_kv"], c["d_ff"], c["num_heads"]
         linear, norm = partial(nn.Linear, bias=False), partial(nn.RMSNorm, width, eps=c["layer_norm_epsilon"])
-        attention = {"q": linear(width, inner), "k": linear(width, inner), "v": linear(width, inner),
-                     "o": linear(inner, width)}
+        attention = {name: linear(width, inner) for name in "qkv"} | {"o": linear(inner, width)}
         gated = {"wi_0": linear(width, hidden), "wi_1": linear(width, hidden), "wo": linear(hidden, width)}
         self.layer = nn.ModuleList([                       # the nesting only reproduces the published names
             nn.ModuleDict({"SelfAttention": nn.ModuleDict(attention), "layer_norm": norm()}),
@@ -64,11 +64,10 @@ class T5Encoder(nn.Module):
         super().__init__()
         self.shared = nn.Embedding(c["vocab_size"], c["d_model"])
         blocks = nn.ModuleList([T5Block(c) for _ in range(c["num_layers"])])
-        buckets = c["relative_attention_num_buckets"]
-        blocks[0].layer[0]["SelfAttention"]["relative_attention_bias"] = nn.Embedding(buckets, c["num_heads"])
+        self.buckets, self.max_distance = c["relative_attention_num_buckets"], c["relative_attention_max_distance"]
+        blocks[0].layer[0]["SelfAttention"]["relative_attention_bias"] = nn.Embedding(self.buckets, c["num_heads"])
         norm = nn.RMSNorm(c["d_model"], eps=c["layer_norm_epsilon"])
         self.encoder = nn.ModuleDict({"block": blocks, "final_layer_norm": norm})
-        self.buckets, self.max_distance = buckets, c["relative_attention_max_distance"]
 
     def position_bias(self, length, device):
         """(1,heads,L,L): one learned number a head and a bucket of key − query distance, shared by all blocks."""
@@ -92,18 +91,12 @@ class T5Encoder(nn.Module):
 # A clip passes in chunks of 8 frames (the odd first frame joins the first chunk), so memory does not grow with length.
 # `past` carries, from chunk to chunk, the frames each convolution still needs. Normalisation spans a chunk, so the
 # chunking is part of the model: another one gives other latents. Within a chunk, whatever makes large temporaries goes
-# through it a few frames at a time (`pieces`), which changes nothing but the memory.
+# through it a few frames at a time, which changes nothing but the memory.
 
 def chunks(length, size):
     """Slices of `size` that cover `length`; the remainder goes into the first: chunks(17, 8) -> [0:9], [9:17]."""
     starts = [0] + list(range(size + length % size, length, size))
     return [slice(a, b) for a, b in zip(starts, starts[1:] + [length])]
-
-
-def pieces(x, channels):
-    """Slices of (B,C,F,H,W) of so few frames that they hold about 2 million numbers with `channels`, or one frame."""
-    frames = max(1, 2 ** 21 // (len(x) * channels * x[0, 0, 0].numel()))
-    return [slice(i, i + frames) for i in range(0, x.shape[2], frames)]
 
 
 class Norm(nn.GroupNorm):
@@ -152,6 +145,7 @@ def affine(x, scale, shift):
 class CausalConv3d(nn.Module):
     """3×3×3 convolution of (B,C,F,H,W) that never sees the future: two past frames in front, zeros at the borders.
     With `norm`, a scale and a shift, `affine` and SiLU come first. With `overwrite` the result may take x's memory."""
+    piece_size = 2 ** 21                                   # about as many numbers at a time, or one frame
 
     def __init__(self, c_in, c_out):
         super().__init__()
@@ -161,7 +155,9 @@ class CausalConv3d(nn.Module):
         in_place = not torch.is_grad_enabled()
         out = x if overwrite and in_place else x.new_empty(len(x), self.conv.out_channels, *x.shape[2:])
         before = past.pop(self, None)                      # taken, so that it goes once the first piece has used it
-        for frames in pieces(x, max(self.conv.weight.shape[:2])):
+        size = max(1, self.piece_size // (len(x) * max(self.conv.weight.shape[:2]) * x[0, 0, 0].numel()))
+        for i in range(0, x.shape[2], size):
+            frames = slice(i, i + size)
             piece = x[:, :, frames]
             if norm:
                 scale, shift = norm
@@ -233,14 +229,13 @@ class Coder(nn.Module):
 
     def __init__(self, direction, widths, layers, c_in, c_out, norm, resample, time_levels):
         super().__init__()
-        self.direction, levels, before = direction, nn.ModuleList(), widths[0]
-        for i, width in enumerate(widths):
+        self.direction, levels = direction, nn.ModuleList()
+        for i, (before, width) in enumerate(zip([widths[0], *widths], widths)):
             resnets = [Resnet(before if n == 0 else width, width, norm) for n in range(layers)]
             level = nn.ModuleDict({"resnets": nn.ModuleList(resnets)})
             if i < len(widths) - 1:
                 level[f"{direction}samplers"] = nn.ModuleList([resample(width, time=i < time_levels)])
             levels.append(level)
-            before = width
         setattr(self, f"{direction}_blocks", levels)
         middle = widths[-1] if direction == "down" else widths[0]
         resnets = [Resnet(middle, middle, norm) for _ in range(2)]
@@ -249,8 +244,8 @@ class Coder(nn.Module):
         self.norm_out = norm(widths[-1])
 
     def forward(self, x, past):
-        z = x                                              # in the decoder the latents, which its norms look at
-        x = self.conv_in(x, past)
+        z = x.to(self.conv_in.conv.weight)                 # in the decoder the latents, which its norms look at
+        x = self.conv_in(z, past)
         levels = [*self.down_blocks, self.mid_block] if self.direction == "down" else [self.mid_block, *self.up_blocks]
         for level in levels:
             for resnet in level["resnets"]:
@@ -266,8 +261,8 @@ class VAE(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.config, self.scale = c, c["scaling_factor"]   # which brings latents to about unit variance
-        widths, layers, groups, latents = (c[key] for key in ("block_out_channels", "layers_per_block",
-                                                              "norm_num_groups", "latent_channels"))
+        widths, layers = c["block_out_channels"], c["layers_per_block"]
+        groups, latents = c["norm_num_groups"], c["latent_channels"]
         time_levels = int(math.log2(c["temporal_compression_ratio"]))
         self.encoder = Coder("down", widths, layers, c["in_channels"], 2 * latents,
                              partial(Norm, groups, eps=1e-6), Downsample, time_levels)
@@ -276,8 +271,8 @@ class VAE(nn.Module):
 
     def posterior(self, video):
         """Mean and standard deviation of q(latents | video), each (B,C,f,h,w), unscaled and fp32."""
-        past, parameter = {}, self.encoder.conv_in.conv.weight
-        moments = [self.encoder(video[:, :, chunk].to(parameter), past) for chunk in chunks(video.shape[2], 8)]
+        past = {}
+        moments = [self.encoder(video[:, :, chunk], past) for chunk in chunks(video.shape[2], 8)]
         mean, logvar = torch.cat(moments, dim=2).float().chunk(2, dim=1)
         return mean, (0.5 * logvar.clamp(-30, 20)).exp()
 
@@ -295,9 +290,8 @@ class VAE(nn.Module):
     @torch.no_grad()
     def decode(self, latents):
         """Video (B,3,F,H,W), fp32, about [-1,1], of scaled latents (B,C,f,h,w), f odd."""
-        past, parameter, z = {}, self.decoder.conv_in.conv.weight, latents / self.scale
-        return torch.cat([self.decoder(z[:, :, chunk].to(parameter), past).float()
-                          for chunk in chunks(z.shape[2], 2)], dim=2)
+        past, z = {}, latents / self.scale
+        return torch.cat([self.decoder(z[:, :, chunk], past).float() for chunk in chunks(z.shape[2], 2)], dim=2)
 
 
 # ---- Diffusion transformer: text and video tokens in one sequence (CogVideoX, Sec. 2.2) -----------------------------
@@ -323,8 +317,8 @@ def rope_table(grid, n_text, head_dim, device):
     parts = (head_dim // 4, head_dim // 8 * 3, head_dim // 8 * 3)
     frequencies = [10_000.0 ** (-torch.arange(0, n, 2, dtype=torch.float32) / n) for n in parts]
     positions = torch.cartesian_prod(*(torch.arange(n, dtype=torch.float32) for n in grid))                 # (FHW,3)
-    angles = torch.cat([positions[:, i, None] * f for i, f in enumerate(frequencies)], dim=1)
-    angles = torch.cat([torch.zeros(n_text, angles.shape[1]), angles])                                      # (S,d/2)
+    positions = torch.cat([torch.zeros(n_text, 3), positions])                                              # (S,3)
+    angles = torch.cat([positions[:, i, None] * f for i, f in enumerate(frequencies)], dim=1)               # (S,d/2)
     return torch.view_as_real(torch.polar(torch.ones_like(angles), angles))[:, None].to(device)
 
 
@@ -346,13 +340,13 @@ class Attention(nn.Module):
         super().__init__()
         self.to_q, self.to_k, self.to_v = (nn.Linear(width, width) for _ in range(3))
         self.norm_q, self.norm_k = (nn.LayerNorm(width // heads, eps=1e-6) for _ in range(2))
-        self.to_out, self.heads = nn.ModuleList([nn.Linear(width, width)]), heads
+        self.to_out, self.heads = nn.Sequential(nn.Linear(width, width)), heads
 
     def forward(self, x, rope):
         q, k, v = (rearrange(to(x), "b s (h d) -> b s h d", h=self.heads) for to in (self.to_q, self.to_k, self.to_v))
         q, k = rotate(self.norm_q(q), rope), rotate(self.norm_k(k), rope)            # as they lie in memory: no copies
         q, k, v = (rearrange(y, "b s h d -> b h s d") for y in (q, k, v))
-        return self.to_out[0](rearrange(nnf.scaled_dot_product_attention(q, k, v), "b h s d -> b s (h d)"))
+        return self.to_out(rearrange(nnf.scaled_dot_product_attention(q, k, v), "b h s d -> b s (h d)"))
 
 
 # What "selective" checkpointing keeps: attention's output, half of a 5B block's work for one activation more.
@@ -367,8 +361,8 @@ class Block(nn.Module):
         super().__init__()
         self.norm1, self.attn1 = AdaptiveNorm(width, time_width, eps, 6), Attention(width, heads)
         self.norm2 = AdaptiveNorm(width, time_width, eps, 6)
-        up, down = nn.ModuleDict({"proj": nn.Linear(width, 4 * width)}), nn.Linear(4 * width, width)
-        self.ff = nn.ModuleDict({"net": nn.ModuleList([up, nn.Identity(), down])})
+        up = nn.Sequential(OrderedDict(proj=nn.Linear(width, 4 * width), gelu=nn.GELU("tanh")))
+        self.ff = nn.ModuleDict({"net": nn.Sequential(up, nn.Identity(), nn.Linear(4 * width, width))})
 
     def forward(self, text, video, time, rope, checkpointing=False):
         """text (B,L,D) and video (B,FHW,D) after the block. `checkpointing`: see Denoiser."""
@@ -380,20 +374,16 @@ class Block(nn.Module):
         return recompute()
 
     def layers(self, text, video, time, rope):
-        text, video = self.residual(self.norm1, self.attn1, text, video, time, rope)
-        return self.residual(self.norm2, self.feed_forward, text, video, time)
+        text, video = self.residual(self.norm1, partial(self.attn1, rope=rope), text, video, time)
+        return self.residual(self.norm2, self.ff["net"], text, video, time)
 
-    def residual(self, norm, layer, text, video, time, *rope):
+    def residual(self, norm, layer, text, video, time):
         """Add gate · layer(norm(·)) to text and video, which the layer sees as one sequence."""
         shift, scale, gate, text_shift, text_scale, text_gate = norm(time)
         h = torch.cat([norm.modulate(text, text_shift, text_scale), norm.modulate(video, shift, scale)], dim=1)
         # Split, not sliced: the backward pass of a slice is a whole tensor of zeros to copy into and to add.
-        text_h, video_h = layer(h, *rope).split([text.shape[1], video.shape[1]], dim=1)
+        text_h, video_h = layer(h).split([text.shape[1], video.shape[1]], dim=1)
         return torch.addcmul(text, text_gate, text_h), torch.addcmul(video, gate, video_h)
-
-    def feed_forward(self, x):
-        up, _, down = self.ff["net"]
-        return down(nnf.gelu(up["proj"](x), approximate="tanh"))
 
 
 class DiT(nn.Module):
@@ -402,7 +392,7 @@ class DiT(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.config, heads, p = c, c["num_attention_heads"], c["patch_size"]
-        width, time_width = heads * c["attention_head_dim"], c["time_embed_dim"]
+        width, time_width, eps = heads * c["attention_head_dim"], c["time_embed_dim"], c["norm_eps"]
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(c["in_channels"], width, p, stride=p),
                                           "text_proj": nn.Linear(c["text_embed_dim"], width)})
         if c["use_learned_positional_embeddings"]:         # a buffer, not a parameter: published as one, never trained
@@ -410,12 +400,11 @@ class DiT(nn.Module):
             self.learned_grid = frames, c["sample_height"] // p, c["sample_width"] // p
             tokens = c["max_text_seq_length"] + math.prod(self.learned_grid)
             self.patch_embed.register_buffer("pos_embedding", torch.zeros(1, tokens, width))
-        self.time_embedding = nn.ModuleDict({"linear_1": nn.Linear(width, time_width),
-                                             "linear_2": nn.Linear(time_width, time_width)})
-        block = partial(Block, width, heads, time_width, c["norm_eps"])
-        self.transformer_blocks = nn.ModuleList([block() for _ in range(c["num_layers"])])
-        self.norm_final = nn.LayerNorm(width, c["norm_eps"])
-        self.norm_out = AdaptiveNorm(width, time_width, c["norm_eps"], 2)
+        self.time_embedding = nn.Sequential(OrderedDict(
+            linear_1=nn.Linear(width, time_width), act=nn.SiLU(), linear_2=nn.Linear(time_width, time_width)))
+        blocks = [Block(width, heads, time_width, eps) for _ in range(c["num_layers"])]
+        self.transformer_blocks = nn.ModuleList(blocks)
+        self.norm_final, self.norm_out = nn.LayerNorm(width, eps), AdaptiveNorm(width, time_width, eps, 2)
         self.proj_out = nn.Linear(width, p * p * c["out_channels"])
 
     def compile_blocks(self):
@@ -424,32 +413,28 @@ class DiT(nn.Module):
             block.forward = torch.compile(block.forward, fullgraph=True)    # not the block: FSDP's hooks stay outside
 
     def forward(self, x, text, time_code, checkpointing=False):
-        p, (_, _, frames, height, width) = self.config["patch_size"], x.shape
-        grid, n_text = (frames, height // p, width // p), text.shape[1]
-        time = self.time_embedding["linear_2"](nnf.silu(self.time_embedding["linear_1"](time_code)))        # (B,T)
+        p, n_text = self.config["patch_size"], text.shape[1]
+        f, h, w = x.shape[2], x.shape[3] // p, x.shape[4] // p
+        time = self.time_embedding(time_code)                                                               # (B,T)
         # The convolution of the patches is a matrix product, since its stride is its kernel.
         patches, proj = rearrange(x, "b c f (h p) (w q) -> b (f h w) (c p q)", p=p, q=p), self.patch_embed["proj"]
         text, video = self.patch_embed["text_proj"](text), nnf.linear(patches, proj.weight.flatten(1), proj.bias)
         if self.config["use_learned_positional_embeddings"]:
-            positions = self.learned_positions(grid, n_text).to(text)                                       # (1,S,D)
+            positions = self.learned_positions((f, h, w), n_text).to(text)                                  # (1,S,D)
             text, video = text + positions[:, :n_text], video + positions[:, n_text:]
-        rope = rope_table(grid, n_text, self.config["attention_head_dim"], x.device)
+        rope = rope_table((f, h, w), n_text, self.config["attention_head_dim"], x.device)
         for block in self.transformer_blocks:
             text, video = block(text, video, time, rope, checkpointing)
         shift, scale = self.norm_out(time)
         video = self.proj_out(self.norm_out.modulate(self.norm_final(video), shift, scale))
-        f, h, w = grid
         return rearrange(video, "b (f h w) (c p q) -> b c f (h p) (w q)", f=f, h=h, w=w, p=p, q=p)
 
     def learned_positions(self, grid, n_text):
-        """The learned table's rows for text and video (1,S,D): a shorter clip takes the first frames', another size has
-        none."""
-        expected = (n_text == self.config["max_text_seq_length"] and grid[0] <= self.learned_grid[0]
-                    and grid[1:] == self.learned_grid[1:])
-        if not expected:
+        """The learned table's rows for text and video (1,S,D). A shorter clip has the first; other sizes have none."""
+        length, frames, size = self.config["max_text_seq_length"], self.learned_grid[0], self.learned_grid[1:]
+        if n_text != length or grid[0] > frames or grid[1:] != size:
             raise UserError(f"{n_text} text tokens and a token grid (frames, height, width) of {grid}; "
-                            f"this checkpoint's learned positions are for {self.config['max_text_seq_length']} and at "
-                            f"most {self.learned_grid[0]} frames of {self.learned_grid[1:]}")
+                            f"the learned positions are for {length} and at most {frames} frames of {size}")
         return self.patch_embed.pos_embedding[:, :n_text + math.prod(grid)]
 
 
@@ -535,7 +520,7 @@ class Denoiser(nn.Module):
         like = self.net.proj_out.weight.dtype
         image = nnf.pad(cond.image, (0, 0, 0, 0, 0, x_t.shape[2] - 1))                  # zeros after the first frame
         x = torch.cat([(c_in * x_t).to(like), image.to(like)], dim=1)                   # (B,2C,F,H,W)
-        code = sinusoid(c_noise.flatten(), self.net.time_embedding["linear_1"].in_features)
+        code = sinusoid(c_noise.flatten(), self.net.time_embedding.linear_1.in_features)
         output = self.net(x, cond.text.to(like), code.to(like), checkpointing=self.checkpointing)
         return c_skip * x_t + c_out * output.float()
 
@@ -543,21 +528,13 @@ class Denoiser(nn.Module):
 # ---- Folders: the layout that diffusers publishes, read strictly and written whole ----------------------------------
 
 TINY = Path(__file__).parent / "assets" / "tiny"
-TIED = "shared.weight", "encoder.embed_tokens.weight"      # T5's embedding is stored by either name, or by both
-DEFAULTS = {                                               # what diffusers assumes where a config.json is silent
-    "T5EncoderModel": dict(
-        relative_attention_num_buckets=32, relative_attention_max_distance=128, layer_norm_epsilon=1e-6),
-    "AutoencoderKLCogVideoX": dict(in_channels=3, out_channels=3, norm_num_groups=32, temporal_compression_ratio=4),
-    "CogVideoXTransformer3DModel": dict(
-        patch_size=2, norm_eps=1e-5, max_text_seq_length=226, temporal_compression_ratio=4,
-        use_rotary_positional_embeddings=False, use_learned_positional_embeddings=False),
-    "CogVideoXDDIMScheduler": dict(
-        snr_shift_scale=3.0, num_train_timesteps=1000, prediction_type="epsilon", rescale_betas_zero_snr=False)}
-DEFAULTS["CogVideoXDPMScheduler"] = DEFAULTS["CogVideoXDDIMScheduler"]
-PUBLISHED_DIT = DEFAULTS["CogVideoXTransformer3DModel"] | dict(  # CogVideoX-5B-I2V's, for dry runs without a download
+# What diffusers assumes where a config is silent, if it is something else than this code computes.
+ASSUMED = dict(use_rotary_positional_embeddings=False, prediction_type="epsilon", rescale_betas_zero_snr=False)
+PUBLISHED_DIT = dict(                                      # CogVideoX-5B-I2V's, for dry runs without a download
     _class_name="CogVideoXTransformer3DModel", num_attention_heads=48, attention_head_dim=64, in_channels=32,
-    out_channels=16, num_layers=42, sample_frames=49, sample_height=60, sample_width=90, text_embed_dim=4096,
-    time_embed_dim=512, use_learned_positional_embeddings=True, use_rotary_positional_embeddings=True)
+    out_channels=16, num_layers=42, patch_size=2, norm_eps=1e-5, sample_frames=49, sample_height=60, sample_width=90,
+    temporal_compression_ratio=4, text_embed_dim=4096, max_text_seq_length=226, time_embed_dim=512,
+    use_learned_positional_embeddings=True, use_rotary_positional_embeddings=True)
 
 
 class Config(dict):
@@ -579,22 +556,22 @@ def read_json(file):
         raise UserError(f"{file}: cannot be read as a JSON object ({e})") from e
 
 
-def local_folder(path):
-    """Where a model lies on this disk, if it does."""
-    return TINY if str(path) == "tiny" else Path(path)
-
-
 def base_of(path):
     """The model a training run started from, by the note in its folder; any other model as it is."""
     note = Path(path) / "base.json"
     return read_json(note)["model"] if note.is_file() else str(path)
 
 
+def local_folders(path):
+    """Where the parts of a model may lie on this disk: its own folder or, where it is a training run, its base's."""
+    return [TINY if model == "tiny" else Path(model) for model in (str(path), base_of(path))]
+
+
 def defaults_of(path, command):
     """The option defaults that suit a model, from {command: {option: value}} in the defaults.json of its folder, or of
     its base's where it is a training run. {} where there is none; the hub is never asked."""
-    for model in (path, base_of(path)):
-        file = local_folder(model) / "defaults.json"
+    for folder in local_folders(path):
+        file = folder / "defaults.json"
         if file.is_file():
             options = read_json(file).get(command, {})
             if not isinstance(options, dict):
@@ -606,33 +583,27 @@ def defaults_of(path, command):
 def resolve(path, *parts):
     """The local folder that holds the named parts of a model: the model's own, its base's where it is a training run
     that does not have them, or the hub's, downloaded once. Raises UserError where there is none."""
-    folder = local_folder(path)
-    missing = [part for part in parts if not (folder / part).exists()]
-    if folder.is_dir() and not missing:
-        return folder
-    if folder.is_dir() and base_of(path) != str(path):
-        return resolve(base_of(path), *parts)
+    for folder in local_folders(path):
+        missing = [part for part in parts if not (folder / part).exists()]
+        if not missing:
+            return folder
     if folder.is_dir():
         raise UserError(f"{folder}: has no {missing[0]}; "
                         "a model folder holds transformer/ vae/ text_encoder/ tokenizer/ scheduler/")
-    if str(path) == "tiny" or str(path).count("/") != 1 or str(path).startswith((".", "/")):
-        raise UserError(f"{folder}: no such model folder, and not a hub id (owner/name)")
     try:
-        patterns = [part if "." in part else f"{part}/*" for part in parts]
-        return Path(huggingface_hub.snapshot_download(str(path), allow_patterns=patterns))
-    except (huggingface_hub.errors.HfHubHTTPError, huggingface_hub.errors.LocalEntryNotFoundError, OSError) as e:
-        raise UserError(f"{path}: no such model folder, and the hub gave no such model "
-                        f"({str(e).splitlines()[0]})") from e
+        return Path(huggingface_hub.snapshot_download(base_of(path), allow_patterns=[part + "*" for part in parts]))
+    except (OSError, ValueError) as e:                     # ValueError: no model on the hub can have such a name
+        reason = str(e).splitlines()[0]
+        raise UserError(f"{base_of(path)}: no such model folder, and the hub gave no such model ({reason})") from e
 
 
 def read_config(folder, part, *class_names):
-    """config.json of a part, with the family's defaults filled in. Raises UserError for another class of network."""
-    file = folder / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
-    config = read_json(file)
+    """config.json of a part. Raises UserError for another class of network."""
+    config = read_json(folder / part / ("scheduler_config.json" if part == "scheduler" else "config.json"))
     name = config.get("_class_name") or (config.get("architectures") or ["no class"])[0]
     if name not in class_names:
-        raise UserError(f"{file}: is of class {name}, expected {' or '.join(class_names)}")
-    return Config(file, {**DEFAULTS.get(name, {}), **config, "_class_name": name})
+        raise UserError(f"{config.file}: is of class {name}, expected {' or '.join(class_names)}")
+    return config
 
 
 def read_dit_config(path):
@@ -640,12 +611,13 @@ def read_dit_config(path):
     return read_config(resolve(path, "transformer/config.json"), "transformer", "CogVideoXTransformer3DModel")
 
 
-def refuse(where, config, **supported):
-    """Raise UserError where a config asks for what this code does not have, rather than compute something else. What is
-    neither in the config nor in DEFAULTS is as supported."""
+def refuse(config, **supported):
+    """Raise UserError where a config asks for what this code does not have, rather than compute something else. Where
+    it is silent, it means what diffusers assumes."""
     for key, value in supported.items():
-        if config.get(key, value) != value:
-            raise UserError(f"{where}: {key} is {config[key]}, supported is {value}; this code knows CogVideoX-5B-I2V "
+        found = config.get(key, ASSUMED.get(key, value))
+        if found != value:
+            raise UserError(f"{config.file}: {key} is {found}, supported is {value}; this code knows CogVideoX-5B-I2V "
                             "(not 2b, text-to-video, or 1.5)")
 
 
@@ -659,85 +631,37 @@ def empty(network, config, dtype, device, shard=lambda net: None):
     return net.to_empty(device=device)
 
 
-@lru_cache
-def keep_freed_memory():
-    """A CPU trick, which a GPU never sees: have glibc keep what is freed, so that not every large activation is mapped,
-    zeroed page by page and given back."""
-    try:
-        libc = ctypes.CDLL("libc.so.6")
-    except OSError:
-        return
-    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4                  # malloc.h
-    libc.mallopt(M_MMAP_MAX, 0)
-    libc.mallopt(M_TRIM_THRESHOLD, 2 ** 31 - 1)
-
-
 def dcp_reason(error):
     """The first of the reasons that a torch checkpoint's failed save or load collected from the ranks."""
     return next(iter(error.failures.values()))[0]
 
 
-def stored_tensors(where):
-    """{name: (file, shape)} of a part's weights: the only .safetensors file, or those that an index names.
-    Raises UserError for any other file beside them, because DCP's reader takes all there are."""
-    files = named = {file.name for file in where.glob("*.safetensors")}
-    index = min(where.glob("*.safetensors.index.json"), default=None)
-    if not files:
-        raise UserError(f"{where}: holds no .safetensors weights (pickled weights are not read)")
-    if index:
-        named = set(read_json(index)["weight_map"].values())
-    elif len(files) > 1:
-        raise UserError(f"{where}: holds {len(files)} .safetensors files and no index that says which are the weights")
-    if named != files:
-        raise UserError(f"{index}: names other files than lie beside it; the difference: {sorted(named ^ files)}")
-    found = {}
-    for file in sorted(files):
-        try:
-            with safe_open(where / file, "pt") as f:
-                for name in f.keys():
-                    if name in found:
-                        raise UserError(f"{where / file}: tensor {name} is in {found[name][0]} as well")
-                    found[name] = file, tuple(f.get_slice(name).get_shape())
-        except (OSError, SafetensorError) as e:
-            raise UserError(f"{where / file}: not a whole safetensors file ({e}); download or copy it again") from e
-    return found
-
-
 def read_weights(net, where):
-    """Fill `net` from a part's weights, each rank only its own shards. Names and shapes must match exactly."""
-    found, target = stored_tensors(where), net.state_dict()
-    shared, tied = TIED
-    if shared in target and tied in found:
-        target[tied] = target[shared].clone() if shared in found else target.pop(shared)
-    for problem, names in (("is missing", target.keys() - found.keys()),
-                           ("is not expected", found.keys() - target.keys())):
-        if names:
-            raise UserError(f"{where}: tensor {min(names)} {problem} "
-                            f"({len(names)} such; {len(target)} expected, {len(found)} found)")
-    for name, (file, shape) in found.items():
-        if shape != target[name].shape:
-            raise UserError(f"{where / file}: tensor {name} is {shape}, expected {tuple(target[name].shape)}")
+    """Fill `net` from all .safetensors files in `where`, each rank only its own shards, and return it. Names and shapes
+    must match exactly: the loop refuses a tensor that is unexpected or in two files, torch's reader one that is missing
+    or has another shape. An index could add nothing, so none is read."""
+    target, found = net.state_dict(), {}
+    for file in sorted(where.glob("*.safetensors")):
+        try:
+            with safe_open(file, "pt") as f:
+                names = f.keys()
+        except (OSError, SafetensorError) as e:
+            raise UserError(f"{file}: not a whole safetensors file ({e}); download or copy it again") from e
+        for name in names:
+            if name not in target:
+                raise UserError(f"{file}: tensor {name} is not expected")
+            if name in found:
+                raise UserError(f"{file}: tensor {name} is in {found[name]} as well; delete the older file")
+            found[name] = file.name
+    if not found:
+        raise UserError(f"{where}: holds no .safetensors weights (pickled weights are not read)")
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")           # no_dist: each reads alone
     try:
         dcp.load(target, storage_reader=dcp.HuggingFaceStorageReader(str(where)), no_dist=True)
     except dcp.api.CheckpointException as e:
-        raise UserError(f"{where}: cannot be read ({dcp_reason(e)})") from e
-    if shared in target and tied in target and not torch.equal(target[shared], target[tied]):
-        raise UserError(f"{where}: {shared} and {tied} differ, but are two names of one tensor")
-
-
-def materialize(network, config, where, device, dtype, shard=lambda net: None):
-    """A network filled from the files in `where`. Raises UserError where they are not its own."""
-    if torch.device(device).type == "cpu":
-        keep_freed_memory()
-    net = empty(network, config, dtype, device, shard)
-    read_weights(net, where)
+        raise UserError(f"{where}: cannot be read into this network ({dcp_reason(e)}; "
+                        f"{len(target)} tensors expected, {len(found)} found)") from e
     return net
-
-
-def is_first():
-    """Whether this process is the one that writes what all share."""
-    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
 
 
 def replace_folder(new, old):
@@ -750,27 +674,22 @@ def replace_folder(new, old):
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def save_part(net, config, where, dtype=None, stem="diffusion_pytorch_model", config_name="config.json",
-              shard_bytes=5 * 10 ** 9):
-    """Write a network and its config as the folder `where`, whole or not at all. Every rank calls it. Meanwhile rank 0
-    holds the whole network in `dtype` in CPU memory (11 GB of bf16 at 5B). Files are split at 5 GB, as the published
-    ones are. Raises UserError where there is no room."""
+def save_part(net, config, where, dtype=None, stem="diffusion_pytorch_model", config_name="config.json"):
+    """Write a network, or None, and its config as the folder `where`, whole or not at all. Every rank calls it; rank 0
+    then holds the whole network in CPU memory (22 GB of fp32 at 5B, 11 GB more if it becomes bf16). Raises UserError
+    where there is no room."""
     tensors, part = {}, where.with_name(where.name + ".part")
-    for name, tensor in (net.state_dict() if net else {}).items():
-        tensor = tensor.to(dtype or tensor.dtype)          # before it is gathered: half the traffic and the memory
-        if isinstance(tensor, DTensor):
-            tensor = tensor.full_tensor()                  # a collective
-        if is_first():
-            tensors[name] = tensor.cpu()
-    if not is_first():
+    if net:                                                # a collective, which leaves it all on rank 0
+        tensors = get_model_state_dict(net, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if torch.distributed.is_initialized() and torch.distributed.get_rank() > 0:
         return
+    tensors = {name: tensor.to(dtype or tensor.dtype) for name, tensor in tensors.items()}
     try:
         shutil.rmtree(part, ignore_errors=True)            # left by a run that was killed while writing
         part.mkdir(parents=True)
         (part / config_name).write_text(json.dumps(config, indent=2) + "\n")
-        if net:
-            huggingface_hub.save_torch_state_dict(tensors, part, filename_pattern=stem + "{suffix}.safetensors",
-                                                  max_shard_size=shard_bytes)
+        if net:                                            # split at 5 GB, as the published files are
+            huggingface_hub.save_torch_state_dict(tensors, part, filename_pattern=stem + "{suffix}.safetensors")
         replace_folder(part, where)
     except (OSError, SafetensorError) as e:
         shutil.rmtree(part, ignore_errors=True)
@@ -785,8 +704,8 @@ def load_text_encoder(path, device="cpu", dtype=torch.float32):
     or padded to the transformer's `max_text_seq_length` L (226). Raises UserError where a part is missing or broken."""
     import sentencepiece
     folder = resolve(path, "tokenizer", "text_encoder", "transformer/config.json")
-    net = materialize(T5Encoder, read_config(folder, "text_encoder", "T5EncoderModel"),
-                      folder / "text_encoder", device, dtype)
+    config = read_config(folder, "text_encoder", "T5EncoderModel")
+    net = read_weights(empty(T5Encoder, config, dtype, device), folder / "text_encoder")
     spiece = folder / "tokenizer" / "spiece.model"
     try:
         tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(spiece))
@@ -808,9 +727,9 @@ def load_vae(path, device="cpu", dtype=torch.float32):
     """Load the video autoencoder of a model folder or hub id. Raises UserError where it is missing or broken."""
     folder = resolve(path, "vae")
     config = read_config(folder, "vae", "AutoencoderKLCogVideoX")
-    refuse(folder / "vae", config, use_quant_conv=False, use_post_quant_conv=False,
-           invert_scale_latents=False, shift_factor=None, norm_eps=1e-6)
-    return materialize(VAE, config, folder / "vae", device, dtype).eval()
+    refuse(config, use_quant_conv=False, use_post_quant_conv=False, invert_scale_latents=False, shift_factor=None,
+           norm_eps=1e-6)
+    return read_weights(empty(VAE, config, dtype, device), folder / "vae").eval()
 
 
 def load_dit(path, device="cpu", dtype=torch.float32, shard=lambda net: None):
@@ -818,21 +737,19 @@ def load_dit(path, device="cpu", dtype=torch.float32, shard=lambda net: None):
     empty network; each rank then reads only its own slices of the files. Raises UserError for a checkpoint that is
     missing, broken or of another kind."""
     folder = resolve(path, "transformer", "scheduler")
-    config, where = read_dit_config(folder), folder / "transformer"
-    refuse(where, config, use_rotary_positional_embeddings=True, patch_size_t=None, ofs_embed_dim=None,
-           attention_bias=True, patch_bias=True, in_channels=2 * config["out_channels"],
-           activation_fn="gelu-approximate", timestep_activation_fn="silu",
-           norm_elementwise_affine=True, flip_sin_to_cos=True, freq_shift=0)
-    c = read_config(folder, "scheduler",
-                    "CogVideoXDDIMScheduler", "CogVideoXDPMScheduler", "FlowMatchEulerDiscreteScheduler")
-    if c["_class_name"] == "FlowMatchEulerDiscreteScheduler":
+    config = read_dit_config(folder)
+    refuse(config, use_rotary_positional_embeddings=True, patch_size_t=None, ofs_embed_dim=None,
+           in_channels=2 * config["out_channels"], activation_fn="gelu-approximate", timestep_activation_fn="silu",
+           flip_sin_to_cos=True, freq_shift=0)
+    scheduler = read_config(folder, "scheduler",
+                            "CogVideoXDDIMScheduler", "CogVideoXDPMScheduler", "FlowMatchEulerDiscreteScheduler")
+    if scheduler["_class_name"] == "FlowMatchEulerDiscreteScheduler":
         prediction = FlowPrediction()
     else:
-        refuse(folder / "scheduler", c, prediction_type="v_prediction", beta_schedule="scaled_linear",
-               rescale_betas_zero_snr=True)
-        prediction = VPrediction(c)
-    scheduler = dict(read_json(c.file))                    # as it is, without the defaults
-    return Denoiser(materialize(DiT, config, where, device, dtype, shard), prediction, scheduler)
+        refuse(scheduler, prediction_type="v_prediction", beta_schedule="scaled_linear", rescale_betas_zero_snr=True)
+        prediction = VPrediction(scheduler)
+    net = read_weights(empty(DiT, config, dtype, device, shard), folder / "transformer")
+    return Denoiser(net, prediction, scheduler)
 
 
 def save_dit(dit, path, dtype=None):
