@@ -104,7 +104,6 @@ def optimize(parameters, loss, steps, lr, file, seed=0, save_every=500):
     """Muon for matrices and Adam for all else, on `loss(generator)`, with a progress bar; its state goes to `file` now
     and then, from which it continues."""
     torch.set_flush_denormal(True)                         # else Adam's moments of idle weights slow a CPU down
-    model.keep_freed_memory()
     state = State(parameters, file, steps=steps, seed=seed)
     first = state.load()
     adam = torch.optim.AdamW(state.others, lr, betas=(0.9, 0.99), weight_decay=0.0)
