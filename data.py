@@ -60,6 +60,10 @@ def flag(name):
     return "--" + name.replace("_", "-")
 
 
+KINDS = {str: dict(metavar="STR"), int: dict(type=int, metavar="INT"), float: dict(type=float, metavar="FLOAT"),
+         list: dict(nargs="+", metavar="FILE"), bool: dict(action=argparse.BooleanOptionalAction)}
+
+
 def parse(options, name, argv=None):
     """Command line of NAME.py -> an instance of the dataclass `options`. A model may bring defaults of its own."""
     style = partial(argparse.RawDescriptionHelpFormatter, max_help_position=28, width=118)
@@ -75,14 +79,10 @@ def parse(options, name, argv=None):
             continue
         if field.default not in ("", 0, ()):
             help += f" [{field.default}]"
-        if field.type is bool:
-            kind = dict(action=argparse.BooleanOptionalAction)
-        elif field.type is list:
-            kind = dict(nargs="+", metavar="FILE")
-        elif get_origin(field.type) is Literal:
+        if get_origin(field.type) is Literal:
             kind = dict(choices=get_args(field.type), metavar="NAME")
         else:
-            kind = dict(type=field.type, metavar=field.type.__name__.upper())
+            kind = KINDS[field.type]
         section.add_argument(flag(field.name), default=field.default, help=help, **kind)
     if hasattr(options, "model"):
         parser.set_defaults(model=default_model()[0])
@@ -324,7 +324,6 @@ def write_video(path, frames, fps):
 # Names that promise a video or a picture. Any other file is taken for one where a caption stands beside it.
 SUFFIXES = {"video": ".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .ts .mts .m2ts .wmv .flv .ogv .3gp .gif".split(),
             "picture": ".png .jpg .jpeg .webp .bmp .tif .tiff .gif .avif".split()}
-LISTS = ("video.txt", "prompt.txt", "metadata.jsonl", "metadata.csv")
 
 
 class Clip(NamedTuple):
@@ -369,45 +368,43 @@ def paired_rows(files, prompts):
         yield f"{files}, row {number}", {"file_name": name or "", "text": caption or ""}
 
 
-def metadata_rows(path):
-    """(where, fields) of metadata.jsonl or metadata.csv: the layout of Hugging Face's video folders. A row that cannot
-    be read has a UserError in place of its fields."""
-    lines, number = read_lines(path), 0
-    table = csv.DictReader([line + "\n" for line in lines], strict=True)
+def metadata_rows(path, left_out):
+    """(where, fields) of metadata.jsonl or metadata.csv: the layout of Hugging Face's video folders."""
+    lines, number, head = read_lines(path), 0, []
+    table = csv.reader([line + "\n" for line in lines], strict=True)
     while number < len(lines):
+        where = f"{path}, row {number + 1}"
         try:
-            if path.suffix == ".csv":
-                fields = next(table, {})
-                if None in fields or None in fields.values():              # its marks for more and for fewer cells
-                    raise ValueError(f"not the {len(table.fieldnames)} cells of the head: put commas in quotes")
-            else:
+            if path.suffix == ".jsonl":
                 fields = json.loads(lines[number].strip() or "{}")
-        except ValueError as e:
-            fields = UserError(f"{e}; expected file_name and text")
-        except csv.Error as e:
-            fields = UserError(f"cannot be read from row {number + 1} on ({e})")
-        number = table.reader.line_num if path.suffix == ".csv" else number + 1
-        yield f"{path}, row {number}", fields
+            else:
+                cells = next(table)
+                if head and cells and len(cells) != len(head):
+                    raise ValueError(f"not the {len(head)} cells of the head; put a caption with commas in quotes")
+                fields = dict(zip(head, cells))
+                head = head or cells
+            yield where, fields
+        except (ValueError, csv.Error) as e:
+            note_fault(f"{where}: cannot be read ({e})", left_out)
+        number = max(number + 1, table.line_num)           # a row of a CSV file may span lines
 
 
-def sidecar_rows(folder, what):
+def sidecar_rows(folder, what, left_out):
     """(where, fields) of NAME.mp4 beside NAME.txt. A file of another kind counts where no video or picture claims the
-    caption; one without a caption has a UserError in place of its fields."""
+    caption."""
     files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
     captions = {path.stem: path for path in files if path.suffix.lower() == ".txt"}
     claimed = {path.stem for path in files if path.suffix.lower() in SUFFIXES[what]}
     for path in files:
         caption = captions.get(path.stem)
         if path.suffix.lower() in SUFFIXES[what] and not caption:
-            yield path, UserError(f"has no caption; write one into {path.with_suffix('.txt')}")
+            note_fault(f"{path}: has no caption; write one into {path.with_suffix('.txt')}", left_out)
         elif path.suffix.lower() in SUFFIXES[what] or (caption not in (None, path) and path.stem not in claimed):
             yield caption, {"file_name": path.name, "text": "\n".join(read_lines(caption))}
 
 
 def make_clip(folder, where, fields):
     """The Clip of one row. Raises UserError where it has a fault."""
-    if isinstance(fields, UserError):
-        raise UserError(f"{where}: {fields}")
     if not isinstance(fields, dict) or not {"file_name", "text"} <= fields.keys():
         raise UserError(f"{where}: holds {json.dumps(fields):.90}; expected file_name and text")
     for key in ("text", "file_name"):
@@ -424,18 +421,16 @@ def make_clip(folder, where, fields):
 
 def read_list(folder, files="video.txt", prompts="prompt.txt", what="video", left_out=None):
     """The Clips of a folder of videos or pictures (`what`) with captions, in a fixed order: a line a sample in `files`
-    and `prompts`; or metadata.jsonl or metadata.csv with file_name and text; or NAME.mp4 beside NAME.txt.
-
-    Raises UserError for a folder without any, and for a faulty row unless there is a list `left_out` to take it.
-    """
+    and `prompts`; or metadata.jsonl or metadata.csv with file_name and text; or NAME.mp4 beside NAME.txt. Raises
+    UserError for a folder without any, and for a faulty row unless there is a list `left_out` to take it."""
     folder, clips = Path(folder), []
     tables = [folder / name for name in ("metadata.jsonl", "metadata.csv") if (folder / name).is_file()]
     if (folder / files).is_file():
         rows = paired_rows(folder / files, folder / prompts)
     elif tables:
-        rows = metadata_rows(tables[0])
+        rows = metadata_rows(tables[0], left_out)
     else:
-        rows = sidecar_rows(folder, what)
+        rows = sidecar_rows(folder, what, left_out)
     try:
         for where, fields in rows:
             if isinstance(fields, dict) and not "".join(map(str, fields.values())).strip():
@@ -454,15 +449,12 @@ def read_list(folder, files="video.txt", prompts="prompt.txt", what="video", lef
 
 
 def list_clips(folder, given_negatives=False, left_out=None):
-    """The clips of a folder, in a fixed order, without those that a row's `keep` drops. Prints what is not used.
-
-    Raises UserError for a folder without clips, lists that do not fit, two clips of one name, and for a faulty clip
-    unless there is a list `left_out` to take it.
-    """
+    """The clips of a folder, in a fixed order, without those that a row's `keep` drops; prints what is not used.
+    Raises UserError as `read_list` does, for two clips of one name, and where none is left."""
     folder, clips = Path(folder), {}
     images = {path.stem: path for path in sorted(folder.glob("first_frames/*"))}
     listed = read_list(folder, left_out=left_out)
-    used = {folder / name for name in LISTS}
+    used = {folder / name for name in ("video.txt", "prompt.txt", "metadata.jsonl", "metadata.csv")}
     for clip in listed:
         used |= {clip.file, clip.where}
         if str(clip.row.get("keep", True)).lower() != "true":
@@ -470,8 +462,9 @@ def list_clips(folder, given_negatives=False, left_out=None):
         if clip.name in clips:
             raise UserError(f"{folder}: two clips are named {clip.name}; rename one of them")
         negatives = folder.glob(f"negative_samples/{glob.escape(clip.file.stem)}/[!.]*") if given_negatives else ()
-        clips[clip.name] = clip._replace(image=images.get(clip.name), negatives=tuple(sorted(negatives)))
-        used |= {images.get(clip.name), *clips[clip.name].negatives}
+        clip = clip._replace(image=images.get(clip.name), negatives=tuple(sorted(negatives)))
+        used |= {clip.image, *clip.negatives}
+        clips[clip.name] = clip
     unused = [path for path in folder.rglob("*") if path.is_file() and path not in used and path.name[0] != "."]
     if this_process().rank == 0:
         if len(clips) < len(listed):
@@ -553,13 +546,11 @@ class Records:
         """{record: scores (count,)}. Raises UserError where the file has not `count` finite numbers for each."""
         try:
             stored = json.loads(file.read_text())
-            scores = {name: torch.tensor(stored[name], dtype=torch.float32) for name in self.names}
-        except (OSError, ValueError, KeyError, TypeError) as e:
-            raise UserError(f"{file}: cannot be read ({type(e).__name__}: {e}); "
-                            "expected {record: [a number a negative]}, bigger is better") from e
-        for name, values in scores.items():
-            if values.shape != (count,) or not values.isfinite().all():
-                raise UserError(f"{file}: {name} has {values.tolist()}, expected {count} finite numbers")
+            scores = {name: torch.tensor(stored[name], dtype=torch.float32).reshape(count) for name in self.names}
+            if not all(values.isfinite().all() for values in scores.values()):
+                raise ValueError("a number is not finite")
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError) as e:
+            raise UserError(f"{file}: {type(e).__name__}: {e}; expected {{record: [{count} numbers]}}") from e
         return scores
 
     def __len__(self):

@@ -1502,7 +1502,7 @@ FAULTS = {                                                 # a list of which a r
     "a row too few": ({"video.txt": "a.mp4\nb.mp4\n", "prompt.txt": "one\n"}, None),
     "a blank in one": ({"video.txt": "\nb.mp4\n", "prompt.txt": "one\ntwo\n"}, ["video.txt, row 1", "file_name is"]),
     "an open quote": ({"metadata.csv": 'file_name,text\nb.mp4,two\na.mp4,"one\nc.mp4,three\n'},
-                      ["metadata.csv, row 4", "from row 3 on"]),
+                      ["metadata.csv, row 3", "unexpected end of data"]),
     "other columns": ({"metadata.csv": "path;caption\na.mp4;one\n"}, ["path;caption", "expected file_name and text"]),
 }
 
