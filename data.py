@@ -15,7 +15,6 @@ Files are written whole or not at all, so every stage can be killed and started 
 """
 import argparse, base64, csv, glob, hashlib, json, math, os, re, subprocess, sys, time
 from collections import Counter, deque
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import MISSING, dataclass, field, fields
 from functools import lru_cache, partial
@@ -24,7 +23,7 @@ from itertools import zip_longest
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from statistics import mode
-from typing import Literal, NamedTuple, get_args, get_origin
+from typing import NamedTuple, get_args
 
 import imageio.v2 as imageio
 import numpy as np
@@ -79,10 +78,7 @@ def parse(options, name, argv=None):
             continue
         if field.default not in ("", 0, ()):
             help += f" [{field.default}]"
-        if get_origin(field.type) is Literal:
-            kind = dict(choices=get_args(field.type), metavar="NAME")
-        else:
-            kind = KINDS[field.type]
+        kind = KINDS.get(field.type) or dict(choices=get_args(field.type), metavar="NAME")     # else a Literal
         section.add_argument(flag(field.name), default=field.default, help=help, **kind)
     if hasattr(options, "model"):
         parser.set_defaults(model=default_model()[0])
@@ -116,7 +112,8 @@ def command(main, options, name):
     for stream in sys.stdout, sys.stderr:
         stream.reconfigure(errors="replace")               # a console that cannot print ω prints ?
     try:
-        options, (default, why) = parse(options, name), default_model()
+        options = parse(options, name)
+        default, why = default_model()
         uses_a_model = not any(getattr(options, name, None) for name in ("curate", "study", "tally", "verdict"))
         if hasattr(options, "model") and uses_a_model and this_process().rank == 0:
             print(f"model: {options.model} ({why if options.model == default else '--model'})")
@@ -380,12 +377,12 @@ def metadata_rows(path, left_out):
             else:
                 cells = next(table)
                 if head and cells and len(cells) != len(head):
-                    raise ValueError(f"not the {len(head)} cells of the head; put a caption with commas in quotes")
+                    raise ValueError(f"not the {len(head)} cells of the head (put a caption with commas in quotes)")
                 fields = dict(zip(head, cells))
                 head = head or cells
             yield where, fields
         except (ValueError, csv.Error) as e:
-            note_fault(f"{where}: cannot be read ({e})", left_out)
+            note_fault(f"{where}: {e}; expected file_name and text", left_out)
         number = max(number + 1, table.line_num)           # a row of a CSV file may span lines
 
 
@@ -591,10 +588,8 @@ def frames_as_jpeg(video, count):
 
 
 def ask(options, text, images, read):
-    """The answers of --vlm to a text with JPEG images: one, or two where `read` makes None of the first.
-
-    Raises UserError, with the address, where the server is absent, silent or answers with an error three times.
-    """
+    """The answers of --vlm to a text with JPEG images: one, or two where `read` makes None of the first. Raises
+    UserError, with the address, where the server is absent, silent or answers with an error three times."""
     if not options.endpoint.startswith("http") or not options.vlm:
         raise UserError(f"--endpoint {options.endpoint} --vlm {options.vlm}: expected the address of an OpenAI-"
                         "compatible server, such as http://localhost:8000/v1, and the name of a model there")
@@ -663,13 +658,14 @@ def read_judgement(answer):
 def curate(options):
     """Sec. 4.1: a model judges and describes every clip in or below a folder. OUT/metadata.jsonl gets a row for each,
     with keep true, false, or null where the answer could not be read; OUT/inspect.html shows them to a person."""
-    out, asked, clips = Path(options.out).resolve(), {"theme": options.theme, "vlm": options.vlm}, {}
+    out, clips = Path(options.out).resolve(), {}
     for path in sorted(Path(options.videos).resolve().rglob("[!.]*")):
         if path.suffix.lower() in SUFFIXES["video"]:
             clips[Path(os.path.relpath(path, out)).as_posix()] = path
     if not clips or not options.theme:
         raise UserError(f"--videos {options.videos} --theme {options.theme}: expected a folder with videos in or below "
                         "it, and what they are to show")
+    asked = {"theme": options.theme, "vlm": options.vlm}
     rows = read_rows(out / "metadata.jsonl", "file_name", **asked)
     question = (ASSETS / "curate.txt").read_text(encoding="utf-8").format(theme=options.theme)
 
@@ -758,12 +754,13 @@ def read_clip(clip, shape, fps):
 
 def read_ahead(clips, read, left_out):
     """Yield (clip, read(clip)) in order, a few of them read ahead in threads. A UserError goes to `left_out`."""
-    with ThreadPoolExecutor(READERS) as pool:
+    with ThreadPool(READERS) as pool:
         waiting = deque()
         for i, clip in enumerate(clips):
-            waiting.extend(pool.submit(read, clip) for clip in clips[i + len(waiting):i + READERS])
+            for following in clips[i + len(waiting):i + READERS]:
+                waiting.append(pool.apply_async(read, [following]))
             try:
-                result = waiting.popleft().result()
+                result = waiting.popleft().get()
             except UserError as e:
                 note_fault(e, left_out)
             else:
