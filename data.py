@@ -211,7 +211,7 @@ def run_ffmpeg(path, *arguments, decoder=()):
     flaws = re.findall(rf"\[(?:{codecs}|\S*ogg) @.*\[error\] (.*)", log)
     stopped = done.returncode and arguments                # without arguments it reads the header, then always fails
     if flaws or stopped or "Stream #" not in log:
-        reasons = flaws + re.findall(r"\[(?:error|fatal)\] (.*)", log)
+        reasons = [*flaws, *re.findall(r"\[(?:error|fatal)\] (.*)", log), f"ffmpeg's status is {done.returncode}"]
         raise UserError(f"{path}: is damaged or not a video ({reasons[0]})")
     return done.stdout, log
 
@@ -387,16 +387,16 @@ def metadata_rows(path, left_out):
 
 
 def sidecar_rows(folder, what, left_out):
-    """(where, fields) of NAME.mp4 beside NAME.txt. A file of another kind counts where no video or picture claims the
-    caption."""
+    """(where, fields) of NAME.mp4 beside NAME.txt; of a file of another kind if none that is named so has a claim."""
     files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
     captions = {path.stem: path for path in files if path.suffix.lower() == ".txt"}
     claimed = {path.stem for path in files if path.suffix.lower() in SUFFIXES[what]}
     for path in files:
         caption = captions.get(path.stem)
-        if path.suffix.lower() in SUFFIXES[what] and not caption:
+        named = path.suffix.lower() in SUFFIXES[what]
+        if named and not caption:
             note_fault(f"{path}: has no caption; write one into {path.with_suffix('.txt')}", left_out)
-        elif path.suffix.lower() in SUFFIXES[what] or (caption not in (None, path) and path.stem not in claimed):
+        elif named or (caption not in (None, path) and path.stem not in claimed):
             yield caption, {"file_name": path.name, "text": "\n".join(read_lines(caption))}
 
 
@@ -409,7 +409,7 @@ def make_clip(folder, where, fields):
             raise UserError(f"{where}: {key} is {json.dumps(fields[key]):.60}, expected text")
         wrong = re.search("[\0\ud800-\udfff]", fields[key])
         if wrong:
-            raise UserError(f"{where}: character {wrong.start() + 1} of {key} is {wrong[0]!a}, expected text in UTF-8")
+            raise UserError(f"{where}: character {wrong.start() + 1} of its {key} is {wrong[0]!a}, expected UTF-8")
     file = fields["file_name"].strip()
     if Path(file).name in ("", ".."):
         raise UserError(f"{where}: file_name is {file!r}, expected the name of a file")
