@@ -604,14 +604,14 @@ def ask(options, text, images, read):
                                            temperature=0.7 * len(answers))     # the second answer may differ
             answers.append(reply.choices[0].message.content or "")
         except (HTTPError, OSError, ValueError, LookupError, TypeError, AttributeError) as e:
-            failures, reason, final = failures + 1, f"{type(e).__name__}: {e}", False
-            if isinstance(e, HfHubHTTPError):
-                reason = f"{e.response.status_code} {e.response.text or e}"
-                final = e.response.status_code in (400, 401, 403, 404, 413, 422)       # another try would not help
-            if final or failures == 3:
-                raise UserError(f"{options.endpoint}: {' '.join(reason.split()):.300}; "
-                                "what was answered is kept, the same command goes on from here") from e
-            time.sleep(failures ** 2)
+            failures += 1
+            status = e.response.status_code if isinstance(e, HfHubHTTPError) else None
+            if failures < 3 and status not in (400, 401, 403, 404, 413, 422):  # at these another try would not help
+                time.sleep(failures ** 2)
+                continue
+            reason = f"{status} {e.response.text or e}" if status else f"{type(e).__name__}: {e}"
+            raise UserError(f"{options.endpoint}: {' '.join(reason.split()):.300}; "
+                            "what was answered is kept, the same command goes on from here") from e
     return answers
 
 
@@ -800,20 +800,20 @@ def main(options):
     rank, world, device, dtype = this_process()
     left_out = [] if options.skip_bad else None
     clips = list_clips(options.videos, options.given_negatives, left_out)
-    usual = mode([len(clip.negatives) for clip in clips if clip.negatives] or [int(options.given_negatives)])
+    counts = [len(clip.negatives) for clip in clips if clip.negatives]
+    negatives = mode(counts or [1]) if options.given_negatives else 0
     clips = clips[rank::world]
     if left_out:
         left_out = left_out[rank::world]                   # every rank has read the whole list
     folder = resolve(options.model, "transformer/config.json", "vae", "text_encoder", "tokenizer")
     out, shape = Path(options.out), clip_shape(options, folder)
     made_by = dict(vae=digest(folder / "vae"), text_encoder=digest(folder / "text_encoder"),
-                   frames=shape[0], height=shape[1], width=shape[2],
-                   fps=options.fps, image_noise=options.image_noise, given_negatives=options.given_negatives,
-                   seed=options.seed)
+                   frames=shape[0], height=shape[1], width=shape[2])
+    made_by |= {name: getattr(options, name) for name in ("fps", "image_noise", "given_negatives", "seed")}
     expected = {clip.name: dict(fingerprint=made_by, caption=clip.caption, source=str(clip.file)) for clip in clips}
     todo = {*missing(expected, out / "win")}
     clips = [clip for clip in clips if clip.name in todo]
-    check = partial(check_clip, negatives=usual, shape=shape, fps=options.fps)
+    check = partial(check_clip, negatives=negatives, shape=shape, fps=options.fps)
     checked = tqdm(read_ahead(clips, check, left_out), "checking clips", len(clips), disable=rank > 0)
     clips = [clip for clip, _ in checked]
     if clips or not (out / "empty.safetensors").is_file():
