@@ -107,6 +107,12 @@ def this_process():
     return Process(rank, world_size, torch.device("cuda", local), torch.bfloat16)
 
 
+def say(message):
+    """Print once, however many processes there are."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(message)
+
+
 def command(main, options, name):
     """Run `main(options)` of NAME.py; a user's mistake ends in one line and status 1, an interruption in advice."""
     for stream in sys.stdout, sys.stderr:
@@ -115,8 +121,8 @@ def command(main, options, name):
         options = parse(options, name)
         default, why = default_model()
         uses_a_model = not any(getattr(options, name, None) for name in ("curate", "study", "tally", "verdict"))
-        if hasattr(options, "model") and uses_a_model and this_process().rank == 0:
-            print(f"model: {options.model} ({why if options.model == default else '--model'})")
+        if hasattr(options, "model") and uses_a_model:
+            say(f"model: {options.model} ({why if options.model == default else '--model'})")
         main(options)
     except UserError as e:
         # Most mistakes are every rank's: rank 0 says so, and torchrun ends the others meanwhile.
@@ -329,7 +335,7 @@ class Clip(NamedTuple):
     file: Path
     caption: str
     where: str | Path                                      # the row of a list or the file that says so
-    row: dict                                              # what else it says, such as keep
+    extra: dict                                            # what else it says, such as keep
     image: Path | None = None                              # a first frame of its own, where the folder has one
     negatives: tuple[Path, ...] = ()                       # generated videos, where they are asked for
 
@@ -454,7 +460,7 @@ def list_clips(folder, given_negatives=False, left_out=None):
     used = {folder / name for name in ("video.txt", "prompt.txt", "metadata.jsonl", "metadata.csv")}
     for clip in listed:
         used |= {clip.file, clip.where}
-        if str(clip.row.get("keep", True)).lower() != "true":
+        if str(clip.extra.get("keep", True)).lower() != "true":
             continue
         if clip.name in clips:
             raise UserError(f"{folder}: two clips are named {clip.name}; rename one of them")
@@ -463,13 +469,12 @@ def list_clips(folder, given_negatives=False, left_out=None):
         used |= {clip.image, *clip.negatives}
         clips[clip.name] = clip
     unused = [path for path in folder.rglob("*") if path.is_file() and path not in used and path.name[0] != "."]
-    if this_process().rank == 0:
-        if len(clips) < len(listed):
-            print(f"{folder}: {len(listed) - len(clips)} clips are not used, by their `keep`")
-        if unused:
-            kinds = Counter(path.suffix.lower() or path.name for path in unused)
-            found = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(5))
-            print(f"{folder}: {len(unused)} other files are not used ({found})")
+    if len(clips) < len(listed):
+        say(f"{folder}: {len(listed) - len(clips)} clips are not used, by their `keep`")
+    if unused:
+        kinds = Counter(path.suffix.lower() or path.name for path in unused)
+        found = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(5))
+        say(f"{folder}: {len(unused)} other files are not used ({found})")
     if not clips and not left_out:
         raise UserError(f"{folder}: no clip is left; none has a `keep` that is true")
     return list(clips.values())
@@ -723,15 +728,13 @@ def clip_shape(options, folder):
     multiple = space * c["patch_size"]
     trained = c["sample_frames"], c["sample_height"] * space, c["sample_width"] * space
     frames, height, width = options.frames or trained[0], options.height or trained[1], options.width or trained[2]
-    if frames < 1 or frames % 8 != 1:
-        raise UserError(f"--frames {frames}: expected 8k + 1 (9, 17, … 49)")
+    if frames < 1 or frames % 8 != 1 or options.fps < 1:
+        raise UserError(f"--frames {frames} --fps {options.fps}: expected 8k + 1 frames (9, 17, … 49), at least 1 fps")
     if min(height, width) <= 0 or height % multiple or width % multiple:
         raise UserError(f"--height {height} --width {width}: expected multiples of {multiple}")
     if c["use_learned_positional_embeddings"] and (frames > trained[0] or (height, width) != trained[1:]):
         raise UserError(f"--frames {frames} --height {height} --width {width}: this model's learned positions "
                         f"are for at most {trained[0]} frames of {trained[1]}×{trained[2]}")
-    if options.fps < 1:
-        raise UserError(f"--fps {options.fps}: expected at least 1")
     return frames, height, width
 
 
@@ -834,9 +837,8 @@ def main(options):
         with whole_file(report) as part:
             part.write_text("\n".join(left_out) + "\n", encoding="utf-8", errors="replace")
         print(f"{len(left_out)} clips left out; {report} says why")
-    if rank == 0:
-        print(f"{len(list((out / 'win').glob('*.safetensors')))} clips in {out}/win; next: python "
-              f"{'train' if options.given_negatives else 'sample'}.py --model {options.model} --data {out}")
+    say(f"{len(list((out / 'win').glob('*.safetensors')))} clips in {out}/win; next: python "
+        f"{'train' if options.given_negatives else 'sample'}.py --model {options.model} --data {out}")
 
 
 if __name__ == "__main__":

@@ -152,7 +152,7 @@ def read_bench(folder):
     folder, prompts = Path(folder), {}
     lists = [path.name for path in folder.glob("*.txt") if path.name not in ("images.txt", "videos.txt")]
     for clip in read_list(folder, "images.txt", lists[0] if len(lists) == 1 else "prompts.txt", what="picture"):
-        name = str(clip.row.get("name") or clip.file.stem)
+        name = str(clip.extra.get("name") or clip.file.stem)
         if not clip.file.is_file():
             raise UserError(f"{clip.where}: {clip.file} is not there")
         if name in prompts or "/" in name:
