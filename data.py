@@ -163,7 +163,7 @@ def whole_file(path):
 def write_json(path, *values):
     """A JSON file; of several values, JSON lines."""
     with whole_file(path) as part:
-        part.write_text("\n".join(map(json.dumps, values)))
+        part.write_text("".join(json.dumps(value) + "\n" for value in values))
 
 
 def write_tensors(path, tensors, model="the model", **metadata):
