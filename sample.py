@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from data import (ASSETS, KEY, SUFFIXES, Records, ask, check_metadata, clip_shape, command, digest, frames_as_jpeg,
                   generator, in_parallel, missing, option, read_image, read_list, read_rows, read_video, this_process,
-                  to_uint8, whole_file, write_json, write_page, write_rows, write_tensors, write_video)
+                  to_uint8, whole_file, write_json, write_page, write_tensors, write_video)
 from model import UserError, load_dit, load_text_encoder, load_vae, read_json, resolve
 from realdpo import Condition, sample
 
@@ -151,13 +151,13 @@ def read_bench(folder):
         raise UserError("--bench is missing: the folder of pictures with captions that the videos are made of")
     folder, prompts = Path(folder), {}
     lists = [path.name for path in folder.glob("*.txt") if path.name not in ("images.txt", "videos.txt")]
-    for row in read_list(folder, "images.txt", lists[0] if len(lists) == 1 else "prompts.txt", what="picture"):
-        name = str(row.extra.get("name") or Path(row.file).stem)
-        if row.fault or not (folder / row.file).is_file():
-            raise UserError(row.fault or f"{row.where}: {folder / row.file} is not there")
+    for clip in read_list(folder, "images.txt", lists[0] if len(lists) == 1 else "prompts.txt", what="picture"):
+        name = str(clip.extra.get("name") or clip.file.stem)
+        if not clip.file.is_file():
+            raise UserError(f"{clip.where}: {clip.file} is not there")
         if name in prompts or "/" in name:
-            raise UserError(f"{row.where}: is named {name}; expected a name of its own, without a slash")
-        prompts[name] = Prompt(name, folder / row.file, row.caption)
+            raise UserError(f"{clip.where}: is named {name}; expected a name of its own, without a slash")
+        prompts[name] = Prompt(name, clip.file, clip.caption)
     return list(prompts.values())
 
 
@@ -334,7 +334,7 @@ def ask_verdicts(options, file):
     rows = read_rows(file, "about", vlm=options.vlm)
     for row in in_parallel(judge, [about for about in jobs if about not in rows], options):
         rows[row["about"]] = row
-        write_rows(file, rows.values())
+        write_json(file, *rows.values())
     return [rows[about] for about in jobs]
 
 
