@@ -9,18 +9,19 @@ bench of pictures becomes a folder of mp4s, which people and a language model co
 MODEL is a model folder, a hub id, or the --out folder of a training run. BENCH is a folder of pictures with captions
 in any of data.py's three forms. The text encoder, the largest network, leaves before the transformer comes.
 """
-import hashlib, json, re, secrets
+import hashlib, math, re, secrets
+from collections import namedtuple
 from dataclasses import dataclass
+from itertools import chain, product
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import (ASSETS, KEY, SUFFIXES, Records, ask, check_metadata, clip_shape, command, digest, frames_as_jpeg,
-                  generator, in_parallel, missing, option, read_image, read_list, read_rows, read_video, this_process,
-                  to_uint8, whole_file, write_json, write_page, write_rows, write_tensors, write_video)
+from data import (ASSETS, KEY, Records, ask, check_metadata, clip_shape, command, digest, frames_as_jpeg, generator,
+                  in_parallel, missing, option, read_image, read_list, read_rows, say, this_process, to_uint8,
+                  whole_file, write_json, write_page, write_rows, write_tensors, write_video)
 from model import UserError, load_dit, load_text_encoder, load_vae, read_json, resolve
 from realdpo import Condition, sample
 
@@ -46,7 +47,6 @@ class Options:
     height: int = option(0, "of the video; default: the model's")
     width: int = option(0, "of the video; default: the model's")
     fps: int = option(8, "of the video")
-    gif: bool = option(False, "also write a GIF beside each mp4")
     seed: int = option(0, "of the noise")
     compile: bool = option(False, "compile the transformer's blocks: slow to start, then faster")
     endpoint: str = option("", f"an OpenAI-compatible server's address; its key: environment variable {KEY}", "Verdict")
@@ -98,42 +98,53 @@ def negatives(options):
               f"next: python train.py --model {options.model} --data {options.data}")
 
 
-class Prompt(NamedTuple):
-    """One row of a bench."""
-    name: str                                              # of its videos: NAME.mp4, or NAME-0.mp4 …
-    image: Path                                            # a picture, or a clip for its first frame
-    caption: str
+Prompt = namedtuple("Prompt", "name image caption")        # a row of a bench; its videos are called by its name
 
 
-def first_frame(path, height, width):
-    """A picture, or the first frame of a clip: (3,1,height,width)."""
-    is_clip = path.suffix.lower() in SUFFIXES["video"] and path.suffix.lower() not in SUFFIXES["picture"]
-    return read_video(path, 1, height, width, 1) if is_clip else read_image(path, height, width)
+def hashed(value, *files):
+    """A short name that depends on a value and on what is in the files, and gives none of it away."""
+    contents = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
+    return hashlib.sha256(repr((value, contents)).encode()).hexdigest()[:16]
 
 
-def film(options, shots):
-    """Generate and write the video of every shot: a Prompt, a file, and the key that its noise depends on."""
+def read_bench(folder):
+    """The Prompts of a folder of pictures with captions, and a hash of their names, captions and pictures.
+    Raises UserError for one that cannot be read."""
+    if not folder:
+        raise UserError("--bench is missing: the folder of pictures with captions that the videos are made of")
+    folder, prompts = Path(folder), {}
+    lists = [path.name for path in folder.glob("*.txt") if path.name not in ("images.txt", "videos.txt")]
+    for row in read_list(folder, "images.txt", lists[0] if len(lists) == 1 else "prompts.txt", what="picture"):
+        image, name = folder / row.file, str(row.extra.get("name") or Path(row.file).stem)
+        if row.fault or not image.is_file():
+            raise UserError(row.fault or f"{image}: is not there, but the bench lists it")
+        if name in prompts or "/" in name:
+            raise UserError(f"{image}: is named {name}; expected a name of its own, without a slash")
+        prompts[name] = Prompt(name, image, row.caption)
+    prompts = list(prompts.values())
+    return prompts, hashed([prompt[::2] for prompt in prompts], *[prompt.image for prompt in prompts])
+
+
+def make_videos(options, shots):
+    """Generate and write (file, Prompt, number) each; the noise depends on seed, prompt's name and number alone."""
     model, process = options.model, this_process()
-    device, dtype = process.device, process.dtype
     frames, height, width = clip_shape(options, resolve(model, "transformer/config.json", "vae/config.json"))
-    images = {prompt.image: first_frame(prompt.image, height, width) for prompt, _, _ in shots}    # all, to fail early
-    encode_text = load_text_encoder(model, device, dtype)
-    texts = {text: encode_text([text])[0] for text in {"", *(prompt.caption for prompt, _, _ in shots)}}
+    prompts = [prompt for _, prompt, _ in shots]
+    images = {prompt.image: read_image(prompt.image, height, width) for prompt in prompts}     # all, to fail early
+    encode_text = load_text_encoder(model, process.device, process.dtype)
+    texts = {text: encode_text([text])[0] for text in {"", *(prompt.caption for prompt in prompts)}}
     del encode_text
     torch.cuda.empty_cache()
-    vae = load_vae(model, device, dtype)
+    vae = load_vae(model, process.device, process.dtype)
     for path, image in images.items():
-        images[path] = vae.encode(image[None].to(device), generator("image", options.seed))[0]     # (C,1,h,w)
+        images[path] = vae.encode(image[None].to(process.device), generator("image", options.seed))[0]     # (C,1,h,w)
     denoiser = load_denoiser(options, model, process)
-    for prompt, file, key in tqdm(shots, desc="videos", disable=process.rank > 0 or len(shots) == 1):
-        image = images[prompt.image]
-        shape = (image.shape[0], (frames - 1) // 4 + 1, *image.shape[2:])
-        latents = generate(denoiser, dict(text=texts[prompt.caption], image=image), texts[""], options, device, *key,
-                           shape=shape, progress=len(shots) == 1)
-        video = to_uint8(vae.decode(latents)[0])
-        write_video(file, video, options.fps)
-        if options.gif:
-            write_video(file.with_suffix(".gif"), video, options.fps)
+    for file, prompt, number in tqdm(shots, desc="videos", disable=process.rank > 0 or len(shots) == 1):
+        record = dict(text=texts[prompt.caption], image=images[prompt.image])
+        channels, _, *size = record["image"].shape
+        latents = generate(denoiser, record, texts[""], options, process.device, "video", options.seed, prompt.name,
+                           number, shape=(channels, (frames - 1) // 4 + 1, *size), progress=len(shots) == 1)
+        write_video(file, to_uint8(vae.decode(latents)[0]), options.fps)
 
 
 def generate_one(options):
@@ -141,72 +152,47 @@ def generate_one(options):
     out = Path(options.out or "video.mp4")
     if out.suffix != ".mp4":
         raise UserError(f"--out {out}: expected a name that ends in .mp4")
-    film(options, [(Prompt("", Path(options.image), options.prompt), out, ("video", options.seed))])
-    print(f"a video in {out}" + (" and .gif" if options.gif else ""))
-
-
-def read_bench(folder):
-    """The Prompts of a folder of pictures with captions. Raises UserError for one that cannot be read."""
-    if not folder:
-        raise UserError("--bench is missing: the folder of pictures with captions that the videos are made of")
-    folder, prompts = Path(folder), {}
-    lists = [path.name for path in folder.glob("*.txt") if path.name not in ("images.txt", "videos.txt")]
-    for row in read_list(folder, "images.txt", lists[0] if len(lists) == 1 else "prompts.txt", what="picture"):
-        name = str(row.extra.get("name") or Path(row.file).stem)
-        if row.fault or not (folder / row.file).is_file():
-            raise UserError(row.fault or f"{row.where}: {folder / row.file} is not there")
-        if name in prompts or "/" in name:
-            raise UserError(f"{row.where}: is named {name}; expected a name of its own, without a slash")
-        prompts[name] = Prompt(name, folder / row.file, row.caption)
-    return list(prompts.values())
-
-
-def fingerprint(prompts):
-    """A short name for what a bench holds: its names, captions and pictures."""
-    sha = hashlib.sha256()
-    for prompt in prompts:
-        sha.update(repr((prompt.name, prompt.caption)).encode() + prompt.image.read_bytes())
-    return sha.hexdigest()[:16]
+    make_videos(options, [(out, Prompt("", Path(options.image), options.prompt), 0)])
+    print(f"a video in {out}")
 
 
 def generate_bench(options):
-    """A video, or `samples`, for every picture of a bench: this rank's share of those that are not there yet.
-
-    VBench finds the picture of a video by its name, less a dash and a number at its end; so a name that has these of
-    its own gets a number more.
-    """
+    """A video, or `samples`, for every picture of a bench: this rank's share of those that are not there yet."""
     process, out, shots = this_process(), Path(options.out or "videos"), []
-    prompts = read_bench(options.bench)
+    prompts, bench = read_bench(options.bench)
     folder = resolve(options.model, "transformer", "scheduler")
     names = "steps", "guidance", "solver", "frames", "height", "width", "fps", "seed"
-    made_by = {"fingerprint": {"transformer": digest(folder / "transformer"), "bench": fingerprint(prompts),
+    made_by = {"fingerprint": {"transformer": digest(folder / "transformer"), "bench": bench,
                                **{name: getattr(options, name) for name in names}}}
     if (out / "bench.json").is_file():
         check_metadata(out / "bench.json", read_json(out / "bench.json"), made_by)
     write_json(out / "bench.json", made_by)
     for prompt in prompts:
+        # VBench cuts a number off a video's name to find its picture: a name that ends in one gets another.
+        numbered = options.samples or re.search(r"-\d+$", prompt.name)
         for number in range(max(1, options.samples)):
-            ending = f"-{number}" if options.samples or re.search(r"-\d+$", prompt.name) else ""
-            shots.append((prompt, out / f"{prompt.name}{ending}.mp4", ("bench", options.seed, prompt.name, number)))
-    todo = [shot for shot in shots[process.rank::process.world_size] if not shot[1].exists()]
+            file = f"{prompt.name}-{number}.mp4" if numbered else f"{prompt.name}.mp4"
+            shots.append((out / file, prompt, number))
+    todo = [shot for shot in shots[process.rank::process.world_size] if not shot[0].exists()]
     if todo:
-        film(options, todo)
-    if process.rank == 0:
-        print(f"{len(shots)} videos of {len(prompts)} prompts in {out}")
+        make_videos(options, todo)
+    say(f"{len(shots)} videos of {len(prompts)} prompts in {out}")
 
 
 # ---- Which method is better? A study with raters (App. B.2), a language model's verdict (App. B.3) ------------------
 
-STUDY = "visual alignment", "text alignment", "motion quality", "human quality", "overall quality"      # Fig. 10
+# Those of Fig. 10; a language model judges the first four.
+DIMENSIONS = "visual alignment", "text alignment", "motion quality", "human quality", "overall quality"
 
 
-def read_methods(folder, prompts):
-    """{method: the first video of every prompt} of a folder with a folder a method. Raises UserError if one lacks."""
-    methods = {}
+def read_methods(folder, bench):
+    """The Prompts of a bench and {method: its first video of each}, of a folder with a folder a method.
+    Raises UserError where one lacks a video or was made of another bench."""
+    methods, (prompts, contents) = {}, read_bench(bench)
     for path in sorted(path for path in Path(folder).glob("[!.]*") if path.is_dir()):
-        if (path / "bench.json").is_file():
-            made_by = {"bench": read_json(path / "bench.json")["fingerprint"]["bench"]}
-            check_metadata(path, {"fingerprint": made_by}, {"fingerprint": {"bench": fingerprint(prompts)}})
+        note = path / "bench.json"
+        if note.is_file() and read_json(note)["fingerprint"]["bench"] != contents:
+            raise UserError(f"{path}: was made of another bench than --bench {bench}, or of what that held before")
         methods[path.name] = []
         for prompt in prompts:
             one, first = path / f"{prompt.name}.mp4", path / f"{prompt.name}-0.mp4"
@@ -215,7 +201,7 @@ def read_methods(folder, prompts):
             methods[path.name].append(one if one.is_file() else first)
     if not methods:
         raise UserError(f"{folder}: holds no folders; expected one a method, with its videos")
-    return methods
+    return prompts, methods
 
 
 def write_study(options):
@@ -223,87 +209,71 @@ def write_study(options):
 
     The names of the clips come from a secret in the key: a study that is written again is the same study.
     """
-    out, pages, clips, contents = Path(options.out or "study"), [], {}, hashlib.sha256()
-    prompts, key = read_bench(options.bench), Path(f"{out}-key.json")
-    methods = read_methods(options.study, prompts)
+    out, pages = Path(options.out or "study"), []
+    prompts, methods = read_methods(options.study, options.bench)
+    key, clips = Path(f"{out}-key.json"), {method: [] for method in methods}
     secret = read_json(key)["secret"] if key.exists() else secrets.token_hex(16)
     for i, prompt in enumerate(tqdm(prompts, desc="copying clips")):
-        files = {}
+        files = {f"{i}.jpg": frames_as_jpeg(prompt.image, 1)[0]}
         for method, videos in methods.items():
-            clip = hashlib.sha256(f"{secret}/{method}/{prompt.name}".encode()).hexdigest()[:16]
-            clips.setdefault(method, []).append(clip)
-            files[clip + ".mp4"] = videos[i].read_bytes()
-        pages.append(dict(caption=prompt.caption, clips=sorted(Path(file).stem for file in files)))
-        files[pages[-1]["clips"][0] + ".jpg"] = frames_as_jpeg(prompt.image, 1)[0]
-        for file, content in sorted(files.items()):
+            clip = hashed([secret, method, prompt.name], videos[i])
+            clips[method].append(clip)
+            files[f"{clip}.mp4"] = videos[i].read_bytes()
+        for file, content in files.items():
             with whole_file(out / "clips" / file) as part:
                 part.write_bytes(content)
-            contents.update(content)
-    contents.update(json.dumps([secret, pages]).encode())
-    study = contents.hexdigest()[:16]
+        pages.append(dict(caption=prompt.caption, clips=sorted(clips[method][i] for method in methods)))
+    study = hashed(pages)
     write_json(key, dict(study=study, secret=secret, clips=clips))
     write_page("study.html", out / "study.html", dict(study=study, pages=pages))
     print(f"{len(pages)} pages of {len(methods)} videos in {out}: give raters this folder, without {key}, and collect "
           f"what they save; then: python sample.py --tally answers/*.json --out {out}")
 
 
-def read_answers(file, key):
-    """A rater's name and {clip: five ratings}. Raises UserError for a file cut short or of another study."""
-    found = read_json(Path(file))
-    study, rater, ratings = found["study"], str(found["rater"]), found["ratings"]
-    if study != key["study"]:
-        raise UserError(f"{file}: answers study {study}, not {key['study']}; --out names the folder of the study")
-    for clip in sum(key["clips"].values(), []):
-        five = ratings.get(clip, [])
-        if len(five) != len(STUDY) or not all(points in (1, 2, 3, 4, 5) for points in five):
-            raise UserError(f"{file}: has not five ratings from 1 to 5 of {clip}; let {rater} go on and save again")
-    return rater, ratings
-
-
-def agreement(ratings):
-    """Krippendorff's alpha of ratings (raters, videos) on an interval scale: 1 perfect, 0 by chance."""
-    if len(ratings) < 2 or ratings.var() == 0:
-        return float("nan")
-    return 1 - ratings.var(axis=0, ddof=1).mean() / ratings.var(ddof=1)
-
-
-def print_table(title, table):
-    """Markdown of {row: {column: values (raters, prompts) from 0 to 1}}: the means in per cent and, in brackets, what
-    holds 95 % of such means if raters and prompts are drawn again (bootstrap)."""
-    columns = list(next(iter(table.values())))
+def print_table(title, rows, columns, values):
+    """Markdown of values (raters, rows, prompts, columns) from 0 to 1, nan where there is none: the means in per cent
+    and, in brackets, what holds 95 % of such means if raters and prompts are drawn again (bootstrap)."""
+    raters, _, prompts, _ = values.shape
+    rng, means = generator("bootstrap"), []
+    for _ in range(2000):
+        drawn = values[torch.randint(raters, (raters,), generator=rng)]
+        drawn = drawn[:, :, torch.randint(prompts, (prompts,), generator=rng)]
+        means.append(drawn.nanmean(dim=(0, 2)))
+    low, high = 100 * torch.stack(means).nanquantile(torch.tensor([0.025, 0.975], dtype=values.dtype), dim=0)
+    mean = 100 * values.nanmean(dim=(0, 2))                # (rows, columns)
     print(f"| {' | '.join([title, *columns])} |\n|{' --- |' * (len(columns) + 1)}")
-    for name, cells in table.items():
-        texts = [name]
-        for values in cells.values():
-            rng, means = np.random.default_rng(0), []
-            for _ in range(2000 if values.size else 0):
-                raters, prompts = (rng.integers(size, size=size) for size in values.shape)
-                means.append(100 * values[raters][:, prompts].mean())
-            low, high = np.percentile(means, (2.5, 97.5)) if means else (np.nan, np.nan)
-            texts.append(f"{100 * values.mean():.2f} [{low:.1f}, {high:.1f}]" if means else "–")
-        print(f"| {' | '.join(texts)} |")
+    for r, row in enumerate(rows):
+        cells = [f"{m:.2f} [{l:.1f}, {h:.1f}]" for m, l, h in zip(mean[r], low[r], high[r])]
+        print(f"| {' | '.join([row, *cells])} |")
     print()
 
 
 def tally(options):
     """Table 1 of the paper from raters' answers: ratings in per cent of the highest, and comparisons won."""
-    key, raters, ratings, rated, won = read_json(Path(f"{options.out or 'study'}-key.json")), {}, {}, {}, {}
+    key, raters = read_json(Path(f"{options.out or 'study'}-key.json")), {}
     for file in options.tally:
-        rater, answers = read_answers(file, key)
+        answers = read_json(Path(file))
+        study, rater = answers["study"], str(answers["rater"])
+        if study != key["study"]:
+            raise UserError(f"{file}: answers study {study}, not {key['study']}; --out names the folder of the study")
         if rater in raters:
             raise UserError(f"{file}: {rater} has answered in an earlier file, too; give one of the two")
-        raters[rater] = answers
-    for method, clips in key["clips"].items():
-        ratings[method] = np.array([[answers[clip] for clip in clips] for answers in raters.values()])
-    for method, mine in ratings.items():                                       # (raters, prompts, 5)
-        rated[method] = {name: mine[..., d] / 5 for d, name in enumerate(STUDY)}
-        won[method] = {other: (np.sign(mine - theirs)[..., -1] + 1) / 2 for other, theirs in ratings.items()}
-    print_table("rating, % of the highest", rated)
-    print_table("overall quality, % won against (ties half)", won)
-    videos = np.concatenate(list(ratings.values()), axis=1)                    # (raters, all videos, 5)
-    alphas = [f"{name} {agreement(videos[..., d]):.2f}" for d, name in enumerate(STUDY)]
-    print(f"{len(raters)} raters, {len(clips)} prompts, 95 % intervals over both in brackets; agreement of the raters "
-          f"(Krippendorff's alpha, interval scale): {', '.join(alphas)}")
+        raters[rater] = [answers["ratings"].get(clip, []) for clip in chain(*key["clips"].values())]
+        for five in raters[rater]:
+            if len(five) != len(DIMENSIONS) or not {*five} <= {1, 2, 3, 4, 5}:
+                raise UserError(f"{file}: lacks five ratings from 1 to 5 of a video; let {rater} go on and save again")
+    methods = list(key["clips"])
+    ratings = torch.tensor(list(raters.values())).double()                     # (raters, videos, 5)
+    within = ratings.var(dim=0, correction=0).mean(dim=0) / (1 - 1 / len(raters))
+    alphas = 1 - within / ratings.var(dim=(0, 1))
+    ratings = ratings.view(len(raters), len(methods), -1, len(DIMENSIONS))     # (raters, methods, prompts, 5)
+    overall = ratings[..., -1:]
+    won = ((overall - overall.transpose(1, 3)).sign() + 1) / 2                 # (raters, methods, prompts, methods)
+    print_table("rating, % of the highest", methods, DIMENSIONS, ratings / 5)
+    print_table("overall quality, % won against (ties half)", methods, methods, won)
+    agreement = [f"{name} {alpha:.2f}" for name, alpha in zip(DIMENSIONS, alphas)]
+    print(f"{len(raters)} raters, {ratings.shape[2]} prompts, 95 % intervals over both in brackets; agreement of the "
+          f"raters (Krippendorff's alpha, interval scale): {', '.join(agreement)}")
 
 
 def read_scores(answer):
@@ -314,17 +284,15 @@ def read_scores(answer):
 
 
 def ask_verdicts(options, file):
-    """Rows with the model's answers about each dimension of every video: from `file`, or asked where it lacks one."""
-    prompts, jobs = read_bench(options.bench), {}
+    """Write `file`: a row with the model's answers about each dimension of every video. Those it has are not asked."""
+    jobs, (prompts, methods) = {}, read_methods(options.verdict, options.bench)
     template, *sections = (ASSETS / "verdict.txt").read_text(encoding="utf-8").split("\n# ")
-    for method, videos in read_methods(options.verdict, prompts).items():
-        for prompt, video in zip(prompts, videos):
-            for section in sections:
-                dimension, questions = section.split("\n", 1)
-                text = template.format(caption=prompt.caption, dimension=dimension, questions=questions)
-                about = repr((method, prompt.name, text)).encode() + prompt.image.read_bytes() + video.read_bytes()
-                row = dict(method=method, name=prompt.name, dimension=dimension, vlm=options.vlm)
-                jobs[hashlib.sha256(about).hexdigest()[:16]] = row, text, prompt.image, video
+    for method, videos in methods.items():
+        for (prompt, video), section in product(zip(prompts, videos), sections):
+            dimension, questions = section.split("\n", 1)
+            text = template.format(caption=prompt.caption, dimension=dimension, questions=questions)
+            row = dict(method=method, name=prompt.name, dimension=dimension, vlm=options.vlm)
+            jobs[hashed([row, text], prompt.image, video)] = row, text, prompt.image, video
 
     def judge(about):
         row, text, image, video = jobs[about]
@@ -335,28 +303,26 @@ def ask_verdicts(options, file):
     for row in in_parallel(judge, [about for about in jobs if about not in rows], options):
         rows[row["about"]] = row
         write_rows(file, rows.values())
-    return [rows[about] for about in jobs]
+    write_rows(file, [rows[about] for about in jobs])      # in order, without those about videos that have changed
 
 
 def verdict(options):
     """Table 2 of the paper: a vision-language model answers five questions about each dimension of every video."""
-    path, table, unreadable = Path(options.verdict), {}, []
-    file = path if path.is_file() else Path(options.out or path / "verdict.jsonl")
-    rows = read_rows(file, "about").values() if path.is_file() else ask_verdicts(options, file)
+    file, scores = Path(options.verdict), {}
+    if not file.is_file():
+        file = Path(options.out or file / "verdict.jsonl")
+        ask_verdicts(options, file)
+    rows = read_rows(file, "about").values()
     for row in rows:
-        scores = read_scores(row["answers"][-1])
-        column = table.setdefault(row["method"], {}).setdefault(row["dimension"], [])
-        if scores:
-            column.append(sum(scores) / 50)
-        else:
-            unreadable.append(f"{row['method']}/{row['name']} {row['dimension']}")
-    for columns in table.values():
-        for dimension, column in columns.items():
-            columns[dimension] = np.array([column])                            # (1, prompts)
-    print_table("score, % of the highest", table)
+        scores[row["method"], row["name"], row["dimension"]] = read_scores(row["answers"][-1])
+    methods = sorted({row["method"] for row in rows})
+    videos = list(product(methods, sorted({row["name"] for row in rows}), DIMENSIONS[:4]))
+    values = [sum(scores[video]) / 50 if scores.get(video) else math.nan for video in videos]
+    print_table("score, % of the highest", methods, DIMENSIONS[:4], torch.tensor(values).view(1, len(methods), -1, 4))
     print(f"by {row['vlm']}; 95 % intervals over prompts in brackets; every answer is in {file}")
-    if unreadable:
-        print(f"left out, twice without five numbers from 0 to 10: {', '.join(unreadable)}")
+    left_out = [" ".join(video) for video, value in zip(videos, values) if math.isnan(value)]
+    if left_out:
+        print(f"left out, twice without five numbers from 0 to 10: {', '.join(left_out)}")
 
 
 # ---- The command ----------------------------------------------------------------------------------------------------
@@ -366,11 +332,11 @@ def main(options):
     if not 1 <= options.steps <= 1000 or options.negatives < 1 or options.samples < 0:
         raise UserError(f"--steps {options.steps} --negatives {options.negatives} --samples {options.samples}: "
                         "expected 1 to 1000 steps, at least 1 negative and 0 samples")
-    actions = dict(data=negatives, image=generate_one, study=write_study, verdict=verdict, tally=tally,
-                   bench=generate_bench)
+    actions = dict(data=negatives, image=generate_one, bench=generate_bench, study=write_study, tally=tally,
+                   verdict=verdict)
+    if options.study or options.verdict:
+        del actions["bench"]                               # which only says what the videos were made of
     given = [name for name in actions if getattr(options, name)]
-    if len(given) > 1 and given[0] in ("study", "verdict"):
-        given.remove("bench")
     if len(given) != 1:
         raise UserError("give one of --data CACHE (negatives), --image PICTURE and --prompt (one video), --bench BENCH "
                         "(many videos), --study FOLDER or --verdict FOLDER with --bench, --tally FILES")
