@@ -6,10 +6,9 @@ bench of pictures becomes a folder of mp4s, which people and a language model co
     python sample.py --bench BENCH --out videos/METHOD                 (torchrun as well)
     python sample.py --study videos --bench BENCH, then --tally answers/*.json; or --verdict videos --bench BENCH …
 
-MODEL is a model folder, a hub id, or the --out folder of a training run. BENCH is a folder of pictures with captions
-in any of data.py's three forms. The text encoder, the largest network, leaves before the transformer comes.
+MODEL is a model folder, a hub id or a training run; BENCH a folder of pictures with captions, listed as data.py says.
 """
-import hashlib, math, re, secrets
+import hashlib, math, re, secrets, shutil
 from collections import namedtuple
 from dataclasses import dataclass
 from itertools import chain, product
@@ -98,11 +97,11 @@ def negatives(options):
               f"next: python train.py --model {options.model} --data {options.data}")
 
 
-Prompt = namedtuple("Prompt", "name image caption")        # a row of a bench; its videos are called by its name
+Prompt = namedtuple("Prompt", "name image caption")        # a row of a bench; NAME.mp4 is its video
 
 
 def hashed(value, *files):
-    """A short name that depends on a value and on what is in the files, and gives none of it away."""
+    """A short name for a value and for what the files hold."""
     contents = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
     return hashlib.sha256(repr((value, contents)).encode()).hexdigest()[:16]
 
@@ -121,33 +120,33 @@ def read_bench(folder):
         if name in prompts or "/" in name:
             raise UserError(f"{image}: is named {name}; expected a name of its own, without a slash")
         prompts[name] = Prompt(name, image, row.caption)
-    prompts = list(prompts.values())
-    return prompts, hashed([prompt[::2] for prompt in prompts], *[prompt.image for prompt in prompts])
+    texts = [(prompt.name, prompt.caption) for prompt in prompts.values()]
+    images = [prompt.image for prompt in prompts.values()]
+    return list(prompts.values()), hashed(texts, *images)
 
 
 def make_videos(options, shots):
-    """Generate and write (file, Prompt, number) each; the noise depends on seed, prompt's name and number alone."""
+    """Generate and write the video of each shot (file, Prompt, number); its noise depends on seed, name and number."""
     model, process = options.model, this_process()
     frames, height, width = clip_shape(options, resolve(model, "transformer/config.json", "vae/config.json"))
-    prompts = [prompt for _, prompt, _ in shots]
-    images = {prompt.image: read_image(prompt.image, height, width) for prompt in prompts}     # all, to fail early
+    images = {prompt: read_image(prompt.image, height, width) for _, prompt, _ in shots}       # all, to fail early
     encode_text = load_text_encoder(model, process.device, process.dtype)
-    texts = {text: encode_text([text])[0] for text in {"", *(prompt.caption for prompt in prompts)}}
-    del encode_text
+    texts = {text: encode_text([text])[0] for text in {"", *(prompt.caption for prompt in images)}}
+    del encode_text                                        # the largest network: it leaves before the others come
     torch.cuda.empty_cache()
     vae = load_vae(model, process.device, process.dtype)
-    for path, image in images.items():
-        images[path] = vae.encode(image[None].to(process.device), generator("image", options.seed))[0]     # (C,1,h,w)
+    for prompt, image in images.items():
+        images[prompt] = vae.encode(image[None].to(process.device), generator("image", options.seed))[0]   # (C,1,h,w)
     denoiser = load_denoiser(options, model, process)
     for file, prompt, number in tqdm(shots, desc="videos", disable=process.rank > 0 or len(shots) == 1):
-        record = dict(text=texts[prompt.caption], image=images[prompt.image])
+        record = dict(text=texts[prompt.caption], image=images[prompt])
         channels, _, *size = record["image"].shape
         latents = generate(denoiser, record, texts[""], options, process.device, "video", options.seed, prompt.name,
                            number, shape=(channels, (frames - 1) // 4 + 1, *size), progress=len(shots) == 1)
         write_video(file, to_uint8(vae.decode(latents)[0]), options.fps)
 
 
-def generate_one(options):
+def make_one(options):
     """One picture and one sentence to an mp4."""
     out = Path(options.out or "video.mp4")
     if out.suffix != ".mp4":
@@ -156,7 +155,7 @@ def generate_one(options):
     print(f"a video in {out}")
 
 
-def generate_bench(options):
+def make_bench(options):
     """A video, or `samples`, for every picture of a bench: this rank's share of those that are not there yet."""
     process, out, shots = this_process(), Path(options.out or "videos"), []
     prompts, bench = read_bench(options.bench)
@@ -168,7 +167,7 @@ def generate_bench(options):
         check_metadata(out / "bench.json", read_json(out / "bench.json"), made_by)
     write_json(out / "bench.json", made_by)
     for prompt in prompts:
-        # VBench cuts a number off a video's name to find its picture: a name that ends in one gets another.
+        # VBench drops a number at the end of a video's name to find its picture: a name that has one gets another.
         numbered = options.samples or re.search(r"-\d+$", prompt.name)
         for number in range(max(1, options.samples)):
             file = f"{prompt.name}-{number}.mp4" if numbered else f"{prompt.name}.mp4"
@@ -181,53 +180,49 @@ def generate_bench(options):
 
 # ---- Which method is better? A study with raters (App. B.2), a language model's verdict (App. B.3) ------------------
 
-# Those of Fig. 10; a language model judges the first four.
-DIMENSIONS = "visual alignment", "text alignment", "motion quality", "human quality", "overall quality"
+DIMENSIONS = "visual alignment", "text alignment", "motion quality", "human quality", "overall quality"     # Fig. 10
 
 
-def read_methods(folder, bench):
-    """The Prompts of a bench and {method: its first video of each}, of a folder with a folder a method.
-    Raises UserError where one lacks a video or was made of another bench."""
-    methods, (prompts, contents) = {}, read_bench(bench)
-    for path in sorted(path for path in Path(folder).glob("[!.]*") if path.is_dir()):
-        note = path / "bench.json"
+def list_videos(folder, bench):
+    """[(method, Prompt, the method's first video of it)] of a folder with a folder a method.
+    Raises UserError for one that lacks a video or was made of another bench."""
+    videos, (prompts, contents) = [], read_bench(bench)
+    for method in sorted(path for path in Path(folder).glob("[!.]*") if path.is_dir()):
+        note = method / "bench.json"
         if note.is_file() and read_json(note)["fingerprint"]["bench"] != contents:
-            raise UserError(f"{path}: was made of another bench than --bench {bench}, or of what that held before")
-        methods[path.name] = []
+            raise UserError(f"{method}: was made from another bench than {bench}, or from what it held before")
         for prompt in prompts:
-            one, first = path / f"{prompt.name}.mp4", path / f"{prompt.name}-0.mp4"
+            one, first = method / f"{prompt.name}.mp4", method / f"{prompt.name}-0.mp4"
             if not one.is_file() and not first.is_file():
-                raise UserError(f"{path}: lacks {one.name} (or {first.name}), which --bench asks every method for")
-            methods[path.name].append(one if one.is_file() else first)
-    if not methods:
+                raise UserError(f"{method}: lacks {one.name} (or {first.name}), which --bench asks every method for")
+            videos.append((method.name, prompt, one if one.is_file() else first))
+    if not videos:
         raise UserError(f"{folder}: holds no folders; expected one a method, with its videos")
-    return prompts, methods
+    return videos
 
 
 def write_study(options):
-    """OUT/study.html with its clips, for raters, and OUT-key.json, which tells what method a clip is of.
-
-    The names of the clips come from a secret in the key: a study that is written again is the same study.
-    """
-    out, pages = Path(options.out or "study"), []
-    prompts, methods = read_methods(options.study, options.bench)
-    key, clips = Path(f"{out}-key.json"), {method: [] for method in methods}
-    secret = read_json(key)["secret"] if key.exists() else secrets.token_hex(16)
-    for i, prompt in enumerate(tqdm(prompts, desc="copying clips")):
-        files = {f"{i}.jpg": frames_as_jpeg(prompt.image, 1)[0]}
-        for method, videos in methods.items():
-            clip = hashed([secret, method, prompt.name], videos[i])
-            clips[method].append(clip)
-            files[f"{clip}.mp4"] = videos[i].read_bytes()
-        for file, content in files.items():
-            with whole_file(out / "clips" / file) as part:
-                part.write_bytes(content)
-        pages.append(dict(caption=prompt.caption, clips=sorted(clips[method][i] for method in methods)))
+    """OUT/study.html with its clips, for raters, and OUT-key.json, which tells what method a clip is of."""
+    videos = list_videos(options.study, options.bench)
+    out = Path(options.out or "study")
+    key = Path(f"{out}-key.json")
+    secret = read_json(key)["secret"] if key.exists() else secrets.token_hex(16)     # written again, the same study
+    method_clips, page_clips, pages = {}, {}, []
+    for method, prompt, video in tqdm(videos, desc="copying clips"):
+        clip = hashed([secret, method, prompt.name], video)
+        method_clips.setdefault(method, []).append(clip)
+        page_clips.setdefault(prompt, []).append(clip)
+        with whole_file(out / "clips" / f"{clip}.mp4") as part:
+            shutil.copyfile(video, part)
+    for number, (prompt, clips) in enumerate(page_clips.items()):
+        pages.append(dict(caption=prompt.caption, clips=sorted(clips)))
+        with whole_file(out / "clips" / f"{number}.jpg") as part:
+            part.write_bytes(frames_as_jpeg(prompt.image, 1)[0])
     study = hashed(pages)
-    write_json(key, dict(study=study, secret=secret, clips=clips))
+    write_json(key, dict(study=study, secret=secret, clips=method_clips))
     write_page("study.html", out / "study.html", dict(study=study, pages=pages))
-    print(f"{len(pages)} pages of {len(methods)} videos in {out}: give raters this folder, without {key}, and collect "
-          f"what they save; then: python sample.py --tally answers/*.json --out {out}")
+    print(f"{len(pages)} pages of {len(method_clips)} videos in {out}: give raters this folder, without {key}, and "
+          f"collect what they save; then: python sample.py --tally answers/*.json --out {out}")
 
 
 def print_table(title, rows, columns, values):
@@ -262,18 +257,18 @@ def tally(options):
         for five in raters[rater]:
             if len(five) != len(DIMENSIONS) or not {*five} <= {1, 2, 3, 4, 5}:
                 raise UserError(f"{file}: lacks five ratings from 1 to 5 of a video; let {rater} go on and save again")
-    methods = list(key["clips"])
     ratings = torch.tensor(list(raters.values())).double()                     # (raters, videos, 5)
     within = ratings.var(dim=0, correction=0).mean(dim=0) / (1 - 1 / len(raters))
-    alphas = 1 - within / ratings.var(dim=(0, 1))
+    agreement = 1 - within / ratings.var(dim=(0, 1))                           # Krippendorff's alpha; nan of one rater
+    methods = list(key["clips"])
     ratings = ratings.view(len(raters), len(methods), -1, len(DIMENSIONS))     # (raters, methods, prompts, 5)
     overall = ratings[..., -1:]
     won = ((overall - overall.transpose(1, 3)).sign() + 1) / 2                 # (raters, methods, prompts, methods)
     print_table("rating, % of the highest", methods, DIMENSIONS, ratings / 5)
     print_table("overall quality, % won against (ties half)", methods, methods, won)
-    agreement = [f"{name} {alpha:.2f}" for name, alpha in zip(DIMENSIONS, alphas)]
+    alphas = ", ".join(f"{name} {alpha:.2f}" for name, alpha in zip(DIMENSIONS, agreement))
     print(f"{len(raters)} raters, {ratings.shape[2]} prompts, 95 % intervals over both in brackets; agreement of the "
-          f"raters (Krippendorff's alpha, interval scale): {', '.join(agreement)}")
+          f"raters (Krippendorff's alpha, interval scale): {alphas}")
 
 
 def read_scores(answer):
@@ -284,15 +279,14 @@ def read_scores(answer):
 
 
 def ask_verdicts(options, file):
-    """Write `file`: a row with the model's answers about each dimension of every video. Those it has are not asked."""
-    jobs, (prompts, methods) = {}, read_methods(options.verdict, options.bench)
+    """Write `file`: a row with the model's answers about each dimension of every video. What it has is not asked."""
+    videos, jobs = list_videos(options.verdict, options.bench), {}
     template, *sections = (ASSETS / "verdict.txt").read_text(encoding="utf-8").split("\n# ")
-    for method, videos in methods.items():
-        for (prompt, video), section in product(zip(prompts, videos), sections):
-            dimension, questions = section.split("\n", 1)
-            text = template.format(caption=prompt.caption, dimension=dimension, questions=questions)
-            row = dict(method=method, name=prompt.name, dimension=dimension, vlm=options.vlm)
-            jobs[hashed([row, text], prompt.image, video)] = row, text, prompt.image, video
+    for (method, prompt, video), section in product(videos, sections):
+        dimension, questions = section.split("\n", 1)
+        text = template.format(caption=prompt.caption, dimension=dimension, questions=questions)
+        row = dict(method=method, name=prompt.name, dimension=dimension, vlm=options.vlm)
+        jobs[hashed([row, text], prompt.image, video)] = row, text, prompt.image, video
 
     def judge(about):
         row, text, image, video = jobs[about]
@@ -303,26 +297,25 @@ def ask_verdicts(options, file):
     for row in in_parallel(judge, [about for about in jobs if about not in rows], options):
         rows[row["about"]] = row
         write_rows(file, rows.values())
-    write_rows(file, [rows[about] for about in jobs])      # in order, without those about videos that have changed
+    write_rows(file, [rows[about] for about in jobs])      # without those about videos that have changed
 
 
 def verdict(options):
     """Table 2 of the paper: a vision-language model answers five questions about each dimension of every video."""
-    file, scores = Path(options.verdict), {}
+    file = Path(options.verdict)
     if not file.is_file():
         file = Path(options.out or file / "verdict.jsonl")
         ask_verdicts(options, file)
     rows = read_rows(file, "about").values()
-    for row in rows:
-        scores[row["method"], row["name"], row["dimension"]] = read_scores(row["answers"][-1])
+    scores = {(row["method"], row["name"], row["dimension"]): read_scores(row["answers"][-1]) for row in rows}
     methods = sorted({row["method"] for row in rows})
-    videos = list(product(methods, sorted({row["name"] for row in rows}), DIMENSIONS[:4]))
-    values = [sum(scores[video]) / 50 if scores.get(video) else math.nan for video in videos]
-    print_table("score, % of the highest", methods, DIMENSIONS[:4], torch.tensor(values).view(1, len(methods), -1, 4))
-    print(f"by {row['vlm']}; 95 % intervals over prompts in brackets; every answer is in {file}")
-    left_out = [" ".join(video) for video, value in zip(videos, values) if math.isnan(value)]
-    if left_out:
-        print(f"left out, twice without five numbers from 0 to 10: {', '.join(left_out)}")
+    names = sorted({row["name"] for row in rows})
+    asked = list(product(methods, names, DIMENSIONS[:4]))
+    values = torch.tensor([sum(scores.get(key) or [math.nan]) / 50 for key in asked])
+    print_table("score, % of the highest", methods, DIMENSIONS[:4], values.view(1, len(methods), len(names), 4))
+    print(f"by {' and '.join({row['vlm'] for row in rows})}; 95 % intervals over prompts in brackets; answers: {file}")
+    left_out = ", ".join(" ".join(key) for key in asked if not scores.get(key))
+    print(f"left out for lack of five numbers from 0 to 10: {left_out or 'none'}")
 
 
 # ---- The command ----------------------------------------------------------------------------------------------------
@@ -332,10 +325,9 @@ def main(options):
     if not 1 <= options.steps <= 1000 or options.negatives < 1 or options.samples < 0:
         raise UserError(f"--steps {options.steps} --negatives {options.negatives} --samples {options.samples}: "
                         "expected 1 to 1000 steps, at least 1 negative and 0 samples")
-    actions = dict(data=negatives, image=generate_one, bench=generate_bench, study=write_study, tally=tally,
-                   verdict=verdict)
+    actions = dict(data=negatives, image=make_one, bench=make_bench, study=write_study, tally=tally, verdict=verdict)
     if options.study or options.verdict:
-        del actions["bench"]                               # which only says what the videos were made of
+        del actions["bench"]                               # which only says what the videos were made from
     given = [name for name in actions if getattr(options, name)]
     if len(given) != 1:
         raise UserError("give one of --data CACHE (negatives), --image PICTURE and --prompt (one video), --bench BENCH "

@@ -1767,6 +1767,13 @@ def test_a_study_hides_the_methods_and_is_the_same_when_written_again(shots, met
     assert write_study(methods, shots, tmp_path / "other")["study"] != key["study"]        # drawn anew: other names
 
 
+def test_clips_can_be_judged_against_the_clips_they_were_to_be(videos, tmp_path):
+    shutil.copytree(videos, tmp_path / "methods" / "real")
+    write_study(tmp_path / "methods", videos, tmp_path / "study")
+    shown = imageio.imread(tmp_path / "study" / "clips" / "0.jpg").astype(int)
+    assert np.abs(shown - imageio.mimread(videos / "00000.mp4")[0]).mean() < 8
+
+
 def answer_study(study, rater, rate, **changes):
     """An answers file: `rate(method, prompt number)` gives the five ratings."""
     key = json.loads(Path(f"{study}-key.json").read_text())
@@ -1997,7 +2004,8 @@ def test_the_verdict_is_table_2_and_can_be_made_again_without_asking(server, sho
     table, asked = capsys.readouterr().out, len(server.asked)
     assert asked == 2 * (2 * 4 + 1)                        # what cannot be read is asked twice
     assert "| alpha-method | 60.00 [60.0, 60.0] | 100.00 [100.0, 100.0] | 60.00 [60.0, 60.0] | 60.00 [60.0," in table
-    assert table.count("walk-12 human quality") == 2 and "left out" in table
+    assert "left out for lack of five numbers from 0 to 10: alpha-method walk-12 human quality, " in table
+    assert table.count("walk-12") == 2
     assert sum(HOSTILE.strip() in text for text, *_ in server.asked) == 2 * 4
     ask_for_verdicts(two, shots, file, server)
     sample.main(sample.Options(verdict=str(file)))
@@ -2624,6 +2632,7 @@ REFUSED = {                                                # command line: what 
     "sample --bench {bad}/pictures": ["a.png", "no caption"],
     "sample --bench {bad}/gone": ["gone/gone.png: is not there"],
     "sample --bench {bad}/twice": ["twice/somersault.png: is named twice"],
+    "sample --bench {videos} --out {tmp}": ["00000.mp4: cannot be read as a picture"],
     "sample --study {methods}": ["--bench is missing"],
     "sample --study {bad}/lacks --bench {shots}": ["lacks/b: lacks walk-12.mp4 (or walk-12-0.mp4)"],
     "sample --study {bad}/others --bench {shots}": ["others/b: lacks somersault.mp4"],
