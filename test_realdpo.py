@@ -2914,8 +2914,9 @@ def test_the_experiment_makes_a_base_a_seed_compares_and_goes_on(tmp_path, monke
     monkeypatch.setattr(experiment, "make_base",
                         lambda folder, steps, seed, imperfect: make_base(folder, 2, seed, imperfect))
     monkeypatch.setattr(experiment, "SIZES", {"real": 2, "held-out": 1, "validation": 1})
-    monkeypatch.setattr(experiment, "TRIALS", {"SFT": (dict(method="sft", steps=1), (3e-4,)),
-                                          "RealDPO + anchor": (dict(steps=1), (1e-5, 3e-4))})
+    sft, anchored = experiment.Trial(dict(method="sft", steps=1)), experiment.Trial(dict(steps=1), ("SFT",), "euler")
+    monkeypatch.setattr(experiment, "TRIALS", {"SFT": sft, "RealDPO + anchor": anchored})
+    monkeypatch.setattr(experiment, "RATES", (1e-5, 3e-4))
 
     def run(seeds, **options):
         with as_a_process():
@@ -2923,17 +2924,18 @@ def test_the_experiment_makes_a_base_a_seed_compares_and_goes_on(tmp_path, monke
         return [line.split(" | ") for line in capsys.readouterr().out.splitlines()
                 if line.startswith("| ") and " | rvd" not in line]
 
-    assert [row[:2] for row in run(1)][:4] == [["| clean-trained", "–"], ["| base", "–"],
-                                               ["| SFT", "0.0003"], ["| RealDPO + anchor", "0.0003"]]
+    rows = run(1)
+    assert [row[0] for row in rows] == ["| clean-trained", "| base", "| SFT", "| RealDPO + anchor"]
+    assert [row[1] for row in rows][:2] == ["–", "–"] and {row[1] for row in rows[2:]} <= {"1e-05", "0.0003"}
     bases = [exported(model.resolve(tmp_path / "seed-0" / "base", "transformer"))]             # the shipped one
     made = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("scores*.json")}
     rows = run(2)
-    # negatives', base's, clean-trained's, three runs'
-    assert all(file.stat().st_mtime_ns == time for file, time in made.items()) and len(made) == 6
+    # negatives', base's, clean-trained's; of four runs on validation figures and of two on held-out ones
+    assert all(file.stat().st_mtime_ns == time for file, time in made.items()) and len(made) == 9
     bases += [exported(tmp_path / where) for where in ("seed-1/base", "seed-0/clean-trained")]
-    assert (not any(same_tensors(*pair) for pair in combinations(bases, 2)) and len(rows) == 6
+    assert (not any(same_tensors(*pair) for pair in combinations(bases, 2)) and len(rows) == 4
             and all("±" in row[2] for row in rows))
-    assert rows[4] == rows[2] and rows[4][1] == "0.0003" and rows[4][-1].startswith("0/2")
+    assert re.fullmatch(r"SFT: -?\d+\.\d\d ± \d+\.\d\d \|", rows[-1][-1])
     with pytest.raises(UserError, match=r"base.json: was made with other settings: steps 6000 \(now 5\)"):
         run(2, steps=5)
 
@@ -2941,6 +2943,11 @@ def test_the_experiment_makes_a_base_a_seed_compares_and_goes_on(tmp_path, monke
 # ---------------------------------------------------------------------------------------------------------------------
 # The toy world and its measures; options
 # ---------------------------------------------------------------------------------------------------------------------
+
+def judged_raw(video, figure):
+    """`judge` beside continuations that no autoencoder has blurred."""
+    return judge.judge(video, figure, judge.continuations(figure, *video.shape[:2]))
+
 
 def test_a_toy_clip_depends_on_seed_and_index_and_survives_mp4(videos):
     first, caption = world.toy_video(0, 1)
@@ -2951,12 +2958,12 @@ def test_a_toy_clip_depends_on_seed_and_index_and_survives_mp4(videos):
     assert np.array_equal(first[0], faulty[0]) and not np.array_equal(first, faulty)    # its first frame is right
     stored = [world.read_toy_video(videos / f"{name}.mp4") for name in NAMES]
     # a quarter of the faults: 2
-    assert np.mean([judge.judge(clip, world.draw_figure(0, i))["rvd"] for i, clip in enumerate(stored)]) < 0.2
+    assert np.mean([judged_raw(clip, world.draw_figure(0, i))["rvd"] for i, clip in enumerate(stored)]) < 0.2
 
 
 def test_the_measures_tell_real_from_corrupt_and_still():
     def scores(change=lambda video: video, **options):     # means over twelve figures
-        judged = [judge.judge(change(world.toy_video(5, i, **options)[0]), world.draw_figure(5, i)) for i in range(12)]
+        judged = [judged_raw(change(world.toy_video(5, i, **options)[0]), world.draw_figure(5, i)) for i in range(12)]
         return {k: np.mean([score[k] for score in judged]) for k in judged[0]}
 
     real, *corrupt = [scores(strength=strength) for strength in (0, 0.25, 0.5, 1)]
@@ -2968,9 +2975,18 @@ def test_the_measures_tell_real_from_corrupt_and_still():
     assert real["motion"] == pytest.approx(1, abs=0.05) and real["jerkiness"] == pytest.approx(1, abs=0.05)
     assert frozen["rvd"] > corrupt[1]["rvd"] and frozen["motion"] < 0.01
     assert np.isfinite([*frozen.values(), *grey.values()]).all()
-    codec = judge.codec()                          # a real clip through the autoencoder is real, measured against such
-    coded = [judge.judge(codec(world.toy_video(5, i)[0][None])[0], world.draw_figure(5, i), codec) for i in range(1)]
-    assert max(score["rvd"] for score in coded) < 0.1 and max(abs(score["limb_change"]) for score in coded) < 0.5
+
+
+def test_a_real_clip_through_the_autoencoder_is_real_and_what_it_is_compared_with_is_kept(tmp_path, monkeypatch):
+    vae, clip = model.load_vae("tiny"), data.from_uint8(world.toy_video(5, 0)[0])
+    coded = data.to_uint8(vae.decode(vae.encode(clip[None]))[0])
+    scores = judge.judge_all([(0, coded)], 5, tmp_path)
+    assert scores["rvd"][0] < 0.1 and abs(scores["limb_change"][0]) < 0.5
+    monkeypatch.setattr(model, "load_vae", None)           # from here on there is nothing to make them with
+    assert judge.judge_all([(0, coded)], 5, tmp_path) == scores
+    monkeypatch.setattr(judge, "PACES", judge.PACES[:3])
+    with pytest.raises(UserError, match=r"5-00000.safetensors: was made with other settings: paces 15 \(now 3\)"):
+        judge.judge_all([(0, coded)], 5, tmp_path)
 
 
 def test_a_folder_of_videos_is_judged(tmp_path, capsys):
@@ -3106,14 +3122,8 @@ ENCODE = THEIR_VAE + VIDEO + NO_GRAD.format("vae.encode(x)"), OUR_VAE + VIDEO + 
 DECODE = THEIR_VAE + LATENTS + NO_GRAD.format("vae.decode(x)"), OUR_VAE + LATENTS + "work = lambda: vae.decode(x)"
 T5_IDS = "ids = torch.randint(3, 1000, (8, 226))\n"
 
-RACES = {                                              # theirs, ours, sizes, most time and memory as a part of theirs
-    "DiT forward": (*FORWARD, (1, 5, 32, 40), 1.00, 1.0),
-    "DiT forward, two short clips": (*FORWARD, (2, 3, 16, 24), 1.00, 1.0),
-    "DiT forward and backward": (THEIR_DIT + "work = lambda: forward(net, x).sum().backward()",
-                                 OUR_DIT + "work = lambda: net(x, cond, t).sum().backward()",
-                                 (1, 5, 32, 40), 0.95, 1.0),
-    # The authors' algorithm: each negative with two policy and two reference forwards and a backward pass of its own.
-    "RealDPO step": (THEIR_DIT + """
+# The authors' algorithm: each negative with two policy and two reference forwards and a backward pass of its own.
+THEIR_STEP = THEIR_DIT + """
 ref = copy.deepcopy(net).requires_grad_(False); net.train().enable_gradient_checkpointing()
 def error(net, x): return (forward(net, x) - x[:, :, :16]).square().mean()
 def work():
@@ -3121,11 +3131,20 @@ def work():
         difference = error(net, x) - error(net, x + 1)
         with torch.no_grad(): reference = error(ref, x) - error(ref, x + 1)
         (-nnf.logsigmoid(-2500 * (difference - reference)) / 3).backward()
-""", OUR_DIT + """
+"""
+OUR_STEP = OUR_DIT + """
 ref = model.load_dit(folder).requires_grad_(False); net.checkpointing = "selective"
-lose = torch.randn(b, 3, 16, f, h, w)
+lose = torch.randn(b, {n}, 16, f, h, w)
 work = lambda: realdpo_loss(net, ref, win=x, lose=lose, cond=cond, beta=5000, stream=True)
-""", (1, 5, 32, 40), 0.66, 1.0),
+"""
+RACES = {                                              # theirs, ours, sizes, most time and memory as a part of theirs
+    "DiT forward": (*FORWARD, (1, 5, 32, 40), 1.00, 1.0),
+    "DiT forward, two short clips": (*FORWARD, (2, 3, 16, 24), 1.00, 1.0),
+    "DiT forward and backward": (THEIR_DIT + "work = lambda: forward(net, x).sum().backward()",
+                                 OUR_DIT + "work = lambda: net(x, cond, t).sum().backward()",
+                                 (1, 5, 32, 40), 0.95, 1.0),
+    "RealDPO step": (THEIR_STEP, OUR_STEP.format(n=3), (1, 5, 32, 40), 0.66, 1.0),
+    "RealDPO step, one negative of three": (THEIR_STEP, OUR_STEP.format(n=1), (1, 5, 32, 40), 0.33, 1.0),
     "VAE encode": (*ENCODE, (17, 240, 360), 0.60, 0.70),
     "VAE decode": (*DECODE, (17, 240, 360), 0.60, 0.70),
     "VAE encode, 49 frames": (*ENCODE, (49, 240, 360), 0.60, 0.70),

@@ -585,14 +585,14 @@ def dry_run(options, clips=5000, n_lose=3, utilisation=0.4):
     memory["at the peak; an 80 GB GPU gives 78"] = sum(memory.values())
     flops, tokens = step_flops(config, shape, options, n_lose)
     steps, per_hour = number_of_steps(options, clips), gpus * utilisation * PEAK["H100"] * 3600
-    sampling = clips * n_lose * 50 * 2 * sum(forward_flops(config, shape[1:])[:2])
+    sampling = clips * n_lose * 25 * 2 * sum(forward_flops(config, shape[1:])[:2])
     print(f"{parameters:,} parameters, {gpus} ranks, {options.batch} samples and {tokens:,} tokens a step, "
           f"{flops / options.batch / 1e15:.3g} PFLOP a sample")
     for kind, size in memory.items():
         print(f"{size / 2 ** 30:7.2f} GiB a rank  {kind}")
     print(f"at {utilisation:.0%} of an H100's {PEAK['H100'] / 1e12:.0f} TFLOP/s, {clips} clips: {steps} steps of "
           f"{3600 * flops / per_hour:.3g} s, {steps * flops / per_hour:.3g} h;\n"
-          f"before that, {n_lose} negatives a clip, 50 steps with guidance: {sampling / per_hour:.3g} h")
+          f"before that, {n_lose} negatives a clip, 25 evaluations with guidance: {sampling / per_hour:.3g} h")
 
 
 # ---- The command ----------------------------------------------------------------------------------------------------

@@ -1,93 +1,68 @@
 """The experiment: several bases, every method at several learning rates, one table.
 
-    python -m toy.experiment --bases 5 --out DIR       hours; started again it goes on; processes may share the seeds
+    python -m toy.experiment --bases 5 --seed 1 --out DIR          hours; started again it goes on
 """
 import json
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 import data
 import model
+import sample
 import train
 from data import Records, option, write_json
 from model import UserError
 from toy.judge import judge_all
-from toy.laptop import generate_held_out, prepare
+from toy.laptop import generate_held_out, prepare, run_stage
 from toy.make_model import BASE_STEPS, make_base
-from toy.world import COUNTS, world_of
+from toy.world import world_of
 
-# Row of the table: its options, and the learning rates among which the validation figures choose, as many for each.
-# RATE is among all of them. An SFT step costs 3 passes of a video; a RealDPO step 4 · 3 of the policy and 4 of the
-# reference, 16 in all.
-RATE, LOW, HIGH = 3e-4, (1e-5, 5e-5, 3e-4), (1e-4, 3e-4, 1e-3)
+
+class Trial(NamedTuple):
+    """One row of the table."""
+    options: dict                                          # of train.py
+    compared: tuple = ()                                   # rows to give the difference to
+    cache: str = "real"                                    # records: "euler" has negatives made in twice the time
+
+
+# A step of SFT costs 3 passes of a video; one of RealDPO with n negatives 3 (1 + n) of the policy and 1 + n of the
+# reference. So 100 steps with three negatives, 200 with one, and 533 of SFT are the same work.
+LOW = 0.6387                                               # the low-noise half of the noise levels, as in the release
+ONE_LOW = dict(lose_per_step=1, steps=200, t_max=LOW)
 TRIALS = {
-    "SFT": (dict(method="sft"), HIGH),
-    "RealDPO + anchor": (dict(), HIGH),
-    "SFT, equal compute": (dict(method="sft", steps=533), HIGH),
-    "RealDPO": (dict(anchor=0.0), LOW),
-    "DPO": (dict(method="dpo", anchor=0.0), LOW),
-    "RWR": (dict(method="rwr"), LOW),
+    "SFT": Trial(dict(method="sft")),
+    "SFT, low t": Trial(dict(method="sft", t_max=LOW)),
+    "SFT 533": Trial(dict(method="sft", steps=533)),
+    "SFT 533, low t": Trial(dict(method="sft", steps=533, t_max=LOW)),
+    "SFT 533, velocity": Trial(dict(method="sft", steps=533, weighting="velocity")),
+    "RealDPO": Trial(dict(anchor=0.0), ("SFT", "SFT 533")),
+    "RealDPO + anchor": Trial(dict(), ("SFT", "SFT 533")),
+    "RealDPO + anchor, low t": Trial(dict(t_max=LOW), ("SFT, low t", "SFT 533, low t", "SFT 533")),
+    "RealDPO + anchor, 1 of 3": Trial(dict(lose_per_step=1, steps=200), ("RealDPO + anchor", "SFT 533")),
+    "RealDPO + anchor, 1 of 3, low t": Trial(ONE_LOW, ("RealDPO + anchor, low t", "SFT 533, low t", "SFT 533")),
+    "the same, Euler negatives": Trial(ONE_LOW, ("RealDPO + anchor, 1 of 3, low t",), "euler"),
+    "DPO": Trial(dict(method="dpo", anchor=0.0), ("SFT",)),
+    "RWR": Trial(dict(method="rwr"), ("SFT",)),
 }
-SIZES = COUNTS | {"held-out": 64, "validation": 32}
+COMMON = dict(steps=100, t_max=1.0, lose_per_step=0)       # where a row says nothing else
+RATES = (5e-5, 2e-4, 5e-4, 1e-3)                           # among which the validation figures of two bases choose
+CHOOSING = 2
+SIZES = {"real": 48, "held-out": 256, "validation": 128}
 T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)          # Student's t at 97.5 %, by degrees of freedom
 
 
-def scores_of(run, folder, seed):
-    """{split: {measure: [a number a figure]}} of the model in `run` on a seed's figures, kept in scores-SEED.json."""
-    file = Path(run) / f"scores-{seed}.json"
+def scores_of(run, folder, seed, split):
+    """{measure: [a number a figure]} of the model in `run` on a seed's figures, kept in `run`."""
+    file = Path(run) / f"scores-{split}-{seed}.json"
     if not file.exists():
-        denoiser, scores = model.load_dit(run), {}
-        for split in ("validation", "held-out"):
-            records = Records(folder / "cache" / split, negatives=False)
-            scores[split] = judge_all(enumerate(generate_held_out(denoiser, run, records)), world_of(seed, split))
-        write_json(file, scores)
+        records = Records(folder / "cache" / split, negatives=False)
+        videos = enumerate(generate_held_out(model.load_dit(run), run, records))
+        write_json(file, judge_all(videos, world_of(seed, split), folder / "continuations"))
     return json.loads(file.read_text())
-
-
-class Table:
-    """The Markdown table of `scores` {(row, learning rate, seed): `scores_of`}."""
-
-    def __init__(self, scores):
-        self.scores = scores
-        self.seeds = sorted({seed for _, _, seed in scores})
-
-    def means(self, row, lr, split, measure):
-        """The mean over figures, a number a base."""
-        return np.array([np.mean(self.scores[row, lr, seed][split][measure]) for seed in self.seeds])
-
-    def best_rate(self, row):
-        """The learning rate of the lowest rvd on the validation figures."""
-        return min(TRIALS[row][1], key=lambda lr: self.means(row, lr, "validation", "rvd").mean())
-
-    def interval(self, values):
-        """The mean over bases and its 95 % interval."""
-        if len(values) < 2:
-            return f"{values.mean():.2f}"
-        half = T95[len(values) - 2] * values.std(ddof=1) / len(values) ** 0.5
-        return f"{values.mean():.2f} ± {half:.2f}"
-
-    def line(self, row, lr, sft_rate):
-        """One row: held-out measures, and the difference in rvd to the base and to SFT."""
-        rvd = self.means(row, lr, "held-out", "rvd")
-        cells = [row, f"{lr:g}" if lr else "–", self.interval(rvd)]
-        for measure in ("limb_change", "jerkiness", "identity_loss", "action_match", "motion"):
-            cells.append(f"{self.means(row, lr, 'held-out', measure).mean():.2f}")
-        for other_row, other_lr in (("base", 0.0), ("SFT", sft_rate)):
-            other = self.means(other_row, other_lr, "held-out", "rvd")
-            cells.append(f"{(rvd < other).sum()}/{len(rvd)} ({self.interval(rvd - other)})")
-        return "| " + " | ".join(cells) + " |"
-
-    def markdown(self):
-        """Every trial at the one rate that all share, then each at its own best."""
-        lines = ["| | rate | rvd | limb_change | jerkiness | identity_loss | action_match | motion "
-                 "| below base | below SFT |", "|---" * 10 + "|"]
-        lines += [self.line(row, 0.0, RATE) for row in ("clean-trained", "base")]
-        lines += [self.line(row, RATE, RATE) for row in TRIALS]
-        lines += [self.line(row, self.best_rate(row), self.best_rate("SFT")) for row in TRIALS]
-        return "\n".join(lines)
 
 
 def own_base(folder, seed, steps, imperfect=True):
@@ -103,6 +78,73 @@ def own_base(folder, seed, steps, imperfect=True):
     return str(folder)
 
 
+class Seed:
+    """One base, the records made with it, and the runs that start from it."""
+
+    def __init__(self, number, options, process, mesh):
+        self.number, self.process, self.mesh = number, process, mesh
+        self.folder = Path(options.out) / f"seed-{number}"
+        self.base = own_base(self.folder / "base", number, options.steps)
+        prepare(self.folder, self.base, number, SIZES, process.rank)
+        videos, euler = f"{self.folder}/videos/real", f"{self.folder}/cache/euler"
+        run_stage(data, process.rank, videos=videos, model=self.base, out=euler)
+        run_stage(sample, process.rank, data=euler, model=self.base, **model.defaults_of("tiny", "sample"))
+
+    def run(self, row, rate):
+        """The folder of a trained row. Raises KeyboardInterrupt where training was asked to stop."""
+        out = self.folder / f"{row}-{rate:g}"
+        trial, options = TRIALS[row], model.defaults_of("tiny", "train") | COMMON
+        options |= dict(model=self.base, data=f"{self.folder}/cache/{trial.cache}", seed=self.number, lr=rate)
+        options = train.Options(out=str(out), **options | trial.options)
+        if not (out / "base.json").exists():
+            out.mkdir(exist_ok=True)
+            with open(out / "log.txt", "a") as log, redirect_stdout(log):
+                complete = train.train(options, self.process, self.mesh)
+            if not complete:
+                raise KeyboardInterrupt
+        return out
+
+    def scores(self, row, rate, split):
+        """`scores_of` a row."""
+        return scores_of(self.run(row, rate), self.folder, self.number, split)
+
+
+def best_rate(row, seeds):
+    """The learning rate of the lowest rvd on the validation figures of the first bases."""
+    rvd = {}
+    for rate in RATES:
+        found = [np.mean(seed.scores(row, rate, "validation")["rvd"]) for seed in seeds[:CHOOSING]]
+        rvd[rate] = np.mean(found)
+        print(f"{row}, rate {rate:g}: rvd {rvd[rate]:.3f} on validation figures")
+    return min(rvd, key=rvd.get)
+
+
+def interval(values):
+    """The mean over bases and its 95 % interval."""
+    if len(values) < 2:
+        return f"{np.mean(values):.2f}"
+    half = T95[len(values) - 2] * np.std(values, ddof=1) / len(values) ** 0.5
+    return f"{np.mean(values):.2f} ± {half:.2f}"
+
+
+def table(scores, rates):
+    """Markdown of `scores` {row: [what `scores_of` says, a base each]}: the measures, and the difference in rvd to the
+    rows that it is compared with."""
+    rvd = {}
+    for row, bases in scores.items():
+        rvd[row] = np.array([np.mean(base["rvd"]) for base in bases])
+    lines = ["| | rate | rvd | limb_change | jerkiness | identity_loss | action_match | motion | difference in rvd to |",
+             "|---" * 9 + "|"]
+    for row, bases in scores.items():
+        cells = [row, f"{rates[row]:g}" if row in rates else "–", interval(rvd[row])]
+        for measure in ("limb_change", "jerkiness", "identity_loss", "action_match", "motion"):
+            cells.append(f"{np.mean([np.mean(base[measure]) for base in bases]):.2f}")
+        compared = TRIALS[row].compared if row in TRIALS else ()
+        cells.append("; ".join(f"{other}: {interval(rvd[row] - rvd[other])}" for other in compared))
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 @dataclass
 class Options:
     """Compare the methods on several bases, each pre-trained from a seed of its own."""
@@ -113,34 +155,23 @@ class Options:
 
 
 def main(options):
-    """For each seed a base of its own, and every trial on the same records, steps and noise; then the first seed's
-    clean-trained model, which shows how much room there was, and the table. What is there already is kept; processes
-    may share the work, each with its own seeds (`--seed`)."""
+    """For each seed a base of its own, and every trial on the same records and noise, at the learning rate that the
+    validation figures choose; then the first seed's clean-trained model, which shows how much room there was, and the
+    table. What is there already is kept."""
     if not 1 <= options.bases <= len(T95) + 1:
         raise UserError(f"--bases {options.bases}: expected 1 to {len(T95) + 1}")
     process, mesh = train.init_distributed()
     if process.world_size > 1:
-        raise UserError("toy.experiment: run it as one process; share seeds out by --seed instead")
-    scores, tiny = {}, model.defaults_of("tiny", "train")
-    folders = {seed: Path(options.out) / f"seed-{seed}" for seed in range(options.seed, options.seed + options.bases)}
-    for seed, folder in folders.items():
-        base = own_base(folder / "base", seed, options.steps)
-        records = prepare(folder, base, seed, SIZES, process.rank)
-        scores["base", 0.0, seed] = scores_of(base, folder, seed)
-        for row, (changes, rates) in TRIALS.items():
-            for lr in rates:
-                out = folder / f"{row}-{lr:g}"
-                each = train.Options(**tiny | changes | dict(model=base, data=records, out=str(out), seed=seed, lr=lr))
-                if not (out / "base.json").exists():
-                    out.mkdir(exist_ok=True)
-                    with open(out / "log.txt", "a") as log, redirect_stdout(log):
-                        if not train.train(each, process, mesh):
-                            return
-                scores[row, lr, seed] = scores_of(out, folder, seed)
-    ceiling = own_base(folders[options.seed] / "clean-trained", options.seed, options.steps, imperfect=False)
-    for seed, folder in folders.items():
-        scores["clean-trained", 0.0, seed] = scores_of(ceiling, folder, seed)
-    print(Table(scores).markdown())
+        raise UserError("toy.experiment: run it as one process")
+    seeds = [Seed(number, options, process, mesh) for number in range(options.seed, options.seed + options.bases)]
+    scores, rates = {}, {}
+    ceiling = own_base(seeds[0].folder / "clean-trained", options.seed, options.steps, imperfect=False)
+    scores["clean-trained"] = [scores_of(ceiling, seed.folder, seed.number, "held-out") for seed in seeds]
+    scores["base"] = [scores_of(seed.base, seed.folder, seed.number, "held-out") for seed in seeds]
+    for row in TRIALS:
+        rates[row] = best_rate(row, seeds)
+        scores[row] = [seed.scores(row, rates[row], "held-out") for seed in seeds]
+    print(table(scores, rates))
     print(f"\nheld-out figures, means over the bases; every run is in {options.out}/seed-*/")
 
 

@@ -3,7 +3,6 @@
     python -m toy.judge FOLDER             mp4s of any source, NUMBER.mp4 showing the held-out figure of that number
 """
 from dataclasses import dataclass
-from functools import cache
 from itertools import product
 from pathlib import Path
 
@@ -23,21 +22,25 @@ SOFTNESS = 0.03                                # of a colour match: squared RGB 
 HIDDEN = 0.05                                  # measured: how much the lower piece, painted over it, shortens the upper
 
 
-@cache
-def continuations(figure, frames, size, codec=None):
-    """What may really follow this figure's first frame: its action at every plausible pace, (N,F,H,W,3). `codec` maps
-    such an array to its reconstruction, so that a VAE's own blur is not counted against a model."""
+def continuations(figure, frames, size):
+    """What may really follow this figure's first frame: its action at every plausible pace, (N,F,H,W,3) uint8."""
     times = np.arange(frames) / FPS
     likely = [figure._replace(hertz=SPEEDS[figure.speed] * (1 + pace)) for pace in PACES]
-    videos = np.stack([render(skeleton(*pose(real, times)), size) for real in likely])
-    return codec(videos) if codec else videos
+    return np.stack([render(skeleton(*pose(real, times)), size) for real in likely])
 
 
-def nearest_real(video, figure, codec=None):
-    """The real continuation nearest to a video, and its distance: mean squared error × 1000 of pixels in 0–1."""
-    reals = continuations(figure, *video.shape[:2], codec)
-    errors = [1000 * np.mean((video / 255.0 - real / 255.0) ** 2) for real in reals]
-    return reals[np.argmin(errors)], min(errors)
+def coded_continuations(world, number, frames, size, folder):
+    """`continuations` of a world's figure as the tiny autoencoder gives them back, so that its blur is not counted
+    against a model. They take far longer than all the rest of judging, so they are kept in `folder`."""
+    file = Path(folder) / f"{world}-{number:05d}.safetensors"
+    made_by = dict(fingerprint=dict(vae=data.digest(model.TINY / "vae"), paces=len(PACES), frames=frames, size=size))
+    if not file.exists():
+        clips = [data.from_uint8(real) for real in continuations(draw_figure(world, number), frames, size)]
+        vae = model.load_vae("tiny")
+        coded = [torch.from_numpy(data.to_uint8(video)) for video in vae.decode(vae.encode(torch.stack(clips)))]
+        data.write_tensors(file, {"videos": torch.stack(coded)}, **made_by)
+    data.check_metadata(file, data.read_header(file)[1], made_by)
+    return data.read_tensors(file)["videos"].numpy()
 
 
 def track(video):
@@ -78,10 +81,12 @@ def action_match(centre, figure):
     return float(min(product(ACTIONS, SPEEDS), key=error) == (figure.action, figure.speed))
 
 
-def judge(video, figure, codec=None):
-    """A video (F,H,W,3), 0–255, of a figure → the toy forms of the paper's measures. Bigger is worse, save for the
-    last two. `motion` stands beside the others because a still picture fools all but `rvd`."""
-    real, rvd = nearest_real(video, figure, codec)
+def judge(video, figure, reals):
+    """A video (F,H,W,3), 0–255, of a figure, beside its plausible continuations → the toy forms of the paper's
+    measures. Bigger is worse, save for the last two. `motion` stands beside the others because a still picture fools
+    all but `rvd`."""
+    errors = [1000 * np.mean((video / 255.0 - real / 255.0) ** 2) for real in reals]
+    rvd, real = min(errors), reals[np.argmin(errors)]
     (centre, area), (real_centre, real_area) = track(video), track(real)
     peak, real_peak = change(centre, 2).max(axis=0), change(real_centre, 2).max(axis=0)
     varies = lambda x: 100 * np.mean(limb_lengths(x).std(axis=0) / limb_lengths(x).mean(axis=0))
@@ -95,21 +100,13 @@ def judge(video, figure, codec=None):
     }
 
 
-@cache
-def codec():
-    """What `continuations` asks for: videos as the tiny autoencoder gives them back."""
-    vae = model.load_vae("tiny")
-
-    def reconstruct(videos):
-        clips = torch.stack([data.from_uint8(video) for video in videos])
-        return np.stack([data.to_uint8(video) for video in vae.decode(vae.encode(clips))])
-
-    return reconstruct
-
-
-def judge_all(videos, world):
-    """{measure: [a number a video]} of (number of a world's figure, video of it) pairs."""
-    scores = [judge(video, draw_figure(world, number), codec()) for number, video in videos]
+def judge_all(videos, world, folder):
+    """{measure: [a number a video]} of (number of a world's figure, video of it) pairs. `folder` keeps what the videos
+    are compared with."""
+    scores = []
+    for number, video in videos:
+        reals = coded_continuations(world, number, *video.shape[:2], folder)
+        scores.append(judge(video, draw_figure(world, number), reals))
     return {measure: [score[measure] for score in scores] for measure in scores[0]}
 
 
@@ -132,7 +129,8 @@ def main(options):
         raise UserError(f"{options.folder}: expected a folder of 00000.mp4, 00001.mp4, …, "
                         "each of the held-out figure of its number")
     videos = ((int(file.stem), read_toy_video(file)) for file in tqdm(files, desc="judging"))
-    print(f"{len(files)} videos (mean):  {mean_line(judge_all(videos, world_of(options.seed, 'held-out')))}")
+    scores = judge_all(videos, world_of(options.seed, "held-out"), Path(options.folder) / "continuations")
+    print(f"{len(files)} videos (mean):  {mean_line(scores)}")
 
 
 if __name__ == "__main__":

@@ -7,16 +7,22 @@ import dataclasses
 from pathlib import Path
 
 import numpy as np
+import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import data
 import model
+import realdpo
 import sample
-from data import Records, flag, write_json
-from toy.judge import judge, judge_all, mean_line
+from data import Records, flag, generator, write_json
+from realdpo import Condition
+from toy.judge import continuations, judge, judge_all, mean_line
 from toy.world import COUNTS, FPS, draw_figure, enlarge, toy_video, world_of, write_toy_video, write_toy_videos
+
+
+NEGATIVES = dict(solver="multistep", steps=8, guidance=1.0)           # half the evaluations of the tiny model's Euler
 
 
 def run_stage(module, rank, **options):
@@ -36,8 +42,9 @@ def score_negatives(cache, seed):
     records, vae, scores = Records(cache), model.load_vae("tiny"), {}
     for i, name in enumerate(tqdm(records.names, desc="scoring negatives")):
         figure = draw_figure(world_of(seed, "real"), i)
-        videos = vae.decode(records[i]["lose"].float())
-        scores[name] = [-judge(data.to_uint8(video), figure)["rvd"] for video in videos]
+        videos = [data.to_uint8(video) for video in vae.decode(records[i]["lose"].float())]
+        reals = continuations(figure, *videos[0].shape[:2])
+        scores[name] = [-judge(video, figure, reals)["rvd"] for video in videos]
     write_json(file, scores)
 
 
@@ -49,7 +56,7 @@ def prepare(out, name, seed, counts, rank, scores=True):
         dist.barrier()
         run_stage(data, rank, videos=f"{out}/videos/{kind}", model=name, out=f"{out}/cache/{kind}")
         dist.barrier()
-    run_stage(sample, rank, data=f"{out}/cache/real", model=name, **model.defaults_of("tiny", "sample"))
+    run_stage(sample, rank, data=f"{out}/cache/real", model=name, **NEGATIVES)
     if rank == 0 and scores:
         score_negatives(Path(out) / "cache" / "real", seed)
     dist.barrier()
@@ -63,14 +70,18 @@ def runs_to_compare(options):
     return [dataclasses.replace(options, method="sft", out=f"{options.out}/sft"), options]
 
 
-def generate_held_out(denoiser, path, records):
+def generate_held_out(denoiser, path, records, batch=16):
     """Yield a denoiser's video (F,H,W,3) uint8 of each record, through the autoencoder of the model at `path`, from
     noise that depends on the record's number alone."""
-    settings = sample.Options(**model.defaults_of("tiny", "sample"))
-    vae, empty = model.load_vae(path), records.empty_text()
-    for i in range(len(records)):
-        latents = sample.generate(denoiser, records[i], empty, settings, "cpu", "held-out", i, progress=False)
-        yield data.to_uint8(vae.decode(latents)[0])
+    settings = model.defaults_of("tiny", "sample")
+    vae, uncond = model.load_vae(path), records.empty_text()[None]
+    for first in range(0, len(records), batch):
+        numbers = range(first, min(first + batch, len(records)))
+        rows = [records[i] for i in numbers]
+        noise = torch.stack([torch.randn(rows[0]["win"].shape, generator=generator("held-out", i, 0)) for i in numbers])
+        cond = Condition(torch.stack([row["text"] for row in rows]), torch.stack([row["image"] for row in rows]))
+        for video in vae.decode(realdpo.sample(denoiser, noise, cond, uncond=uncond, progress=False, **settings)):
+            yield data.to_uint8(video)
 
 
 def title(labels, width, height=14):
@@ -104,7 +115,7 @@ def compare_on_held_out(options, runs):
     print(f"{len(records)} held-out figures (mean):")
     for label, folder, path in models:
         columns[label] = list(generate_held_out(model.load_dit(path), path, records))
-        print(f"  {label:16}  {mean_line(judge_all(enumerate(columns[label]), world))}")
+        print(f"  {label:16}  {mean_line(judge_all(enumerate(columns[label]), world, out / 'continuations'))}")
         for i, video in enumerate(columns[label]):
             write_toy_video(out / "held-out" / folder / f"{i:05d}.mp4", video)
     columns["real"] = [toy_video(world, i)[0] for i in range(8)]
