@@ -11,8 +11,7 @@ training needs, in bf16:
     CACHE/lose/NAME.safetensors    lose (N,C,F,H,W)                            written by sample.py
     CACHE/empty.safetensors        text (L,D), the embedding of "", for guidance
 
-Files are written whole or not at all, so every stage can be killed at any moment,
-and started again does what is missing.
+Files are written whole or not at all, so every stage can be killed and started again, and does what is missing.
 """
 import argparse, base64, csv, glob, hashlib, json, math, os, re, subprocess, sys, time
 from collections import Counter, deque
@@ -21,6 +20,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import MISSING, dataclass, field, fields
 from functools import lru_cache, partial
 from io import BytesIO
+from itertools import zip_longest
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from statistics import mode
@@ -35,7 +35,7 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from imageio_ffmpeg import count_frames_and_secs, get_ffmpeg_exe
 from PIL import Image, ImageCms, ImageOps
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from model import UserError, defaults_of, load_text_encoder, load_vae, read_config, read_dit_config, resolve
@@ -43,7 +43,6 @@ from model import UserError, defaults_of, load_text_encoder, load_vae, read_conf
 # ---- What all commands share: options, devices, seeds, files written whole ------------------------------------------
 
 HUB_MODEL = "zai-org/CogVideoX-5b-I2V"
-READERS = 4                                                # clips read ahead in threads; 200 MB each at 49×480×720
 
 
 def default_model():
@@ -52,8 +51,7 @@ def default_model():
 
 
 def option(default=MISSING, help="", group=None):
-    """A field of an Options class. Without a default it is a positional argument. `group` is the heading of the
-    section of --help that begins with this option."""
+    """A field of an Options class; without a default, a positional argument. `group` heads a new section of --help."""
     return field(default=default, metadata=dict(help=help, group=group))
 
 
@@ -62,38 +60,31 @@ def flag(name):
     return "--" + name.replace("_", "-")
 
 
-def add_argument(parser, field):
-    """Add the command-line argument of one field of an Options class."""
-    help, kind = field.metadata["help"].replace("%", "%%"), {}
-    if field.default is MISSING:
-        return parser.add_argument(field.name, help=help, type=field.type)
-    if field.default not in ("", 0, ()):
-        help += f" [{field.default}]"
-    if field.type is bool:
-        kind["action"] = argparse.BooleanOptionalAction
-    elif field.type is list:
-        kind.update(nargs="+", metavar="FILE")
-    elif get_origin(field.type) is Literal:
-        kind.update(choices=get_args(field.type), metavar="NAME")
-    else:
-        kind.update(type=field.type, metavar=field.type.__name__.upper())
-    return parser.add_argument(flag(field.name), help=help, default=field.default, **kind)
-
-
 def parse(options, name, argv=None):
     """Command line of NAME.py -> an instance of the dataclass `options`. A model may bring defaults of its own."""
-    names = [field.name for field in fields(options)]
-    parser = argparse.ArgumentParser(
-        description=options.__doc__, allow_abbrev=False,
-        formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=28, width=118))
+    style = partial(argparse.RawDescriptionHelpFormatter, max_help_position=28, width=118)
+    parser = argparse.ArgumentParser(description=options.__doc__, allow_abbrev=False, formatter_class=style)
+    parser.error = lambda message: sys.exit(f"error: {message}; {' '.join(parser.format_usage().split())}")
     section = parser
     for field in fields(options):
         if field.metadata["group"]:
             section = parser.add_argument_group(field.metadata["group"])
-        add_argument(section, field)
-    valid = " ".join(flag(name) for name in names)
-    parser.error = lambda message: sys.exit(f"error: {message}; the options are {valid}")
-    if "model" in names:
+        help = field.metadata["help"].replace("%", "%%")
+        if field.default is MISSING:
+            section.add_argument(field.name, type=field.type, help=help)
+            continue
+        if field.default not in ("", 0, ()):
+            help += f" [{field.default}]"
+        if field.type is bool:
+            kind = dict(action=argparse.BooleanOptionalAction)
+        elif field.type is list:
+            kind = dict(nargs="+", metavar="FILE")
+        elif get_origin(field.type) is Literal:
+            kind = dict(choices=get_args(field.type), metavar="NAME")
+        else:
+            kind = dict(type=field.type, metavar=field.type.__name__.upper())
+        section.add_argument(flag(field.name), default=field.default, help=help, **kind)
+    if hasattr(options, "model"):
         parser.set_defaults(model=default_model()[0])
         model = parser.parse_known_args(argv)[0].model
         parser.set_defaults(**defaults_of(model, name))
@@ -143,12 +134,6 @@ def command(main, options, name):
         sys.exit("interrupted; nothing finished is lost, and the same command goes on from here")
 
 
-def say(message):
-    """Print once, however many processes there are."""
-    if int(os.environ.get("RANK", 0)) == 0:
-        print(message)
-
-
 def generator(*key):
     """A CPU generator whose stream depends on `key` alone: the same numbers on any device and any number of ranks."""
     return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big"))
@@ -172,10 +157,10 @@ def whole_file(path):
             part.unlink()
 
 
-def write_json(path, value):
-    """A JSON file."""
+def write_json(path, *values):
+    """A JSON file; of several values, JSON lines."""
     with whole_file(path) as part:
-        part.write_text(json.dumps(value))
+        part.write_text("\n".join(map(json.dumps, values)))
 
 
 def write_tensors(path, tensors, model="the model", **metadata):
@@ -192,8 +177,8 @@ def read_header(path):
     """({name: shape}, metadata) of a file that `write_tensors` wrote. Raises UserError for anything else."""
     try:
         with safe_open(path, "pt") as f:
-            return ({k: tuple(f.get_slice(k).get_shape()) for k in f.keys()},
-                    json.loads((f.metadata() or {}).get("made_by", "{}")))
+            shapes = {k: tuple(f.get_slice(k).get_shape()) for k in f.keys()}
+            return shapes, json.loads((f.metadata() or {}).get("made_by", "{}"))
     except (OSError, SafetensorError, ValueError) as e:
         raise UserError(f"{path}: not a whole record ({e}); delete it and run the command that made it again") from e
 
@@ -201,8 +186,7 @@ def read_header(path):
 def read_tensors(path):
     """All tensors of a record. Raises UserError for a file that is not one."""
     read_header(path)
-    with safe_open(path, "pt") as f:
-        return {k: f.get_tensor(k) for k in f.keys()}
+    return load_file(path)
 
 
 # ---- Pixels: reading and writing pictures and videos ----------------------------------------------------------------
@@ -210,6 +194,11 @@ def read_tensors(path):
 def from_uint8(frames):
     """(F,H,W,3) uint8 -> (3,F,H,W) fp32 in [-1,1]."""
     return rearrange(torch.from_numpy(frames).float().div_(127.5).sub_(1), "f h w c -> c f h w")
+
+
+def to_uint8(video):
+    """(3,F,H,W) in [-1,1] -> (F,H,W,3) uint8."""
+    return rearrange((video.float().clamp(-1, 1) + 1) * 127.5, "c f h w -> f h w c").round().byte().cpu().numpy()
 
 
 def run_ffmpeg(path, *arguments, decoder=()):
@@ -220,15 +209,13 @@ def run_ffmpeg(path, *arguments, decoder=()):
                            "-err_detect", "explode", "-threads", "2", *decoder, "-i", f"file:{path}", *arguments],
                           capture_output=True)
     log = done.stderr.decode(errors="replace")
-    reasons = re.findall(r"\[(?:error|fatal)\] (.*)", log)
-    if arguments:
-        # At some flaws it does not stop: then it was the decoder that complained, or the reader of ogg files.
-        codecs = "|".join(re.findall(r"Video: (\w+)", log.split("Output #")[0]))
-        flaws = re.findall(rf"\[(?:{codecs}|\S*ogg) @.*\[error\] (.*)", log)
-        if flaws or done.returncode:
-            raise UserError(f"{path}: is damaged or cannot be decoded ({(flaws + reasons)[0]})")
-    elif "Stream #" not in log:
-        raise UserError(f"{path}: cannot be read as a video ({reasons[0]})")
+    # At some flaws it does not stop: then it was the decoder that complained, or the reader of ogg files.
+    codecs = "|".join(re.findall(r"Video: (\w+)", log.split("Output #")[0]))
+    flaws = re.findall(rf"\[(?:{codecs}|\S*ogg) @.*\[error\] (.*)", log)
+    stopped = done.returncode and arguments                # without arguments it reads the header, then always fails
+    if flaws or stopped or "Stream #" not in log:
+        reasons = flaws + re.findall(r"\[(?:error|fatal)\] (.*)", log)
+        raise UserError(f"{path}: is damaged or not a video ({reasons[0]})")
     return done.stdout, log
 
 
@@ -236,8 +223,7 @@ def read_video_header(path):
     """(its stream of pictures as ffmpeg describes it, whether it is transparent in places, its length in seconds as
     the file states it or infinity). Raises UserError for a file that is missing or not a video."""
     log = run_ffmpeg(path)[1]
-    streams = re.findall(r"Stream #0:.*?: Video: (.*, \d+x\d+.*)", log)
-    streams = [stream for stream in streams if "(attached pic)" not in stream]
+    streams = re.findall(r"Stream #0:.*?: Video: (.*, \d+x\d+(?!.*\(attached pic\)).*)", log)
     if not streams:
         raise UserError(f"{path}: holds no moving picture")
     alpha = re.search(", (yuva|gbrap|rgba|bgra|argb|abgr|pal8|ya)|alpha_mode *: 1", log)
@@ -249,25 +235,24 @@ def read_video_header(path):
 def video_filters(stream, alpha, height, width, fps):
     """ffmpeg's filters from decoded pictures, upright already, to those of `read_video`."""
     w, h = map(int, re.search(r", (\d+)x(\d+)", stream).groups())
-    flags = "bicubic"
+    flags = "area" if w * h > width * height else "bicubic"
     if (w, h) != (width, height):                          # at the same size, ffmpeg's usual colours to the bit
-        flags = "area" if w * h > width * height else "bicubic"
         flags += "+accurate_rnd+full_chroma_int+full_chroma_inp"
     scale = f"scale=w='max({width},round({height}*dar))':h='max({height},round({width}/dar))':flags={flags}"
     if not re.search(r"\((\w+, )?(bt|smpte|gbr|fcc|ycgco)", stream) and (h > 576 or w >= 1280):
         scale += ":in_color_matrix=bt709"                  # what players take HD for where the file does not say
+    if re.search("arib-std-b67|smpte2084", stream):        # HDR: HLG or PQ
+        pixels = (f"{scale},format=yuv444p10le,zscale=t=linear:npl=100,format=gbrpf32le,zscale=p=bt709,"
+                  "tonemap=hable:desat=0,zscale=t=bt709:r=pc,format=gbrp")
+    elif alpha:
+        pixels = f"format=gbrap,premultiply=inplace=1,{scale},format=rgba"
+    else:
+        pixels = f"{scale},format=rgb24"
     # On show at k/fps is the last picture that began by then: begins are rounded up, less 1 ms, to which some formats
     # round them. A fine grid first, on which the last picture is held.
-    steps = ["settb=AVTB,setpts=PTS-STARTPTS-1000,showinfo=checksum=0,bwdif=mode=send_frame:deint=interlaced",
-             f"fps={30 * fps}:start_time=0:round=up,tpad=stop_mode=clone:stop_duration=2,fps={fps}:round=up"]
-    if re.search("arib-std-b67|smpte2084", stream):        # HDR: HLG or PQ
-        steps += [scale, "format=yuv444p10le,zscale=t=linear:npl=100,format=gbrpf32le,zscale=p=bt709",
-                  "tonemap=hable:desat=0,zscale=t=bt709:r=pc,format=gbrp"]
-    elif alpha:
-        steps += ["format=gbrap,premultiply=inplace=1", scale, "format=rgba"]
-    else:
-        steps += [scale, "format=rgb24"]
-    return ",".join(steps + [f"crop={width}:{height}:exact=1"])
+    return ("settb=AVTB,setpts=PTS-STARTPTS-1000,showinfo=checksum=0,bwdif=mode=send_frame:deint=interlaced,"
+            f"fps={30 * fps}:start_time=0:round=up,tpad=stop_mode=clone:stop_duration=2,fps={fps}:round=up,"
+            f"{pixels},crop={width}:{height}:exact=1")
 
 
 def read_video(path, frames, height, width, fps):
@@ -278,8 +263,9 @@ def read_video(path, frames, height, width, fps):
     is missing, not a video, damaged or too short.
     """
     stream, alpha, _ = read_video_header(path)
-    # ffmpeg's own decoders of these two drop the transparency.
-    decoder = {"vp8": ("-c:v", "libvpx"), "vp9": ("-c:v", "libvpx-vp9")}.get(stream[:3], ()) if alpha else ()
+    decoder = ()
+    if alpha and stream[:3] in ("vp8", "vp9"):             # ffmpeg's own decoders of these drop the transparency
+        decoder = ("-c:v", "libvpx" if stream[:3] == "vp8" else "libvpx-vp9")
     pixels, log = run_ffmpeg(path, "-map", "0:V:0", "-vf", video_filters(stream, alpha, height, width, fps),
                              "-frames:v", str(frames), "-fps_mode", "passthrough", "-f", "rawvideo",
                              "-pix_fmt", "rgba" if alpha else "rgb24", "-", decoder=decoder)
@@ -323,20 +309,14 @@ def read_image(path, height, width):
     return from_uint8(np.array(image)[None])
 
 
-def to_uint8(video):
-    """(3,F,H,W) in [-1,1] -> (F,H,W,3) uint8."""
-    return rearrange((video.float().clamp(-1, 1) + 1) * 127.5, "c f h w -> f h w c").round().byte().cpu().numpy()
-
-
 def write_video(path, frames, fps):
     """(F,H,W,3) uint8 -> .mp4 (H.264, plays anywhere; even sides) or .gif, by the name's ending."""
-    if Path(path).suffix == ".gif":
-        coded = imageio.mimwrite(imageio.RETURN_BYTES, frames, format="gif", duration=1000 / fps, loop=0)
-    else:
-        coded = imageio.mimwrite(imageio.RETURN_BYTES, frames, format="mp4", fps=fps, codec="libx264",
-                                 pixelformat="yuv420p", quality=None, macro_block_size=2, output_params=["-crf", "12"])
+    kind = Path(path).suffix[1:]
+    coding = dict(fps=fps, quality=None, macro_block_size=2, output_params=["-crf", "12"])
+    if kind == "gif":
+        coding = dict(duration=1000 / fps, loop=0)
     with whole_file(path) as part:
-        part.write_bytes(coded)
+        part.write_bytes(imageio.mimwrite(imageio.RETURN_BYTES, frames, format=kind, **coding))
 
 
 # ---- A folder of videos or pictures with captions -------------------------------------------------------------------
@@ -347,169 +327,162 @@ SUFFIXES = {"video": ".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .ts .mts .m2ts .
 LISTS = ("video.txt", "prompt.txt", "metadata.jsonl", "metadata.csv")
 
 
-class Row(NamedTuple):
-    """One row of a list of videos or pictures with captions."""
-    file: str                                              # relative to the folder of the list
-    caption: str
-    extra: dict                                            # its other fields, such as name and keep
-    fault: str                                             # why it cannot be used, in one line; else empty
-
-
-def make_row(where, file, caption, extra=None):
-    """A Row, with its fault where it has one; `where` names it in messages."""
-    fault = ""
-    for what, value in (("caption", caption), ("file name", file)):
-        if not isinstance(value, str):
-            fault = f"{where}: the {what} is {json.dumps(value):.60}, expected text"
-        elif wrong := re.search("[\0\ud800-\udfff]", value):
-            fault = f"{where}: character {wrong.start() + 1} of the {what} is {wrong[0]!a}, expected text in UTF-8"
-        elif what == "file name" and Path(value.strip()).name in ("", ".."):
-            fault = f"{where}: the file name is {value!r}, expected that of a file"
-    return Row(str(file).strip(), str(caption).strip(), extra or {}, fault)
-
-
-def read_lines(path):
-    """The lines of a UTF-8 file, with or without a byte order mark; only \\n and \\r\\n end a line, for captions hold
-    other separators. A byte that is not UTF-8 becomes a surrogate, which `make_row` reports."""
-    text = path.read_bytes().decode("utf-8-sig", "surrogateescape")
-    return text.replace("\r\n", "\n").removesuffix("\n").split("\n")
-
-
-def paired_rows(folder, files, prompts):
-    """Two text files, a line a sample: the layout of the authors' release."""
-    for name in (files, prompts):
-        if not (folder / name).is_file():
-            raise UserError(f"{folder / name}: missing; {files} and {prompts} go together")
-    names, captions = read_lines(folder / files), read_lines(folder / prompts)
-    while names and not names[-1].strip():
-        names.pop()
-    if len(captions) < len(names) or "".join(captions[len(names):]).strip():
-        raise UserError(f"{folder}: {files} has {len(names)} lines and {prompts} {len(captions)}; "
-                        "expected a caption for each")
-    rows = []
-    for number, (name, caption) in enumerate(zip(names, captions), start=1):
-        if name.strip() or caption.strip():
-            rows.append(make_row(f"{folder / files}, row {number}", name, caption))
-    return rows
-
-
-def metadata_rows(path):
-    """metadata.jsonl or metadata.csv with file_name and text: the layout of Hugging Face's video folders."""
-    lines, rows, number = read_lines(path), [], 0
-    is_csv = path.suffix == ".csv"
-    if is_csv:
-        table = csv.DictReader([line + "\n" for line in lines], strict=True)
-    else:
-        table = map(json.loads, [line.strip() or "{}" for line in lines])
-    while True:
-        try:
-            fields, fault = next(table), ""
-        except StopIteration:
-            return rows
-        except (ValueError, csv.Error) as e:
-            fields, fault = {}, f"cannot be read from row {number + 1} on ({e})"
-        number = table.reader.line_num if is_csv else number + 1
-        where = f"{path}, row {number}"
-        if is_csv and (None in fields or None in fields.values()):         # DictReader's marks for more and fewer cells
-            fault = f"does not have the {len(table.fieldnames)} cells of the head; put a caption with commas in quotes"
-        elif not isinstance(fields, dict) or (fields and not {"file_name", "text"} <= fields.keys()):
-            fault = f"holds {json.dumps(fields):.90}"
-        if fault:
-            rows.append(Row("", "", {}, f"{where}: {fault}; expected file_name and text"))
-        elif "".join(map(str, fields.values())).strip():                   # else a blank row
-            rows.append(make_row(where, fields.pop("file_name"), fields.pop("text"), fields))
-
-
-def sidecar_rows(folder, what):
-    """NAME.mp4 beside NAME.txt; a file of another kind counts where no video or picture claims the caption."""
-    files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
-    captions = {path.stem: path for path in files if path.suffix.lower() == ".txt"}
-    claimed = {path.stem for path in files if path.suffix.lower() in SUFFIXES[what]}
-    rows = []
-    for path in files:
-        caption = captions.get(path.stem)
-        if path.suffix.lower() in SUFFIXES[what] and not caption:
-            rows.append(Row(path.name, "", {}, f"{path}: has no caption; write one into {path.with_suffix('.txt')}"))
-        elif path.suffix.lower() in SUFFIXES[what] or (caption not in (None, path) and path.stem not in claimed):
-            rows.append(make_row(caption, path.name, "\n".join(read_lines(caption))))
-    return rows
-
-
-def read_list(folder, files="video.txt", prompts="prompt.txt", what="video"):
-    """The Rows of a folder of videos or pictures (`what`) with captions, in a fixed order: a line a sample in `files`
-    and `prompts`; or metadata.jsonl or metadata.csv with file_name and text; or NAME.mp4 beside NAME.txt.
-
-    Raises UserError for a folder without rows; the fault of a single one is in its `fault`.
-    """
-    folder = Path(folder)
-    tables = [folder / name for name in ("metadata.jsonl", "metadata.csv") if (folder / name).is_file()]
-    try:
-        if (folder / files).is_file():
-            rows = paired_rows(folder, files, prompts)
-        elif tables:
-            rows = metadata_rows(tables[0])
-        else:
-            rows = sidecar_rows(folder, what)
-        found = sorted(path.name for path in folder.iterdir())[:9]
-    except OSError as e:
-        raise UserError(f"{e.filename}: cannot be read ({e.strerror})") from e
-    if not rows:
-        raise UserError(f"{folder}: holds no {what}s with captions, only {', '.join(found) or 'nothing'}; expected "
-                        f"NAME.txt beside each {what}, {files} and {prompts}, metadata.jsonl or metadata.csv")
-    return rows
-
-
 class Clip(NamedTuple):
-    """One sample before encoding."""
-    name: str                                              # of its record; empty for a faulty row
-    video: Path
+    """A video with its caption; in a bench, a picture."""
+    name: str                                              # of its record
+    file: Path
     caption: str
+    where: str | Path                                      # the row of a list or the file that says so
+    row: dict                                              # what else it says, such as keep
     image: Path | None = None                              # a first frame of its own, where the folder has one
     negatives: tuple[Path, ...] = ()                       # generated videos, where they are asked for
-    fault: str = ""                                        # of its row
 
 
 def record_name(file):
     """The name of a file's record: its path in one word, where too long for a file name ended by a hash."""
-    path = Path(file)
-    name = "_".join(part for part in path.with_suffix("").parts if part not in (path.anchor, ".."))
+    name = "_".join(part for part in Path(file).with_suffix("").parts if part not in ("/", ".."))
     raw = os.fsencode(name)
     return name if len(raw) <= 200 else raw[:180].decode(errors="ignore") + hashlib.sha256(raw).hexdigest()[:20]
 
 
-def list_clips(folder, given_negatives=False):
+def note_fault(fault, left_out):
+    """What is wrong with a single clip ends the job, or goes to the list `left_out` where there is one (--skip-bad)."""
+    if left_out is None:
+        raise UserError(fault)
+    left_out.append(str(fault))
+
+
+def read_lines(path):
+    """The lines of a UTF-8 file, with or without a byte order mark; only \\n and \\r\\n end a line, for captions hold
+    other separators. A byte that is not UTF-8 becomes a surrogate, which `make_clip` reports."""
+    text = path.read_bytes().decode("utf-8-sig", "surrogateescape")
+    return text.replace("\r\n", "\n").removesuffix("\n").split("\n")
+
+
+def paired_rows(files, prompts):
+    """(where, fields) of two text files, a line a sample each: the layout of the authors' release."""
+    names, captions = read_lines(files), read_lines(prompts)
+    for number, (name, caption) in enumerate(zip_longest(names, captions), start=1):
+        if None in (name, caption) and (name or caption).strip():
+            raise UserError(f"{files.parent}: {files.name} has {len(names)} lines and {prompts.name} {len(captions)}; "
+                            "expected a caption for each")
+        yield f"{files}, row {number}", {"file_name": name or "", "text": caption or ""}
+
+
+def metadata_rows(path):
+    """(where, fields) of metadata.jsonl or metadata.csv: the layout of Hugging Face's video folders. A row that cannot
+    be read has a UserError in place of its fields."""
+    lines, number = read_lines(path), 0
+    table = csv.DictReader([line + "\n" for line in lines], strict=True)
+    while number < len(lines):
+        try:
+            if path.suffix == ".csv":
+                fields = next(table, {})
+                if None in fields or None in fields.values():              # its marks for more and for fewer cells
+                    raise ValueError(f"not the {len(table.fieldnames)} cells of the head: put commas in quotes")
+            else:
+                fields = json.loads(lines[number].strip() or "{}")
+        except ValueError as e:
+            fields = UserError(f"{e}; expected file_name and text")
+        except csv.Error as e:
+            fields = UserError(f"cannot be read from row {number + 1} on ({e})")
+        number = table.reader.line_num if path.suffix == ".csv" else number + 1
+        yield f"{path}, row {number}", fields
+
+
+def sidecar_rows(folder, what):
+    """(where, fields) of NAME.mp4 beside NAME.txt. A file of another kind counts where no video or picture claims the
+    caption; one without a caption has a UserError in place of its fields."""
+    files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+    captions = {path.stem: path for path in files if path.suffix.lower() == ".txt"}
+    claimed = {path.stem for path in files if path.suffix.lower() in SUFFIXES[what]}
+    for path in files:
+        caption = captions.get(path.stem)
+        if path.suffix.lower() in SUFFIXES[what] and not caption:
+            yield path, UserError(f"has no caption; write one into {path.with_suffix('.txt')}")
+        elif path.suffix.lower() in SUFFIXES[what] or (caption not in (None, path) and path.stem not in claimed):
+            yield caption, {"file_name": path.name, "text": "\n".join(read_lines(caption))}
+
+
+def make_clip(folder, where, fields):
+    """The Clip of one row. Raises UserError where it has a fault."""
+    if isinstance(fields, UserError):
+        raise UserError(f"{where}: {fields}")
+    if not isinstance(fields, dict) or not {"file_name", "text"} <= fields.keys():
+        raise UserError(f"{where}: holds {json.dumps(fields):.90}; expected file_name and text")
+    for key in ("text", "file_name"):
+        if not isinstance(fields[key], str):
+            raise UserError(f"{where}: {key} is {json.dumps(fields[key]):.60}, expected text")
+        wrong = re.search("[\0\ud800-\udfff]", fields[key])
+        if wrong:
+            raise UserError(f"{where}: character {wrong.start() + 1} of {key} is {wrong[0]!a}, expected text in UTF-8")
+    file = fields["file_name"].strip()
+    if Path(file).name in ("", ".."):
+        raise UserError(f"{where}: file_name is {file!r}, expected the name of a file")
+    return Clip(record_name(file), folder / file, fields["text"].strip(), where, fields)
+
+
+def read_list(folder, files="video.txt", prompts="prompt.txt", what="video", left_out=None):
+    """The Clips of a folder of videos or pictures (`what`) with captions, in a fixed order: a line a sample in `files`
+    and `prompts`; or metadata.jsonl or metadata.csv with file_name and text; or NAME.mp4 beside NAME.txt.
+
+    Raises UserError for a folder without any, and for a faulty row unless there is a list `left_out` to take it.
+    """
+    folder, clips = Path(folder), []
+    tables = [folder / name for name in ("metadata.jsonl", "metadata.csv") if (folder / name).is_file()]
+    if (folder / files).is_file():
+        rows = paired_rows(folder / files, folder / prompts)
+    elif tables:
+        rows = metadata_rows(tables[0])
+    else:
+        rows = sidecar_rows(folder, what)
+    try:
+        for where, fields in rows:
+            if isinstance(fields, dict) and not "".join(map(str, fields.values())).strip():
+                continue                                   # a blank row
+            try:
+                clips.append(make_clip(folder, where, fields))
+            except UserError as e:
+                note_fault(e, left_out)
+        found = ", ".join(sorted(path.name for path in folder.iterdir())[:9])
+    except OSError as e:
+        raise UserError(f"{e.filename}: cannot be read ({e.strerror})") from e
+    if not clips and not left_out:
+        raise UserError(f"{folder}: holds no {what}s with captions, only {found or 'nothing'}; expected "
+                        f"NAME.txt beside each {what}, {files} and {prompts}, metadata.jsonl or metadata.csv")
+    return clips
+
+
+def list_clips(folder, given_negatives=False, left_out=None):
     """The clips of a folder, in a fixed order, without those that a row's `keep` drops. Prints what is not used.
 
-    Raises UserError for a folder without clips, lists that do not fit, or two clips of one name.
+    Raises UserError for a folder without clips, lists that do not fit, two clips of one name, and for a faulty clip
+    unless there is a list `left_out` to take it.
     """
-    folder, clips, dropped = Path(folder), [], set()
+    folder, clips = Path(folder), {}
     images = {path.stem: path for path in sorted(folder.glob("first_frames/*"))}
-    for row in read_list(folder):
-        video = folder / row.file
-        if str(row.extra.get("keep", True)).lower() != "true":
-            dropped.add(video)
+    listed = read_list(folder, left_out=left_out)
+    used = {folder / name for name in LISTS}
+    for clip in listed:
+        used |= {clip.file, clip.where}
+        if str(clip.row.get("keep", True)).lower() != "true":
             continue
-        name = "" if row.fault else record_name(row.file)
-        negatives = sorted(folder.glob(f"negative_samples/{glob.escape(video.stem)}/[!.]*")) if given_negatives else ()
-        clips.append(Clip(name, video, row.caption, images.get(name), tuple(negatives), row.fault))
-    for name, count in Counter(clip.name for clip in clips if clip.name).items():
-        if count > 1:
-            raise UserError(f"{folder}: {count} clips are named {name}; rename all but one")
-    if dropped:
-        say(f"{folder}: {len(dropped)} clips are not used, by their `keep`")
-    if not clips:
+        if clip.name in clips:
+            raise UserError(f"{folder}: two clips are named {clip.name}; rename one of them")
+        negatives = folder.glob(f"negative_samples/{glob.escape(clip.file.stem)}/[!.]*") if given_negatives else ()
+        clips[clip.name] = clip._replace(image=images.get(clip.name), negatives=tuple(sorted(negatives)))
+        used |= {images.get(clip.name), *clips[clip.name].negatives}
+    unused = [path for path in folder.rglob("*") if path.is_file() and path not in used and path.name[0] != "."]
+    if this_process().rank == 0:
+        if len(clips) < len(listed):
+            print(f"{folder}: {len(listed) - len(clips)} clips are not used, by their `keep`")
+        if unused:
+            kinds = Counter(path.suffix.lower() or path.name for path in unused)
+            found = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(5))
+            print(f"{folder}: {len(unused)} other files are not used ({found})")
+    if not clips and not left_out:
         raise UserError(f"{folder}: no clip is left; none has a `keep` that is true")
-    used = dropped.union(*[(clip.video, clip.image, *clip.negatives) for clip in clips])
-    captions = {clip.video.with_suffix("") for clip in clips if clip.video.name}
-    kinds = Counter()
-    for path in folder.rglob("*"):
-        is_caption = path.suffix.lower() == ".txt" and path.with_suffix("") in captions
-        if path.is_file() and path not in used and path.name not in LISTS and path.name[0] != "." and not is_caption:
-            kinds[path.suffix.lower() or path.name] += 1
-    if kinds:
-        found = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(5))
-        say(f"{folder}: {kinds.total()} other files are not used ({found})")
-    return clips
+    return list(clips.values())
 
 
 # ---- Records: what training reads -----------------------------------------------------------------------------------
@@ -531,6 +504,19 @@ def check_metadata(path, found, expected):
     if different:
         raise UserError(f"{path}: was made with other settings: {', '.join(different)}; "
                         "use another folder or delete this one")
+
+
+def missing(expected, folder):
+    """The names of `expected` {name: its metadata} without a record in `folder` yet. Raises UserError for a record
+    that was made with other settings or of another caption."""
+    names = []
+    for name, metadata in expected.items():
+        file = Path(folder) / f"{name}.safetensors"
+        if file.exists():
+            check_metadata(file, read_header(file)[1], metadata)
+        else:
+            names.append(name)
+    return names
 
 
 class Records:
@@ -580,9 +566,12 @@ class Records:
         return len(self.names)
 
     def __getitem__(self, index):
-        files = (self.folder / kind / f"{self.names[index]}.safetensors" for kind in self.kinds)
-        row = {k: v for file in files for k, v in read_tensors(file).items()}
-        return row | {"scores": self.scores[self.names[index]]} if self.scores else row
+        name, record = self.names[index], {}
+        for kind in self.kinds:
+            record |= read_tensors(self.folder / kind / f"{name}.safetensors")
+        if self.scores:
+            record["scores"] = self.scores[name]
+        return record
 
     def empty_text(self):
         """The embedding (L,D) of the empty caption, for guidance."""
@@ -593,6 +582,7 @@ class Records:
 
 ASSETS = Path(__file__).parent / "assets"
 KEY = "VLM_API_KEY"                                        # the environment variable that holds the server's key
+CHECKS = "theme", "action", "sharp", "uncut", "clean"      # of assets/curate.txt, in which all are to be true
 
 
 @lru_cache(maxsize=64)                                     # the verdict asks about a video four times
@@ -647,10 +637,8 @@ def in_parallel(work, items, options):
 
 def read_rows(file, key, **asked):
     """{row[key]: row} of the JSON lines that an earlier call wrote, if any. Raises UserError if it `asked` another."""
-    rows, lines = {}, file.read_text(encoding="utf-8").split("\n") if file.is_file() else []
-    for number, line in enumerate(lines, start=1):
-        if not line:
-            continue
+    rows = {}
+    for number, line in enumerate(read_lines(file) if file.is_file() else [], start=1):
         try:
             row = json.loads(line)
             rows[row[key]] = row
@@ -660,12 +648,6 @@ def read_rows(file, key, **asked):
     return rows
 
 
-def write_rows(file, rows):
-    """JSON lines."""
-    with whole_file(file) as part:
-        part.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-
-
 def write_page(template, path, content):
     """A page of assets/ with its content, which the page reads as JSON: no text in it can end the script or run."""
     page = (ASSETS / template).read_text(encoding="utf-8")
@@ -673,21 +655,18 @@ def write_page(template, path, content):
         part.write_text(page.replace("{{content}}", json.dumps(content).replace("<", "\\u003c")), encoding="utf-8")
 
 
-CHECKS = "theme", "action", "sharp", "uncut", "clean"       # of assets/curate.txt, in which all are to be true
-
-
 def read_judgement(answer):
-    """(keep, reason, caption) in an answer to assets/curate.txt, or None where it is not what that asks for."""
+    """{text, keep, reason} in an answer to assets/curate.txt, or None where it is not what that asks for."""
     try:
         found = json.loads(answer[answer.index("{"):answer.rindex("}") + 1])
-        verdicts, reason = [found[name].lower() for name in CHECKS], found["reason"]
-        caption = found["description"].strip()
+        verdicts = [found[name].lower() for name in CHECKS]
+        reason, text = found["reason"], found["description"].strip()
     except (ValueError, KeyError, TypeError, AttributeError):
         return None
-    failed = ", ".join(name for name, verdict in zip(CHECKS, verdicts) if verdict == "no")
-    if not {*verdicts} <= {"yes", "no"} or not failed and not caption:
+    failed = [name for name, verdict in zip(CHECKS, verdicts) if verdict == "no"]
+    if not {*verdicts} <= {"yes", "no"} or not failed and not text:
         return None
-    return not failed, f"not {failed}: {reason}" if failed else "", caption
+    return dict(text=text, keep=not failed, reason=f"not {', '.join(failed)}: {reason}" if failed else "")
 
 
 def curate(options):
@@ -701,21 +680,21 @@ def curate(options):
         raise UserError(f"--videos {options.videos} --theme {options.theme}: expected a folder with videos in or below "
                         "it, and what they are to show")
     rows = read_rows(out / "metadata.jsonl", "file_name", **asked)
-    text = (ASSETS / "curate.txt").read_text(encoding="utf-8").format(theme=options.theme)
+    question = (ASSETS / "curate.txt").read_text(encoding="utf-8").format(theme=options.theme)
 
     def judge(name):
         try:
             images = frames_as_jpeg(clips[name], 8)
         except UserError as e:
             return dict(file_name=name, text="", keep=False, reason=str(e), **asked)
-        answer = ask(options, text, images, read_judgement)[-1]
-        keep, reason, caption = read_judgement(answer) or (None, f"cannot read the answer: {answer:.300}", "")
-        return dict(file_name=name, text=caption, keep=keep, reason=reason, **asked)
+        answer = ask(options, question, images, read_judgement)[-1]
+        undecided = dict(text="", keep=None, reason=f"cannot read the answer: {answer:.300}")
+        return dict(file_name=name, **(read_judgement(answer) or undecided), **asked)
 
     try:
         for row in in_parallel(judge, [name for name in clips if name not in rows], options):
             rows[row["file_name"]] = row
-            write_rows(out / "metadata.jsonl", rows.values())
+            write_json(out / "metadata.jsonl", *rows.values())
     finally:
         write_page("inspect.html", out / "inspect.html", list(rows.values()))
     kept = Counter(row.get("keep", True) for row in rows.values())
@@ -724,6 +703,9 @@ def curate(options):
 
 
 # ---- The command: encode a folder of videos -------------------------------------------------------------------------
+
+READERS = 4                                                # clips read ahead in threads; 200 MB each at 49×480×720
+
 
 @dataclass
 class Options:
@@ -751,45 +733,40 @@ def clip_shape(options, folder):
     """(frames, height, width) of the clips: as asked, else as the model was trained. Raises UserError for a bad one."""
     c = read_dit_config(folder)
     space = 2 ** (len(read_config(folder, "vae", "AutoencoderKLCogVideoX")["block_out_channels"]) - 1)
-    trained = c["sample_frames"], c["sample_height"] * space, c["sample_width"] * space
-    shape = tuple(asked or own for asked, own in zip((options.frames, options.height, options.width), trained))
-    if shape[0] < 1 or shape[0] % 8 != 1:
-        raise UserError(f"--frames {shape[0]}: expected 8k + 1 (9, 17, … 49)")
     multiple = space * c["patch_size"]
-    for option, size in (("--height", shape[1]), ("--width", shape[2])):
-        if size <= 0 or size % multiple:
-            raise UserError(f"{option} {size}: expected a multiple of {multiple}")
-    if c["use_learned_positional_embeddings"] and (shape[0] > trained[0] or shape[1:] != trained[1:]):
-        raise UserError(f"--frames {shape[0]} --height {shape[1]} --width {shape[2]}: this model's learned positions "
+    trained = c["sample_frames"], c["sample_height"] * space, c["sample_width"] * space
+    frames, height, width = options.frames or trained[0], options.height or trained[1], options.width or trained[2]
+    if frames < 1 or frames % 8 != 1:
+        raise UserError(f"--frames {frames}: expected 8k + 1 (9, 17, … 49)")
+    if min(height, width) <= 0 or height % multiple or width % multiple:
+        raise UserError(f"--height {height} --width {width}: expected multiples of {multiple}")
+    if c["use_learned_positional_embeddings"] and (frames > trained[0] or (height, width) != trained[1:]):
+        raise UserError(f"--frames {frames} --height {height} --width {width}: this model's learned positions "
                         f"are for at most {trained[0]} frames of {trained[1]}×{trained[2]}")
     if options.fps < 1:
         raise UserError(f"--fps {options.fps}: expected at least 1")
-    return shape
+    return frames, height, width
 
 
-def check_clip(clip, usual, options, frames):
-    """Raise UserError for what can be wrong with a clip before its pictures are decoded."""
-    if clip.fault:
-        raise UserError(clip.fault)
-    if options.given_negatives and len(clip.negatives) != (usual or 1):
-        raise UserError(f"{clip.video}: has {len(clip.negatives)} negatives in negative_samples/{clip.video.stem}, "
-                        f"expected {usual or 'some'} as for most clips")
-    for video in (clip.video, *clip.negatives):
-        _, _, seconds = read_video_header(video)
-        if seconds < (frames - 1) / options.fps:           # a header may be wrong: let the pictures decide
-            read_video(video, frames, 16, 16, options.fps)
+def check_clip(clip, negatives, shape, fps):
+    """Raise UserError for what is wrong with a clip, or has not `negatives`, as far as headers tell."""
+    if len(clip.negatives) != negatives:
+        raise UserError(f"{clip.file}: has {len(clip.negatives)} negatives in negative_samples/{clip.file.stem}, "
+                        f"expected {negatives} as for most clips")
+    for video in (clip.file, *clip.negatives):
+        if read_video_header(video)[2] < (shape[0] - 1) / fps:         # a header may be wrong: let the pictures decide
+            read_video(video, *shape, fps)
 
 
-def read_clip(clip, shape, options):
-    """The pixels of a clip in [-1,1]: its video (3,F,H,W), first frame (3,1,H,W), and negatives (3,F,H,W)."""
-    video = read_video(clip.video, *shape, options.fps)
+def read_clip(clip, shape, fps):
+    """The pixels of a clip in [-1,1]: its video (3,F,H,W), first frame (3,1,H,W), and negatives, each (3,F,H,W)."""
+    video = read_video(clip.file, *shape, fps)
     image = read_image(clip.image, *shape[1:]) if clip.image else video[:, :1]
-    return video, image, [read_video(negative, *shape, options.fps) for negative in clip.negatives]
+    return video, image, [read_video(negative, *shape, fps) for negative in clip.negatives]
 
 
-def read_ahead(clips, read, left_out, options):
-    """(clip, read(clip)) in their order, a few of them read ahead in threads. The first that raises UserError stops
-    the job; with --skip-bad its message goes to the list `left_out` instead."""
+def read_ahead(clips, read, left_out):
+    """Yield (clip, read(clip)) in order, a few of them read ahead in threads. A UserError goes to `left_out`."""
     with ThreadPoolExecutor(READERS) as pool:
         waiting = deque()
         for i, clip in enumerate(clips):
@@ -797,12 +774,9 @@ def read_ahead(clips, read, left_out, options):
             try:
                 result = waiting.popleft().result()
             except UserError as e:
-                if not options.skip_bad:
-                    raise
-                tqdm.write(f"left out: {e}")
-                left_out.append(str(e))
-                continue
-            yield clip, result
+                note_fault(e, left_out)
+            else:
+                yield clip, result
 
 
 def encode_clip(clip, pixels, vae, options, device):
@@ -823,53 +797,42 @@ def encode_clip(clip, pixels, vae, options, device):
 def encode_captions(clips, folder, out, device, dtype):
     """{caption: embedding (L,D), bf16} of the clips; the empty caption's is written beside the records."""
     encode_text = load_text_encoder(folder, device, dtype)
-    texts = [*dict.fromkeys(clip.caption for clip in clips), ""]
-    embeddings = {text: encode_text([text])[0].bfloat16().cpu() for text in tqdm(texts, desc="encoding captions")}
+    captions = {"", *(clip.caption for clip in clips)}
+    embeddings = {text: encode_text([text])[0].bfloat16().cpu() for text in tqdm(captions, desc="encoding captions")}
     write_tensors(out / "empty.safetensors", {"text": embeddings[""]}, model=folder)
     return embeddings
 
 
-def missing(expected, folder):
-    """Those of the names in `expected` {name: its metadata} without a record in `folder` yet.
-
-    Raises UserError where there is a record, but one made with other settings or of another caption.
-    """
-    files = {name: Path(folder) / f"{name}.safetensors" for name in expected}
-    for name, file in files.items():
-        if file.exists():
-            check_metadata(file, read_header(file)[1], expected[name])
-    return [name for name, file in files.items() if not file.exists()]
-
-
 def main(options):
     """Encode this rank's share of the clips. Ranks never wait for each other: any number makes the same files."""
-    rank, world, device, dtype = this_process()
     if not options.videos:
         raise UserError("--videos is missing: the folder of clips with captions")
     if options.curate:
         return curate(options)
-    clips = list_clips(options.videos, options.given_negatives)
+    rank, world, device, dtype = this_process()
+    left_out = [] if options.skip_bad else None
+    clips = list_clips(options.videos, options.given_negatives, left_out)
+    usual = mode([len(clip.negatives) for clip in clips if clip.negatives] or [int(options.given_negatives)])
+    clips = clips[rank::world]
+    if left_out:
+        left_out = left_out[rank::world]                   # every rank has read the whole list
     folder = resolve(options.model, "transformer/config.json", "vae", "text_encoder", "tokenizer")
     out, shape = Path(options.out), clip_shape(options, folder)
     made_by = dict(vae=digest(folder / "vae"), text_encoder=digest(folder / "text_encoder"),
                    frames=shape[0], height=shape[1], width=shape[2],
                    fps=options.fps, image_noise=options.image_noise, given_negatives=options.given_negatives,
                    seed=options.seed)
-    usual = mode([len(clip.negatives) for clip in clips if not clip.fault] or [0])
-    clips = clips[rank::world]
-    expected = {clip.name: dict(fingerprint=made_by, caption=clip.caption, source=str(clip.video))
-                for clip in clips if not clip.fault}
+    expected = {clip.name: dict(fingerprint=made_by, caption=clip.caption, source=str(clip.file)) for clip in clips}
     todo = {*missing(expected, out / "win")}
-    clips = [clip for clip in clips if clip.fault or clip.name in todo]
-    left_out = []
-    check = partial(check_clip, usual=usual, options=options, frames=shape[0])
-    checked = tqdm(read_ahead(clips, check, left_out, options), "checking clips", len(clips), disable=rank > 0)
+    clips = [clip for clip in clips if clip.name in todo]
+    check = partial(check_clip, negatives=usual, shape=shape, fps=options.fps)
+    checked = tqdm(read_ahead(clips, check, left_out), "checking clips", len(clips), disable=rank > 0)
     clips = [clip for clip, _ in checked]
     if clips or not (out / "empty.safetensors").is_file():
         embeddings = encode_captions(clips, folder, out, device, dtype)     # then that network is gone: one at a time
     if clips:
         vae = load_vae(folder, device, dtype)
-    decoded = read_ahead(clips, partial(read_clip, shape=shape, options=options), left_out, options)
+    decoded = read_ahead(clips, partial(read_clip, shape=shape, fps=options.fps), left_out)
     for clip, pixels in tqdm(decoded, "encoding clips", len(clips), disable=rank > 0):
         record, lose = encode_clip(clip, pixels, vae, options, device)
         if lose:
@@ -877,14 +840,15 @@ def main(options):
                           fingerprint={"given": len(lose)})
         write_tensors(out / "win" / f"{clip.name}.safetensors", {**record, "text": embeddings[clip.caption]},
                       model=folder, **expected[clip.name])
-    file = out / f"left_out_{rank}.txt"
-    file.unlink(missing_ok=True)                           # of an earlier run
+    report = out / f"left_out_{rank}.txt"
+    report.unlink(missing_ok=True)                         # of an earlier run
     if left_out:
-        with whole_file(file) as part:
+        with whole_file(report) as part:
             part.write_text("\n".join(left_out) + "\n", encoding="utf-8", errors="replace")
-        print(f"{len(left_out)} clips left out; {file} says why")
-    say(f"{len(list((out / 'win').glob('*.safetensors')))} clips in {out}/win; next: python "
-        f"{'train' if options.given_negatives else 'sample'}.py --model {options.model} --data {out}")
+        print(f"{len(left_out)} clips left out; {report} says why")
+    if rank == 0:
+        print(f"{len(list((out / 'win').glob('*.safetensors')))} clips in {out}/win; next: python "
+              f"{'train' if options.given_negatives else 'sample'}.py --model {options.model} --data {out}")
 
 
 if __name__ == "__main__":

@@ -19,8 +19,8 @@ import torch
 from tqdm import tqdm
 
 from data import (ASSETS, KEY, Records, ask, check_metadata, clip_shape, command, digest, frames_as_jpeg, generator,
-                  in_parallel, missing, option, read_image, read_list, read_rows, say, this_process, to_uint8,
-                  whole_file, write_json, write_page, write_rows, write_tensors, write_video)
+                  in_parallel, missing, option, read_image, read_list, read_rows, this_process, to_uint8, whole_file,
+                  write_json, write_page, write_tensors, write_video)
 from model import UserError, load_dit, load_text_encoder, load_vae, read_json, resolve
 from realdpo import Condition, sample
 
@@ -113,13 +113,13 @@ def read_bench(folder):
         raise UserError("--bench is missing: the folder of pictures with captions that the videos are made of")
     folder, prompts = Path(folder), {}
     lists = [path.name for path in folder.glob("*.txt") if path.name not in ("images.txt", "videos.txt")]
-    for row in read_list(folder, "images.txt", lists[0] if len(lists) == 1 else "prompts.txt", what="picture"):
-        image, name = folder / row.file, str(row.extra.get("name") or Path(row.file).stem)
-        if row.fault or not image.is_file():
-            raise UserError(row.fault or f"{image}: is not there, but the bench lists it")
+    for clip in read_list(folder, "images.txt", lists[0] if len(lists) == 1 else "prompts.txt", what="picture"):
+        name = str(clip.row.get("name") or clip.file.stem)
+        if not clip.file.is_file():
+            raise UserError(f"{clip.where}: {clip.file} is not there")
         if name in prompts or "/" in name:
-            raise UserError(f"{image}: is named {name}; expected a name of its own, without a slash")
-        prompts[name] = Prompt(name, image, row.caption)
+            raise UserError(f"{clip.where}: is named {name}; expected a name of its own, without a slash")
+        prompts[name] = Prompt(name, clip.file, clip.caption)
     texts = [(prompt.name, prompt.caption) for prompt in prompts.values()]
     images = [prompt.image for prompt in prompts.values()]
     return list(prompts.values()), hashed(texts, *images)
@@ -175,7 +175,8 @@ def make_bench(options):
     todo = [shot for shot in shots[process.rank::process.world_size] if not shot[0].exists()]
     if todo:
         make_videos(options, todo)
-    say(f"{len(shots)} videos of {len(prompts)} prompts in {out}")
+    if process.rank == 0:
+        print(f"{len(shots)} videos of {len(prompts)} prompts in {out}")
 
 
 # ---- Which method is better? A study with raters (App. B.2), a language model's verdict (App. B.3) ------------------
@@ -296,8 +297,8 @@ def ask_verdicts(options, file):
     rows = read_rows(file, "about", vlm=options.vlm)
     for row in in_parallel(judge, [about for about in jobs if about not in rows], options):
         rows[row["about"]] = row
-        write_rows(file, rows.values())
-    write_rows(file, [rows[about] for about in jobs])      # without those about videos that have changed
+        write_json(file, *rows.values())
+    write_json(file, *[rows[about] for about in jobs])     # without those about videos that have changed
 
 
 def verdict(options):
