@@ -280,7 +280,7 @@ def read_scores(answer):
 
 
 def ask_verdicts(options, file):
-    """Write `file`: a row with the model's answers about each dimension of every video. What it has is not asked."""
+    """Rows with the model's answers about each dimension of every video: from `file`, or asked where it has none."""
     videos, jobs = list_videos(options.verdict, options.bench), {}
     template, *sections = (ASSETS / "verdict.txt").read_text(encoding="utf-8").split("\n# ")
     for (method, prompt, video), section in product(videos, sections):
@@ -298,16 +298,18 @@ def ask_verdicts(options, file):
     for row in in_parallel(judge, [about for about in jobs if about not in rows], options):
         rows[row["about"]] = row
         write_json(file, *rows.values())
-    write_json(file, *[rows[about] for about in jobs])     # without those about videos that have changed
+    return [rows[about] for about in jobs]
 
 
 def verdict(options):
     """Table 2 of the paper: a vision-language model answers five questions about each dimension of every video."""
     file = Path(options.verdict)
-    if not file.is_file():
+    if file.is_file():
+        rows = read_rows(file, "about").values()
+    else:
         file = Path(options.out or file / "verdict.jsonl")
-        ask_verdicts(options, file)
-    rows = read_rows(file, "about").values()
+        rows = ask_verdicts(options, file)
+    # Of two rows about one dimension of a video, the later counts: the video has changed since the earlier.
     scores = {(row["method"], row["name"], row["dimension"]): read_scores(row["answers"][-1]) for row in rows}
     methods = sorted({row["method"] for row in rows})
     names = sorted({row["name"] for row in rows})

@@ -1767,7 +1767,7 @@ def test_a_study_hides_the_methods_and_is_the_same_when_written_again(shots, met
     assert write_study(methods, shots, tmp_path / "other")["study"] != key["study"]        # drawn anew: other names
 
 
-def test_clips_can_be_judged_against_the_clips_they_were_to_be(videos, tmp_path):
+def test_of_a_bench_of_clips_raters_see_the_first_frames(videos, tmp_path):
     shutil.copytree(videos, tmp_path / "methods" / "real")
     write_study(tmp_path / "methods", videos, tmp_path / "study")
     shown = imageio.imread(tmp_path / "study" / "clips" / "0.jpg").astype(int)
@@ -1820,7 +1820,7 @@ def test_intervals_come_from_both_raters_and_prompts(capsys):
     rng = np.random.default_rng(0)
     raters, prompts = rng.normal(size=(100, 1)) / 10, rng.normal(size=(1, 25)) / 10
     values = torch.from_numpy(np.stack([0.5 + raters + prompts, np.full((100, 25), np.nan)], axis=-1))
-    values[0, 0] = torch.nan                               # which counts neither as 0 nor for anything
+    values[0, 0] = torch.nan                               # a missing value is left out
     sample.print_table("", ["row"], ["column", "nothing"], values[:, None])
     found = re.search(r"\| row \| (\S+) \[(\S+), (\S+)\] \| nan \[nan, nan\] \|", capsys.readouterr().out)
     mean, low, high = map(float, found.groups())
@@ -2013,9 +2013,12 @@ def test_the_verdict_is_table_2_and_can_be_made_again_without_asking(server, sho
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows[:5] + rows[6:]))
     shutil.copy(methods / "beta-method" / "somersault-0.mp4", two / "alpha-method" / "somersault.mp4")
+    server.answer = lambda text, count: five(3, 3, 3, 3, 3)
     ask_for_verdicts(two, shots, file, server)
     assert len(server.asked) == asked + 1 + 4              # the missing one, and those about the changed video
-    assert len(file.read_text().splitlines()) == 2 * 2 * 4                     # whose earlier rows are gone
+    table = capsys.readouterr().out
+    sample.main(sample.Options(verdict=str(file)))
+    assert capsys.readouterr().out == table                # in which its earlier scores do not count
 
 
 # ---- The pages in a real browser
