@@ -6,21 +6,21 @@ bench of pictures becomes a folder of mp4s, which people and a language model co
     python sample.py --bench BENCH --out videos/METHOD                 (torchrun as well)
     python sample.py --study videos --bench BENCH, then --tally answers/*.json; or --verdict videos --bench BENCH …
 
-MODEL is a model folder, a hub id, or the --out folder of a training run. BENCH is a folder of pictures with captions
-in any of data.py's three forms. The text encoder, the largest network, leaves before the transformer comes.
+MODEL is a model folder, a hub id or a training run; BENCH a folder of pictures with captions, listed as data.py says.
 """
-import hashlib, json, re, secrets
+import hashlib, math, re, secrets, shutil
+from collections import namedtuple
 from dataclasses import dataclass
+from itertools import chain, product
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import (ASSETS, KEY, SUFFIXES, Records, ask, check_metadata, clip_shape, command, digest, frames_as_jpeg,
-                  generator, in_parallel, missing, option, read_image, read_list, read_rows, read_video, this_process,
-                  to_uint8, whole_file, write_json, write_page, write_tensors, write_video)
+from data import (ASSETS, KEY, Records, ask, check_metadata, clip_shape, command, digest, frames_as_jpeg, generator,
+                  in_parallel, missing, option, read_image, read_list, read_rows, this_process, to_uint8, whole_file,
+                  write_json, write_page, write_tensors, write_video)
 from model import UserError, load_dit, load_text_encoder, load_vae, read_json, resolve
 from realdpo import Condition, sample
 
@@ -46,7 +46,6 @@ class Options:
     height: int = option(0, "of the video; default: the model's")
     width: int = option(0, "of the video; default: the model's")
     fps: int = option(8, "of the video")
-    gif: bool = option(False, "also write a GIF beside each mp4")
     seed: int = option(0, "of the noise")
     compile: bool = option(False, "compile the transformer's blocks: slow to start, then faster")
     endpoint: str = option("", f"an OpenAI-compatible server's address; its key: environment variable {KEY}", "Verdict")
@@ -98,55 +97,18 @@ def negatives(options):
               f"next: python train.py --model {options.model} --data {options.data}")
 
 
-class Prompt(NamedTuple):
-    """One row of a bench."""
-    name: str                                              # of its videos: NAME.mp4, or NAME-0.mp4 …
-    image: Path                                            # a picture, or a clip for its first frame
-    caption: str
+Prompt = namedtuple("Prompt", "name image caption")        # a row of a bench; NAME.mp4 is its video
 
 
-def first_frame(path, height, width):
-    """A picture, or the first frame of a clip: (3,1,height,width)."""
-    is_clip = path.suffix.lower() in SUFFIXES["video"] and path.suffix.lower() not in SUFFIXES["picture"]
-    return read_video(path, 1, height, width, 1) if is_clip else read_image(path, height, width)
-
-
-def film(options, shots):
-    """Generate and write the video of every shot: a Prompt, a file, and the key that its noise depends on."""
-    model, process = options.model, this_process()
-    device, dtype = process.device, process.dtype
-    frames, height, width = clip_shape(options, resolve(model, "transformer/config.json", "vae/config.json"))
-    images = {prompt.image: first_frame(prompt.image, height, width) for prompt, _, _ in shots}    # all, to fail early
-    encode_text = load_text_encoder(model, device, dtype)
-    texts = {text: encode_text([text])[0] for text in {"", *(prompt.caption for prompt, _, _ in shots)}}
-    del encode_text
-    torch.cuda.empty_cache()
-    vae = load_vae(model, device, dtype)
-    for path, image in images.items():
-        images[path] = vae.encode(image[None].to(device), generator("image", options.seed))[0]     # (C,1,h,w)
-    denoiser = load_denoiser(options, model, process)
-    for prompt, file, key in tqdm(shots, desc="videos", disable=process.rank > 0 or len(shots) == 1):
-        image = images[prompt.image]
-        shape = (image.shape[0], (frames - 1) // 4 + 1, *image.shape[2:])
-        latents = generate(denoiser, dict(text=texts[prompt.caption], image=image), texts[""], options, device, *key,
-                           shape=shape, progress=len(shots) == 1)
-        video = to_uint8(vae.decode(latents)[0])
-        write_video(file, video, options.fps)
-        if options.gif:
-            write_video(file.with_suffix(".gif"), video, options.fps)
-
-
-def generate_one(options):
-    """One picture and one sentence to an mp4."""
-    out = Path(options.out or "video.mp4")
-    if out.suffix != ".mp4":
-        raise UserError(f"--out {out}: expected a name that ends in .mp4")
-    film(options, [(Prompt("", Path(options.image), options.prompt), out, ("video", options.seed))])
-    print(f"a video in {out}" + (" and .gif" if options.gif else ""))
+def hashed(value, *files):
+    """A short name for a value and for what the files hold."""
+    contents = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
+    return hashlib.sha256(repr((value, contents)).encode()).hexdigest()[:16]
 
 
 def read_bench(folder):
-    """The Prompts of a folder of pictures with captions. Raises UserError for one that cannot be read."""
+    """The Prompts of a folder of pictures with captions, and a hash of their names, captions and pictures.
+    Raises UserError for one that cannot be read."""
     if not folder:
         raise UserError("--bench is missing: the folder of pictures with captions that the videos are made of")
     folder, prompts = Path(folder), {}
@@ -158,152 +120,156 @@ def read_bench(folder):
         if name in prompts or "/" in name:
             raise UserError(f"{clip.where}: is named {name}; expected a name of its own, without a slash")
         prompts[name] = Prompt(name, clip.file, clip.caption)
-    return list(prompts.values())
+    texts = [(prompt.name, prompt.caption) for prompt in prompts.values()]
+    images = [prompt.image for prompt in prompts.values()]
+    return list(prompts.values()), hashed(texts, *images)
 
 
-def fingerprint(prompts):
-    """A short name for what a bench holds: its names, captions and pictures."""
-    sha = hashlib.sha256()
-    for prompt in prompts:
-        sha.update(repr((prompt.name, prompt.caption)).encode() + prompt.image.read_bytes())
-    return sha.hexdigest()[:16]
+def make_videos(options, shots):
+    """Generate and write the video of each shot (file, Prompt, number); its noise depends on seed, name and number."""
+    model, process = options.model, this_process()
+    frames, height, width = clip_shape(options, resolve(model, "transformer/config.json", "vae/config.json"))
+    images = {prompt: read_image(prompt.image, height, width) for _, prompt, _ in shots}       # all, to fail early
+    encode_text = load_text_encoder(model, process.device, process.dtype)
+    texts = {text: encode_text([text])[0] for text in {"", *(prompt.caption for prompt in images)}}
+    del encode_text                                        # the largest network: it leaves before the others come
+    torch.cuda.empty_cache()
+    vae = load_vae(model, process.device, process.dtype)
+    for prompt, image in images.items():
+        images[prompt] = vae.encode(image[None].to(process.device), generator("image", options.seed))[0]   # (C,1,h,w)
+    denoiser = load_denoiser(options, model, process)
+    for file, prompt, number in tqdm(shots, desc="videos", disable=process.rank > 0 or len(shots) == 1):
+        record = dict(text=texts[prompt.caption], image=images[prompt])
+        channels, _, *size = record["image"].shape
+        latents = generate(denoiser, record, texts[""], options, process.device, "video", options.seed, prompt.name,
+                           number, shape=(channels, (frames - 1) // 4 + 1, *size), progress=len(shots) == 1)
+        write_video(file, to_uint8(vae.decode(latents)[0]), options.fps)
 
 
-def generate_bench(options):
-    """A video, or `samples`, for every picture of a bench: this rank's share of those that are not there yet.
+def make_one(options):
+    """One picture and one sentence to an mp4."""
+    out = Path(options.out or "video.mp4")
+    if out.suffix != ".mp4":
+        raise UserError(f"--out {out}: expected a name that ends in .mp4")
+    make_videos(options, [(out, Prompt("", Path(options.image), options.prompt), 0)])
+    print(f"a video in {out}")
 
-    VBench finds the picture of a video by its name, less a dash and a number at its end; so a name that has these of
-    its own gets a number more.
-    """
+
+def make_bench(options):
+    """A video, or `samples`, for every picture of a bench: this rank's share of those that are not there yet."""
     process, out, shots = this_process(), Path(options.out or "videos"), []
-    prompts = read_bench(options.bench)
+    prompts, bench = read_bench(options.bench)
     folder = resolve(options.model, "transformer", "scheduler")
     names = "steps", "guidance", "solver", "frames", "height", "width", "fps", "seed"
-    made_by = {"fingerprint": {"transformer": digest(folder / "transformer"), "bench": fingerprint(prompts),
+    made_by = {"fingerprint": {"transformer": digest(folder / "transformer"), "bench": bench,
                                **{name: getattr(options, name) for name in names}}}
     if (out / "bench.json").is_file():
         check_metadata(out / "bench.json", read_json(out / "bench.json"), made_by)
     write_json(out / "bench.json", made_by)
     for prompt in prompts:
+        # VBench drops a number at the end of a video's name to find its picture: a name that has one gets another.
+        numbered = options.samples or re.search(r"-\d+$", prompt.name)
         for number in range(max(1, options.samples)):
-            ending = f"-{number}" if options.samples or re.search(r"-\d+$", prompt.name) else ""
-            shots.append((prompt, out / f"{prompt.name}{ending}.mp4", ("bench", options.seed, prompt.name, number)))
-    todo = [shot for shot in shots[process.rank::process.world_size] if not shot[1].exists()]
+            file = f"{prompt.name}-{number}.mp4" if numbered else f"{prompt.name}.mp4"
+            shots.append((out / file, prompt, number))
+    todo = [shot for shot in shots[process.rank::process.world_size] if not shot[0].exists()]
     if todo:
-        film(options, todo)
+        make_videos(options, todo)
     if process.rank == 0:
         print(f"{len(shots)} videos of {len(prompts)} prompts in {out}")
 
 
 # ---- Which method is better? A study with raters (App. B.2), a language model's verdict (App. B.3) ------------------
 
-STUDY = "visual alignment", "text alignment", "motion quality", "human quality", "overall quality"      # Fig. 10
+DIMENSIONS = "visual alignment", "text alignment", "motion quality", "human quality", "overall quality"     # Fig. 10
 
 
-def read_methods(folder, prompts):
-    """{method: the first video of every prompt} of a folder with a folder a method. Raises UserError if one lacks."""
-    methods = {}
-    for path in sorted(path for path in Path(folder).glob("[!.]*") if path.is_dir()):
-        if (path / "bench.json").is_file():
-            made_by = {"bench": read_json(path / "bench.json")["fingerprint"]["bench"]}
-            check_metadata(path, {"fingerprint": made_by}, {"fingerprint": {"bench": fingerprint(prompts)}})
-        methods[path.name] = []
+def list_videos(folder, bench):
+    """[(method, Prompt, the method's first video of it)] of a folder with a folder a method.
+    Raises UserError for one that lacks a video or was made of another bench."""
+    videos, (prompts, contents) = [], read_bench(bench)
+    for method in sorted(path for path in Path(folder).glob("[!.]*") if path.is_dir()):
+        note = method / "bench.json"
+        if note.is_file() and read_json(note)["fingerprint"]["bench"] != contents:
+            raise UserError(f"{method}: was made from another bench than {bench}, or from what it held before")
         for prompt in prompts:
-            one, first = path / f"{prompt.name}.mp4", path / f"{prompt.name}-0.mp4"
+            one, first = method / f"{prompt.name}.mp4", method / f"{prompt.name}-0.mp4"
             if not one.is_file() and not first.is_file():
-                raise UserError(f"{path}: lacks {one.name} (or {first.name}), which --bench asks every method for")
-            methods[path.name].append(one if one.is_file() else first)
-    if not methods:
+                raise UserError(f"{method}: lacks {one.name} (or {first.name}), which --bench asks every method for")
+            videos.append((method.name, prompt, one if one.is_file() else first))
+    if not videos:
         raise UserError(f"{folder}: holds no folders; expected one a method, with its videos")
-    return methods
+    return videos
 
 
 def write_study(options):
-    """OUT/study.html with its clips, for raters, and OUT-key.json, which tells what method a clip is of.
-
-    The names of the clips come from a secret in the key: a study that is written again is the same study.
-    """
-    out, pages, clips, contents = Path(options.out or "study"), [], {}, hashlib.sha256()
-    prompts, key = read_bench(options.bench), Path(f"{out}-key.json")
-    methods = read_methods(options.study, prompts)
-    secret = read_json(key)["secret"] if key.exists() else secrets.token_hex(16)
-    for i, prompt in enumerate(tqdm(prompts, desc="copying clips")):
-        files = {}
-        for method, videos in methods.items():
-            clip = hashlib.sha256(f"{secret}/{method}/{prompt.name}".encode()).hexdigest()[:16]
-            clips.setdefault(method, []).append(clip)
-            files[clip + ".mp4"] = videos[i].read_bytes()
-        pages.append(dict(caption=prompt.caption, clips=sorted(Path(file).stem for file in files)))
-        files[pages[-1]["clips"][0] + ".jpg"] = frames_as_jpeg(prompt.image, 1)[0]
-        for file, content in sorted(files.items()):
-            with whole_file(out / "clips" / file) as part:
-                part.write_bytes(content)
-            contents.update(content)
-    contents.update(json.dumps([secret, pages]).encode())
-    study = contents.hexdigest()[:16]
-    write_json(key, dict(study=study, secret=secret, clips=clips))
+    """OUT/study.html with its clips, for raters, and OUT-key.json, which tells what method a clip is of."""
+    videos = list_videos(options.study, options.bench)
+    out = Path(options.out or "study")
+    key = Path(f"{out}-key.json")
+    secret = read_json(key)["secret"] if key.exists() else secrets.token_hex(16)     # written again, the same study
+    method_clips, page_clips, pages = {}, {}, []
+    for method, prompt, video in tqdm(videos, desc="copying clips"):
+        clip = hashed([secret, method, prompt.name], video)
+        method_clips.setdefault(method, []).append(clip)
+        page_clips.setdefault(prompt, []).append(clip)
+        with whole_file(out / "clips" / f"{clip}.mp4") as part:
+            shutil.copyfile(video, part)
+    for number, (prompt, clips) in enumerate(page_clips.items()):
+        pages.append(dict(caption=prompt.caption, clips=sorted(clips)))
+        with whole_file(out / "clips" / f"{number}.jpg") as part:
+            part.write_bytes(frames_as_jpeg(prompt.image, 1)[0])
+    study = hashed(pages)
+    write_json(key, dict(study=study, secret=secret, clips=method_clips))
     write_page("study.html", out / "study.html", dict(study=study, pages=pages))
-    print(f"{len(pages)} pages of {len(methods)} videos in {out}: give raters this folder, without {key}, and collect "
-          f"what they save; then: python sample.py --tally answers/*.json --out {out}")
+    print(f"{len(pages)} pages of {len(method_clips)} videos in {out}: give raters this folder, without {key}, and "
+          f"collect what they save; then: python sample.py --tally answers/*.json --out {out}")
 
 
-def read_answers(file, key):
-    """A rater's name and {clip: five ratings}. Raises UserError for a file cut short or of another study."""
-    found = read_json(Path(file))
-    study, rater, ratings = found["study"], str(found["rater"]), found["ratings"]
-    if study != key["study"]:
-        raise UserError(f"{file}: answers study {study}, not {key['study']}; --out names the folder of the study")
-    for clip in sum(key["clips"].values(), []):
-        five = ratings.get(clip, [])
-        if len(five) != len(STUDY) or not all(points in (1, 2, 3, 4, 5) for points in five):
-            raise UserError(f"{file}: has not five ratings from 1 to 5 of {clip}; let {rater} go on and save again")
-    return rater, ratings
-
-
-def agreement(ratings):
-    """Krippendorff's alpha of ratings (raters, videos) on an interval scale: 1 perfect, 0 by chance."""
-    if len(ratings) < 2 or ratings.var() == 0:
-        return float("nan")
-    return 1 - ratings.var(axis=0, ddof=1).mean() / ratings.var(ddof=1)
-
-
-def print_table(title, table):
-    """Markdown of {row: {column: values (raters, prompts) from 0 to 1}}: the means in per cent and, in brackets, what
-    holds 95 % of such means if raters and prompts are drawn again (bootstrap)."""
-    columns = list(next(iter(table.values())))
+def print_table(title, rows, columns, values):
+    """Markdown of values (raters, rows, prompts, columns) from 0 to 1, nan where there is none: the means in per cent
+    and, in brackets, what holds 95 % of such means if raters and prompts are drawn again (bootstrap)."""
+    raters, _, prompts, _ = values.shape
+    rng, means = generator("bootstrap"), []
+    for _ in range(2000):
+        drawn = values[torch.randint(raters, (raters,), generator=rng)]
+        drawn = drawn[:, :, torch.randint(prompts, (prompts,), generator=rng)]
+        means.append(drawn.nanmean(dim=(0, 2)))
+    low, high = 100 * torch.stack(means).nanquantile(torch.tensor([0.025, 0.975], dtype=values.dtype), dim=0)
+    mean = 100 * values.nanmean(dim=(0, 2))                # (rows, columns)
     print(f"| {' | '.join([title, *columns])} |\n|{' --- |' * (len(columns) + 1)}")
-    for name, cells in table.items():
-        texts = [name]
-        for values in cells.values():
-            rng, means = np.random.default_rng(0), []
-            for _ in range(2000 if values.size else 0):
-                raters, prompts = (rng.integers(size, size=size) for size in values.shape)
-                means.append(100 * values[raters][:, prompts].mean())
-            low, high = np.percentile(means, (2.5, 97.5)) if means else (np.nan, np.nan)
-            texts.append(f"{100 * values.mean():.2f} [{low:.1f}, {high:.1f}]" if means else "–")
-        print(f"| {' | '.join(texts)} |")
+    for r, row in enumerate(rows):
+        cells = [f"{m:.2f} [{l:.1f}, {h:.1f}]" for m, l, h in zip(mean[r], low[r], high[r])]
+        print(f"| {' | '.join([row, *cells])} |")
     print()
 
 
 def tally(options):
     """Table 1 of the paper from raters' answers: ratings in per cent of the highest, and comparisons won."""
-    key, raters, ratings, rated, won = read_json(Path(f"{options.out or 'study'}-key.json")), {}, {}, {}, {}
+    key, raters = read_json(Path(f"{options.out or 'study'}-key.json")), {}
     for file in options.tally:
-        rater, answers = read_answers(file, key)
+        answers = read_json(Path(file))
+        study, rater = answers["study"], str(answers["rater"])
+        if study != key["study"]:
+            raise UserError(f"{file}: answers study {study}, not {key['study']}; --out names the folder of the study")
         if rater in raters:
             raise UserError(f"{file}: {rater} has answered in an earlier file, too; give one of the two")
-        raters[rater] = answers
-    for method, clips in key["clips"].items():
-        ratings[method] = np.array([[answers[clip] for clip in clips] for answers in raters.values()])
-    for method, mine in ratings.items():                                       # (raters, prompts, 5)
-        rated[method] = {name: mine[..., d] / 5 for d, name in enumerate(STUDY)}
-        won[method] = {other: (np.sign(mine - theirs)[..., -1] + 1) / 2 for other, theirs in ratings.items()}
-    print_table("rating, % of the highest", rated)
-    print_table("overall quality, % won against (ties half)", won)
-    videos = np.concatenate(list(ratings.values()), axis=1)                    # (raters, all videos, 5)
-    alphas = [f"{name} {agreement(videos[..., d]):.2f}" for d, name in enumerate(STUDY)]
-    print(f"{len(raters)} raters, {len(clips)} prompts, 95 % intervals over both in brackets; agreement of the raters "
-          f"(Krippendorff's alpha, interval scale): {', '.join(alphas)}")
+        raters[rater] = [answers["ratings"].get(clip, []) for clip in chain(*key["clips"].values())]
+        for five in raters[rater]:
+            if len(five) != len(DIMENSIONS) or not {*five} <= {1, 2, 3, 4, 5}:
+                raise UserError(f"{file}: lacks five ratings from 1 to 5 of a video; let {rater} go on and save again")
+    ratings = torch.tensor(list(raters.values())).double()                     # (raters, videos, 5)
+    within = ratings.var(dim=0, correction=0).mean(dim=0) / (1 - 1 / len(raters))
+    agreement = 1 - within / ratings.var(dim=(0, 1))                           # Krippendorff's alpha; nan of one rater
+    methods = list(key["clips"])
+    ratings = ratings.view(len(raters), len(methods), -1, len(DIMENSIONS))     # (raters, methods, prompts, 5)
+    overall = ratings[..., -1:]
+    won = ((overall - overall.transpose(1, 3)).sign() + 1) / 2                 # (raters, methods, prompts, methods)
+    print_table("rating, % of the highest", methods, DIMENSIONS, ratings / 5)
+    print_table("overall quality, % won against (ties half)", methods, methods, won)
+    alphas = ", ".join(f"{name} {alpha:.2f}" for name, alpha in zip(DIMENSIONS, agreement))
+    print(f"{len(raters)} raters, {ratings.shape[2]} prompts, 95 % intervals over both in brackets; agreement of the "
+          f"raters (Krippendorff's alpha, interval scale): {alphas}")
 
 
 def read_scores(answer):
@@ -314,17 +280,14 @@ def read_scores(answer):
 
 
 def ask_verdicts(options, file):
-    """Rows with the model's answers about each dimension of every video: from `file`, or asked where it lacks one."""
-    prompts, jobs = read_bench(options.bench), {}
+    """Rows with the model's answers about each dimension of every video: from `file`, or asked where it has none."""
+    videos, jobs = list_videos(options.verdict, options.bench), {}
     template, *sections = (ASSETS / "verdict.txt").read_text(encoding="utf-8").split("\n# ")
-    for method, videos in read_methods(options.verdict, prompts).items():
-        for prompt, video in zip(prompts, videos):
-            for section in sections:
-                dimension, questions = section.split("\n", 1)
-                text = template.format(caption=prompt.caption, dimension=dimension, questions=questions)
-                about = repr((method, prompt.name, text)).encode() + prompt.image.read_bytes() + video.read_bytes()
-                row = dict(method=method, name=prompt.name, dimension=dimension, vlm=options.vlm)
-                jobs[hashlib.sha256(about).hexdigest()[:16]] = row, text, prompt.image, video
+    for (method, prompt, video), section in product(videos, sections):
+        dimension, questions = section.split("\n", 1)
+        text = template.format(caption=prompt.caption, dimension=dimension, questions=questions)
+        row = dict(method=method, name=prompt.name, dimension=dimension, vlm=options.vlm)
+        jobs[hashed([row, text], prompt.image, video)] = row, text, prompt.image, video
 
     def judge(about):
         row, text, image, video = jobs[about]
@@ -340,23 +303,22 @@ def ask_verdicts(options, file):
 
 def verdict(options):
     """Table 2 of the paper: a vision-language model answers five questions about each dimension of every video."""
-    path, table, unreadable = Path(options.verdict), {}, []
-    file = path if path.is_file() else Path(options.out or path / "verdict.jsonl")
-    rows = read_rows(file, "about").values() if path.is_file() else ask_verdicts(options, file)
-    for row in rows:
-        scores = read_scores(row["answers"][-1])
-        column = table.setdefault(row["method"], {}).setdefault(row["dimension"], [])
-        if scores:
-            column.append(sum(scores) / 50)
-        else:
-            unreadable.append(f"{row['method']}/{row['name']} {row['dimension']}")
-    for columns in table.values():
-        for dimension, column in columns.items():
-            columns[dimension] = np.array([column])                            # (1, prompts)
-    print_table("score, % of the highest", table)
-    print(f"by {row['vlm']}; 95 % intervals over prompts in brackets; every answer is in {file}")
-    if unreadable:
-        print(f"left out, twice without five numbers from 0 to 10: {', '.join(unreadable)}")
+    file = Path(options.verdict)
+    if file.is_file():
+        rows = read_rows(file, "about").values()
+    else:
+        file = Path(options.out or file / "verdict.jsonl")
+        rows = ask_verdicts(options, file)
+    # Of two rows about one dimension of a video, the later counts: the video has changed since the earlier.
+    scores = {(row["method"], row["name"], row["dimension"]): read_scores(row["answers"][-1]) for row in rows}
+    methods = sorted({row["method"] for row in rows})
+    names = sorted({row["name"] for row in rows})
+    asked = list(product(methods, names, DIMENSIONS[:4]))
+    values = torch.tensor([sum(scores.get(key) or [math.nan]) / 50 for key in asked])
+    print_table("score, % of the highest", methods, DIMENSIONS[:4], values.view(1, len(methods), len(names), 4))
+    print(f"by {' and '.join({row['vlm'] for row in rows})}; 95 % intervals over prompts in brackets; answers: {file}")
+    left_out = ", ".join(" ".join(key) for key in asked if not scores.get(key))
+    print(f"left out for lack of five numbers from 0 to 10: {left_out or 'none'}")
 
 
 # ---- The command ----------------------------------------------------------------------------------------------------
@@ -369,11 +331,10 @@ def main(options):
     if not 1 <= options.steps <= 1000 or options.negatives < 1 or options.samples < 0:
         raise UserError(f"--steps {options.steps} --negatives {options.negatives} --samples {options.samples}: "
                         "expected 1 to 1000 steps, at least 1 negative and 0 samples")
-    actions = dict(data=negatives, image=generate_one, study=write_study, verdict=verdict, tally=tally,
-                   bench=generate_bench)
+    actions = dict(data=negatives, image=make_one, bench=make_bench, study=write_study, tally=tally, verdict=verdict)
+    if options.study or options.verdict:
+        del actions["bench"]                               # which only says what the videos were made from
     given = [name for name in actions if getattr(options, name)]
-    if len(given) > 1 and given[0] in ("study", "verdict"):
-        given.remove("bench")
     if len(given) != 1:
         raise UserError("give one of --data CACHE (negatives), --image PICTURE and --prompt (one video), --bench BENCH "
                         "(many videos), --study FOLDER or --verdict FOLDER with --bench, --tally FILES")

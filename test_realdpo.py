@@ -1646,8 +1646,9 @@ def make_video(out, picture, **options):
     return np.stack(imageio.mimread(out, memtest=False))
 
 
-def test_one_picture_and_one_sentence_become_an_mp4_and_a_gif(picture, straight, tmp_path):
-    video = make_video(tmp_path / "a.mp4", picture, gif=True)
+def test_one_picture_and_one_sentence_become_an_mp4_which_can_be_a_gif(picture, straight, tmp_path):
+    video = make_video(tmp_path / "a.mp4", picture)
+    data.write_video(tmp_path / "a.gif", video, 8)
     assert video.shape == (17, 32, 32, 3) and len(imageio.mimread(tmp_path / "a.gif")) == 17
     assert np.array_equal(make_video(tmp_path / "b.mp4", picture), video)
     assert not np.array_equal(make_video(tmp_path / "c.mp4", picture, seed=1), video)
@@ -1708,10 +1709,10 @@ def test_any_number_of_ranks_makes_the_same_bench_and_restarts_do_what_is_missin
     assert contents(tmp_path / "two") == contents(methods / "beta-method") and len(contents(tmp_path / "two")) == 5
     monkeypatch.undo()
     (tmp_path / "two" / "somersault-1.mp4").unlink()
-    film, made = sample.film, []
-    monkeypatch.setattr(sample, "film", lambda options, shots: (made.extend(shots), film(options, shots)))
+    make_videos, made = sample.make_videos, []
+    monkeypatch.setattr(sample, "make_videos", lambda options, shots: (made.extend(shots), make_videos(options, shots)))
     generate_bench(shots, tmp_path / "two", seed=1, samples=2)
-    assert [file.name for _, file, _ in made] == ["somersault-1.mp4"]
+    assert [file.name for file, *_ in made] == ["somersault-1.mp4"]
     assert contents(tmp_path / "two") == contents(methods / "beta-method")
 
 
@@ -1725,22 +1726,20 @@ def test_every_form_of_bench_gives_the_same_prompts(shots, tmp_path):
     for form in ("authors", "jsonl"):
         shutil.copytree(shots, tmp_path / form / "images", ignore=shutil.ignore_patterns("*.txt"))
     names = ["somersault", "walk-12"]
-    captions = [prompt.caption for prompt in sample.read_bench(shots)]
+    prompts, held = sample.read_bench(shots)
+    captions = [prompt.caption for prompt in prompts]
     (tmp_path / "authors" / "images.txt").write_text("".join(f"images/{name}.png\n" for name in names))
     (tmp_path / "authors" / "some_test.txt").write_text("\n".join(captions), encoding="utf-8")
     (tmp_path / "jsonl" / "metadata.jsonl").write_text("".join(
         json.dumps(dict(file_name=f"images/{name}.png", text=caption, name=f"{name} by name")) + "\n"
         for name, caption in zip(names, captions)))
-    bench = {form: sample.read_bench(tmp_path / form) for form in ("authors", "jsonl")}
-    assert [prompt.caption for prompt in bench["authors"]] == captions and captions[0] == HOSTILE.strip()
-    assert [prompt.name for prompt in bench["authors"]] == names
-    assert [prompt[0::2] for prompt in bench["jsonl"]] == [(f"{name} by name", c) for name, c in zip(names, captions)]
-    assert sample.fingerprint(bench["authors"]) == sample.fingerprint(sample.read_bench(shots))
-
-
-def test_a_clip_gives_a_bench_its_first_frame(videos):
-    ours = sample.first_frame(sample.read_bench(videos)[0].image, 32, 32)
-    assert torch.equal(ours, data.read_video(videos / "00000.mp4", 17, 32, 32, 8)[:, :1])
+    (authors, same), (jsonl, other) = (sample.read_bench(tmp_path / form) for form in ("authors", "jsonl"))
+    assert [prompt.caption for prompt in authors] == captions and captions[0] == HOSTILE.strip()
+    assert [prompt.name for prompt in authors] == names
+    assert [prompt[0::2] for prompt in jsonl] == [(f"{name} by name", c) for name, c in zip(names, captions)]
+    assert same == held != other
+    imageio.imwrite(tmp_path / "authors" / "images" / "walk-12.png", np.zeros((8, 8, 3), np.uint8))
+    assert sample.read_bench(tmp_path / "authors")[1] != held
 
 
 def write_study(methods, shots, out):
@@ -1763,6 +1762,13 @@ def test_a_study_hides_the_methods_and_is_the_same_when_written_again(shots, met
         first = ["somersault-0.mp4" if method == "beta-method" else "somersault.mp4", "walk-12-0.mp4"]
         assert [before[f"clips/{clip}.mp4"] for clip in clips] == [(methods / method / n).read_bytes() for n in first]
     assert write_study(methods, shots, tmp_path / "other")["study"] != key["study"]        # drawn anew: other names
+
+
+def test_of_a_bench_of_clips_raters_see_the_first_frames(videos, tmp_path):
+    shutil.copytree(videos, tmp_path / "methods" / "real")
+    write_study(tmp_path / "methods", videos, tmp_path / "study")
+    shown = imageio.imread(tmp_path / "study" / "clips" / "0.jpg").astype(int)
+    assert np.abs(shown - imageio.mimread(videos / "00000.mp4")[0]).mean() < 8
 
 
 def answer_study(study, rater, rate, **changes):
@@ -1796,20 +1802,26 @@ def test_the_tally_is_table_1(study, tmp_path, capsys):
     assert "2 raters, 2 prompts" in out and "visual alignment 1.00" in out and "motion quality nan" in out
 
 
-def test_agreement_is_krippendorffs_alpha():
-    ratings = np.random.default_rng(0).integers(1, 6, (4, 7)).astype(float)
-    within = np.mean([(a - b) ** 2 for video in ratings.T for a, b in combinations(video, 2)])
-    among = np.mean([(a - b) ** 2 for a, b in combinations(ratings.ravel(), 2)])
-    assert sample.agreement(ratings) == pytest.approx(1 - within / among)
+def test_agreement_is_krippendorffs_alpha(study, tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    answers = [answer_study(study, rater, lambda method, i: rng.integers(1, 6, 5).tolist()) for rater in "abcd"]
+    ratings = np.array([[*answer["ratings"].values()] for answer in answers])              # (raters, videos, 5)
+    within = np.mean([(a - b) ** 2 for a, b in combinations(ratings, 2)], axis=(0, 1))
+    among = np.mean([(a - b) ** 2 for a, b in combinations(ratings.reshape(-1, 5), 2)], axis=0)
+    found = re.findall(r" quality (-?\d\.\d\d)| alignment (-?\d\.\d\d)", tally(study, answers, tmp_path, capsys))
+    assert [float("".join(alpha)) for alpha in found] == pytest.approx(1 - within / among, abs=0.006)
+    assert "visual alignment nan" in tally(study, answers[:1], tmp_path, capsys)           # of one rater
 
 
 def test_intervals_come_from_both_raters_and_prompts(capsys):
     rng = np.random.default_rng(0)
     raters, prompts = rng.normal(size=(100, 1)) / 10, rng.normal(size=(1, 25)) / 10
-    sample.print_table("", {"row": {"column": 0.5 + raters + prompts, "nothing": np.zeros((1, 0))}})
-    found = re.search(r"\| row \| (\S+) \[(\S+), (\S+)\] \| – \|", capsys.readouterr().out)
+    values = torch.from_numpy(np.stack([0.5 + raters + prompts, np.full((100, 25), np.nan)], axis=-1))
+    values[0, 0] = torch.nan                               # a missing value is left out
+    sample.print_table("", ["row"], ["column", "nothing"], values[:, None])
+    found = re.search(r"\| row \| (\S+) \[(\S+), (\S+)\] \| nan \[nan, nan\] \|", capsys.readouterr().out)
     mean, low, high = map(float, found.groups())
-    assert mean == pytest.approx(100 * (0.5 + raters.mean() + prompts.mean()), abs=0.005) and low < mean < high
+    assert mean == pytest.approx(100 * np.nanmean(values[..., 0]), abs=0.005) and low < mean < high
     assert (high - low) / 2 == pytest.approx(196 * 0.1 * (1 / 100 + 1 / 25) ** 0.5, rel=0.25)
 
 
@@ -1988,8 +2000,9 @@ def test_the_verdict_is_table_2_and_can_be_made_again_without_asking(server, sho
     ask_for_verdicts(two, shots, file, server)
     table, asked = capsys.readouterr().out, len(server.asked)
     assert asked == 2 * (2 * 4 + 1)                        # what cannot be read is asked twice
-    assert "| alpha-method | 60.00 [60.0, 60.0] | 100.00 [100.0, 100.0] | 60.00" in table
-    assert table.count("walk-12 human quality") == 2 and "left out" in table
+    assert "| alpha-method | 60.00 [60.0, 60.0] | 100.00 [100.0, 100.0] | 60.00 [60.0, 60.0] | 60.00 [60.0," in table
+    assert "left out for lack of five numbers from 0 to 10: alpha-method walk-12 human quality, " in table
+    assert table.count("walk-12") == 2
     assert sum(HOSTILE.strip() in text for text, *_ in server.asked) == 2 * 4
     ask_for_verdicts(two, shots, file, server)
     sample.main(sample.Options(verdict=str(file)))
@@ -1997,8 +2010,12 @@ def test_the_verdict_is_table_2_and_can_be_made_again_without_asking(server, sho
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows[:5] + rows[6:]))
     shutil.copy(methods / "beta-method" / "somersault-0.mp4", two / "alpha-method" / "somersault.mp4")
+    server.answer = lambda text, count: five(3, 3, 3, 3, 3)
     ask_for_verdicts(two, shots, file, server)
     assert len(server.asked) == asked + 1 + 4              # the missing one, and those about the changed video
+    table = capsys.readouterr().out
+    sample.main(sample.Options(verdict=str(file)))
+    assert capsys.readouterr().out == table                # in which its earlier scores do not count
 
 
 # ---- The pages in a real browser
@@ -2568,6 +2585,9 @@ def bad(videos, cache, shots, methods, study, tmp_path_factory):
     (bad / "lacks" / "b" / "walk-12-0.mp4").unlink()
     (bad / "others" / "b" / "somersault.mp4").rename(bad / "others" / "b" / "swim.mp4")
     (shutil.copytree(shots, bad / "recaptioned") / "walk-12.txt").write_text("another caption")
+    for name, files in {"gone": ["walk-12.png", "gone.png"], "twice": ["walk-12.png", "somersault.png"]}.items():
+        rows = [json.dumps(dict(file_name=file, text="a", name=name)) for file in files]
+        (shutil.copytree(shots, bad / name) / "metadata.jsonl").write_text("\n".join(rows))
     whole = answer_study(study, "Ann", lambda method, i: [1, 2, 3, 4, 5])
     (bad / "answers").mkdir()
     for name, content in {"whole": json.dumps(whole), "cut": json.dumps(whole)[:-9],
@@ -2610,6 +2630,9 @@ REFUSED = {                                                # command line: what 
     "sample --image {picture} --samples -1": ["--samples -1"],
     "sample --bench {bad}/nowhere": ["{bad}/nowhere", "cannot be read"],
     "sample --bench {bad}/pictures": ["a.png", "no caption"],
+    "sample --bench {bad}/gone": ["gone.png is not there"],
+    "sample --bench {bad}/twice": ["is named twice"],
+    "sample --bench {videos} --out {tmp}": ["00000.mp4: cannot be read as a picture"],
     "sample --study {methods}": ["--bench is missing"],
     "sample --study {bad}/lacks --bench {shots}": ["lacks/b: lacks walk-12.mp4 (or walk-12-0.mp4)"],
     "sample --study {bad}/others --bench {shots}": ["others/b: lacks somersault.mp4"],
