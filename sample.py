@@ -41,7 +41,7 @@ class Options:
     samples: int = option(0, "videos a picture, as NAME-0.mp4 …; default: one, as NAME.mp4")
     steps: int = option(0, "evaluations of the transformer; default: 50 by euler, 25 by multistep")
     guidance: float = option(6.0, "1 = none")
-    solver: Literal["euler", "multistep"] = option("", "euler (on CogVideoX: DDIM; default) or multistep (of negatives)")
+    solver: Literal["euler", "multistep"] = option("", "euler (on CogVideoX: DDIM) or multistep, as for negatives")
     frames: int = option(0, "of the video, 8k + 1; default: the model's")
     height: int = option(0, "of the video; default: the model's")
     width: int = option(0, "of the video; default: the model's")
