@@ -1632,7 +1632,7 @@ def test_negatives_depend_only_on_seed_record_and_index(own_cache, monkeypatch):
 
 def test_negatives_take_half_the_evaluations_of_a_published_video(monkeypatch):
     taken = []
-    for action in "negatives", "generate_one", "generate_bench":
+    for action in "negatives", "make_one", "make_bench":
         monkeypatch.setattr(sample, action, lambda options: taken.append((options.solver, options.steps)))
     for options in ({"data": "cache"}, {"image": "a.png"}, {"bench": "shots"}, {"data": "cache", "solver": "euler"},
                     {"data": "cache", "steps": 9}, {"image": "a.png", "solver": "multistep"}):
@@ -2195,7 +2195,7 @@ def test_a_run_logs_every_step_and_starts_at_log_2(straight):
         assert {"loss", *ERRORS, "margin", "accuracy", "grad_norm", "lr", "seconds", "tokens_per_second"} <= line.keys()
         by_t = {f"eval_{e}_t{t}" for e in ERRORS for t in train.EVAL_T}
         assert {"eval_margin", "eval_accuracy", *by_t} <= line.keys()
-    assert lines[0]["loss"] == pytest.approx(math.log(2), abs=1e-6) and lines[0]["margin"] == 0
+    assert lines[0]["preference"] == pytest.approx(math.log(2), abs=1e-6) and lines[0]["margin"] == 0
 
 
 def test_a_run_is_drawn(straight):

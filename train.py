@@ -40,10 +40,10 @@ class Options:
     resume: str = option("auto", "auto (go on with --out's own run) or the checkpoint to start from")
     method: Literal["realdpo", "sft", "dpo", "rwr"] = option("realdpo", "dpo and rwr: on scored negatives", "the loss")
     beta: float = option(5000.0, "strength of the preference, on the mean error an element (release: 5000)")
-    anchor: float = option(0.0, "weight of the win error added to the loss (paper: none)")
+    anchor: float = option(1000.0, "weight of the win error added to the loss (paper: 0, see README)")
     weighting: Literal["x0", "velocity"] = option("x0", "of the error over t: x0 (App. C) or velocity, 1/t²")
-    t_max: float = option(1.0, "largest noise level t (release: 0.6387, the low-noise half)")
-    lose_per_step: int = option(0, "negatives of a sample in a step, drawn of those it has; 0: all (paper: 3)")
+    t_max: float = option(0.6387, "largest noise level t; this one is the release's low-noise half (paper: 1)")
+    lose_per_step: int = option(1, "negatives of a sample in a step, drawn of those it has; 0: all (paper: 3)")
     ema_decay: float = option(0.996, "ω of the reference (Eq. 7, paper: 0.996)")
     ema_every: int = option(1, "steps between two updates of the reference (paper: unnamed)")
     lr: float = option(1e-5, "learning rate after warm-up (paper: 1e-5)", "the optimizer")
@@ -67,7 +67,7 @@ class Options:
     def label(self):
         """What the run is called in pictures, tables and on the console; the paper's loss has no anchor."""
         name = {"realdpo": "RealDPO", "sft": "SFT", "dpo": "DPO", "rwr": "RWR"}[self.method]
-        return f"{name} + anchor" if self.anchor and self.method in PREFERENCE else name
+        return f"{name} + anchor" if self.anchor and self.method == "realdpo" else name
 
 
 PREFERENCE = ("realdpo", "dpo")         # the methods that compare with a reference
@@ -176,9 +176,11 @@ def loss_of(policy, reference, batch, options):
     win, lose = batch["win"].float(), batch["lose"].float()
     if options.method == "rwr":
         return rwr_loss(policy, videos=lose, scores=batch["scores"], **common)
-    if options.method == "dpo":
+    anchor = options.anchor
+    if options.method == "dpo":                            # the baseline is as published, without an anchor
         win, lose = best_and_worst(lose, batch["scores"])
-    return realdpo_loss(policy, reference, win=win, lose=lose, beta=options.beta, anchor=options.anchor,
+        anchor = 0.0
+    return realdpo_loss(policy, reference, win=win, lose=lose, beta=options.beta, anchor=anchor,
                         stream=options.stream, **common)
 
 
