@@ -2445,7 +2445,7 @@ def run_on_ranks(runs, folder, world_size=2, ranks_a_machine=2, dtype=torch.floa
 def same_to_rounding(out, lines, straight):
     """Whether a run's log and weights are those of the undisturbed run but for the order of sums."""
     for ours, theirs in zip(lines, metrics(straight), strict=True):
-        assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-6, rel=0)
+        assert ours["preference"] == pytest.approx(theirs["preference"], abs=1e-6, rel=0)
         assert ours == pytest.approx({k: theirs[k] for k in ours}, abs=1e-6, rel=1e-5), out
     for name, ours in exported(out).items():
         torch.testing.assert_close(ours, exported(straight)[name], rtol=2 ** -7, atol=1e-5)      # 2⁻⁷: bf16's last bit

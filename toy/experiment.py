@@ -113,8 +113,9 @@ def best_rate(row, seed):
     rvd, best = {}, len(RATES) // 2
     while True:
         for rate in RATES[max(0, best - 1):best + 2]:
-            rvd[rate] = np.mean(seed.scores(row, rate, "validation")["rvd"])
-            print(f"{row}, rate {rate:g}: rvd {rvd[rate]:.3f} on validation figures")
+            if rate not in rvd:
+                rvd[rate] = np.mean(seed.scores(row, rate, "validation")["rvd"])
+                print(f"{row}, rate {rate:g}: rvd {rvd[rate]:.3f} on validation figures")
         lowest = RATES.index(min(rvd, key=rvd.get))
         if lowest == best:
             return RATES[best]
