@@ -364,11 +364,11 @@ def read_lines(path):
 def paired_rows(files, prompts):
     """(where, fields) of two text files, a line a sample each: the layout of the authors' release."""
     names, captions = read_lines(files), read_lines(prompts)
-    for number, (name, caption) in enumerate(zip_longest(names, captions), start=1):
-        if None in (name, caption) and (name or caption).strip():
+    for number, (name, caption) in enumerate(zip_longest(names, captions, fillvalue=""), start=1):
+        if number > min(len(names), len(captions)) and (name + caption).strip():
             raise UserError(f"{files.parent}: {files.name} has {len(names)} lines and {prompts.name} {len(captions)}; "
                             "expected a caption for each")
-        yield f"{files}, row {number}", {"file_name": name or "", "text": caption or ""}
+        yield f"{files}, row {number}", {"file_name": name, "text": caption}
 
 
 def metadata_rows(path, left_out):

@@ -1454,6 +1454,7 @@ LISTS = {                                                  # a list that is read
                ['one, "1"\nand on', "two"]),
     "separators": (jsonl(dict(file_name="a.mp4", text="one\u2028\u0085 1"), TWO), ["one\u2028\u0085 1", "two"]),
     "blank in both": ({"video.txt": "a.mp4\r\n\r\nb.mp4\r\n", "prompt.txt": "\ufeffone\n\ntwo\n\n"}, ["one", "two"]),
+    "blank at an end": ({"video.txt": "a.mp4\nb.mp4\n\n\n", "prompt.txt": "one\ntwo\n"}, ["one", "two"]),
     "beside": ({"a.txt": "\ufeffone\r\n", "b.TXT": "two"}, ["one", "two"]),
     "kept": (jsonl(dict(file_name="a.mp4", text="one", keep=True), dict(TWO, keep=False)), ["one"]),
 }
@@ -2446,6 +2447,7 @@ def same_to_rounding(out, lines, straight):
     """Whether a run's log and weights are those of the undisturbed run but for the order of sums."""
     for ours, theirs in zip(lines, metrics(straight), strict=True):
         assert ours["preference"] == pytest.approx(theirs["preference"], abs=1e-6, rel=0)
+        assert ours["loss"] == pytest.approx(theirs["loss"], abs=0, rel=1e-6)          # the anchor is added, times 1000
         assert ours == pytest.approx({k: theirs[k] for k in ours}, abs=1e-6, rel=1e-5), out
     for name, ours in exported(out).items():
         torch.testing.assert_close(ours, exported(straight)[name], rtol=2 ** -7, atol=1e-5)      # 2⁻⁷: bf16's last bit
@@ -3139,21 +3141,21 @@ work = lambda: realdpo_loss(net, ref, win=x, lose=lose, cond=cond, beta=5000, st
 """
 RACES = {                                              # theirs, ours, sizes, most time and memory as a part of theirs
     "DiT forward": (*FORWARD, (1, 5, 32, 40), 1.00, 1.0),
-    "DiT forward, two short clips": (*FORWARD, (2, 3, 16, 24), 1.00, 1.05),
+    "DiT forward, two short clips": (*FORWARD, (2, 3, 16, 24), 1.00, 1.02),
     "DiT forward and backward": (THEIR_DIT + "work = lambda: forward(net, x).sum().backward()",
                                  OUR_DIT + "work = lambda: net(x, cond, t).sum().backward()",
                                  (1, 5, 32, 40), 1.00, 1.0),
     "RealDPO step": (THEIR_STEP, OUR_STEP.format(n=3), (1, 5, 32, 40), 0.66, 1.0),
-    "RealDPO step, one negative of three": (THEIR_STEP, OUR_STEP.format(n=1), (1, 5, 32, 40), 0.33, 1.0),
-    "VAE encode": (*ENCODE, (17, 240, 360), 0.70, 0.75),
-    "VAE decode": (*DECODE, (17, 240, 360), 0.70, 0.75),
-    "VAE encode, 49 frames": (*ENCODE, (49, 240, 360), 0.70, 0.75),
-    "VAE decode, 49 frames": (*DECODE, (49, 240, 360), 0.70, 0.75),
+    "RealDPO step, one negative of three": (THEIR_STEP, OUR_STEP.format(n=1), (1, 5, 32, 40), 0.32, 1.0),
+    "VAE encode": (*ENCODE, (17, 240, 360), 0.70, 0.72),
+    "VAE decode": (*DECODE, (17, 240, 360), 0.60, 0.70),
+    "VAE encode, 49 frames": (*ENCODE, (49, 240, 360), 0.60, 0.70),
+    "VAE decode, 49 frames": (*DECODE, (49, 240, 360), 0.60, 0.70),
     "T5": ("import transformers; net = transformers.T5EncoderModel.from_pretrained(folder + '/text_encoder').eval()\n"
            + T5_IDS + NO_GRAD.format("net(ids)"), "import model; from pathlib import Path\n" + T5_IDS + """
 config = model.read_config(Path(folder), "text_encoder", "T5EncoderModel")
 net = model.read_weights(model.empty(model.T5Encoder, config, torch.float32, "cpu"), Path(folder, "text_encoder"))
-""" + NO_GRAD.format("net(ids)"), (), 1.15, 1.0),
+""" + NO_GRAD.format("net(ids)"), (), 1.10, 1.0),
 }
 
 

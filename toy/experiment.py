@@ -45,7 +45,7 @@ TRIALS = {
     "RealDPO + anchor, 1 of 3": Trial(dict(lose_per_step=1, steps=200), ("RealDPO + anchor", "SFT 533")),
     "RealDPO + anchor, 1 of 3, low t": Trial(ONE_LOW, ("RealDPO + anchor, low t", "SFT 533, low t", "SFT 533")),
     "the same, Euler negatives": Trial(ONE_LOW, ("RealDPO + anchor, 1 of 3, low t",), "euler"),
-    "DPO": Trial(dict(method="dpo", anchor=0.0), ("SFT",)),
+    "DPO": Trial(dict(method="dpo"), ("SFT",)),
     "RWR": Trial(dict(method="rwr"), ("SFT",)),
 }
 COMMON = dict(steps=100, t_max=1.0, lose_per_step=0)       # where a row says nothing else
