@@ -347,13 +347,6 @@ def record_name(file):
     return name if len(raw) <= 200 else raw[:180].decode(errors="ignore") + hashlib.sha256(raw).hexdigest()[:20]
 
 
-def note_fault(fault, left_out):
-    """What is wrong with a single clip ends the job, or goes to the list `left_out` where there is one (--skip-bad)."""
-    if left_out is None:
-        raise UserError(fault)
-    left_out.append(str(fault))
-
-
 def read_lines(path):
     """The lines of a UTF-8 file, with or without a byte order mark; only \\n and \\r\\n end a line, for captions hold
     other separators. A byte that is not UTF-8 becomes a surrogate, which `make_clip` reports."""
@@ -371,7 +364,7 @@ def paired_rows(files, prompts):
         yield f"{files}, row {number}", {"file_name": name, "text": caption}
 
 
-def metadata_rows(path, left_out):
+def metadata_rows(path, faults):
     """(where, fields) of metadata.jsonl or metadata.csv: the layout of Hugging Face's video folders."""
     lines, number, head = read_lines(path), 0, []
     table = csv.reader([line + "\n" for line in lines], strict=True)
@@ -388,11 +381,11 @@ def metadata_rows(path, left_out):
                 head = head or cells
             yield where, fields
         except (ValueError, csv.Error) as e:
-            note_fault(f"{where}: {e}; expected file_name and text", left_out)
+            faults.append(f"{where}: {e}; expected file_name and text")
         number = max(number + 1, table.line_num)           # a row of a CSV file may span lines
 
 
-def sidecar_rows(folder, what, left_out):
+def sidecar_rows(folder, what, faults):
     """(where, fields) of NAME.mp4 beside NAME.txt; of a file of another kind if none that is named so has a claim."""
     files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
     captions = {path.stem: path for path in files if path.suffix.lower() == ".txt"}
@@ -401,7 +394,7 @@ def sidecar_rows(folder, what, left_out):
         caption = captions.get(path.stem)
         named = path.suffix.lower() in SUFFIXES[what]
         if named and not caption:
-            note_fault(f"{path}: has no caption; write one into {path.with_suffix('.txt')}", left_out)
+            faults.append(f"{path}: has no caption; write one into {path.with_suffix('.txt')}")
         elif named or (caption not in (None, path) and path.stem not in claimed):
             yield caption, {"file_name": path.name, "text": "\n".join(read_lines(caption))}
 
@@ -422,18 +415,18 @@ def make_clip(folder, where, fields):
     return Clip(record_name(file), folder / file, fields["text"].strip(), where, fields)
 
 
-def read_list(folder, files="video.txt", prompts="prompt.txt", what="video", left_out=None):
-    """The Clips of a folder of videos or pictures (`what`) with captions, in a fixed order: a line a sample in `files`
-    and `prompts`; or metadata.jsonl or metadata.csv with file_name and text; or NAME.mp4 beside NAME.txt. Raises
-    UserError for a folder without any, and for a faulty row unless there is a list `left_out` to take it."""
-    folder, clips = Path(folder), []
+def read_list(folder, files="video.txt", prompts="prompt.txt", what="video"):
+    """The Clips of a folder of videos or pictures (`what`) with captions, in a fixed order, and what is wrong with
+    other rows. It has a line a sample in `files` and `prompts`; or metadata.jsonl or metadata.csv with file_name and
+    text; or NAME.mp4 beside NAME.txt. Raises UserError for a folder without any, or that cannot be read."""
+    folder, clips, faults = Path(folder), [], []
     tables = [folder / name for name in ("metadata.jsonl", "metadata.csv") if (folder / name).is_file()]
     if (folder / files).is_file():
         rows = paired_rows(folder / files, folder / prompts)
     elif tables:
-        rows = metadata_rows(tables[0], left_out)
+        rows = metadata_rows(tables[0], faults)
     else:
-        rows = sidecar_rows(folder, what, left_out)
+        rows = sidecar_rows(folder, what, faults)
     try:
         for where, fields in rows:
             if isinstance(fields, dict) and not "".join(map(str, fields.values())).strip():
@@ -441,22 +434,22 @@ def read_list(folder, files="video.txt", prompts="prompt.txt", what="video", lef
             try:
                 clips.append(make_clip(folder, where, fields))
             except UserError as e:
-                note_fault(e, left_out)
+                faults.append(str(e))
         found = ", ".join(sorted(path.name for path in folder.iterdir())[:9])
     except OSError as e:
         raise UserError(f"{e.filename}: cannot be read ({e.strerror})") from e
-    if not clips and not left_out:
+    if not clips and not faults:
         raise UserError(f"{folder}: holds no {what}s with captions, only {found or 'nothing'}; expected "
                         f"NAME.txt beside each {what}, {files} and {prompts}, metadata.jsonl or metadata.csv")
-    return clips
+    return clips, faults
 
 
-def list_clips(folder, given_negatives=False, left_out=None):
-    """The clips of a folder, in a fixed order, without those that a row's `keep` drops; prints what is not used.
-    Raises UserError as `read_list` does, for two clips of one name, and where none is left."""
+def list_clips(folder, given_negatives=False):
+    """The clips of a folder, in a fixed order, without those that a row's `keep` drops, and what is wrong with others;
+    prints what is not used. Raises UserError as `read_list` does, for two clips of one name, and where none is left."""
     folder, clips = Path(folder), {}
     images = {path.stem: path for path in sorted(folder.glob("first_frames/*"))}
-    listed = read_list(folder, left_out=left_out)
+    listed, faults = read_list(folder)
     used = {folder / name for name in ("video.txt", "prompt.txt", "metadata.jsonl", "metadata.csv")}
     for clip in listed:
         used |= {clip.file, clip.where}
@@ -468,16 +461,14 @@ def list_clips(folder, given_negatives=False, left_out=None):
         clip = clip._replace(image=images.get(clip.name), negatives=tuple(sorted(negatives)))
         used |= {clip.image, *clip.negatives}
         clips[clip.name] = clip
-    unused = [path for path in folder.rglob("*") if path.is_file() and path not in used and path.name[0] != "."]
     if len(clips) < len(listed):
         say(f"{folder}: {len(listed) - len(clips)} clips are not used, by their `keep`")
+    unused = [path for path in sorted(folder.rglob("[!.]*")) if path.is_file() and path not in used]
     if unused:
-        kinds = Counter(path.suffix.lower() or path.name for path in unused)
-        found = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(5))
-        say(f"{folder}: {len(unused)} other files are not used ({found})")
-    if not clips and not left_out:
+        say(f"{folder}: {len(unused)} other files are not used, such as {unused[0].name}")
+    if not clips and not faults:
         raise UserError(f"{folder}: no clip is left; none has a `keep` that is true")
-    return list(clips.values())
+    return list(clips.values()), faults
 
 
 # ---- Records: what training reads -----------------------------------------------------------------------------------
@@ -620,12 +611,6 @@ def ask(options, text, images, read):
     return answers
 
 
-def in_parallel(work, items, options):
-    """Yield work(item) of every item as it is done, --parallel at a time."""
-    with ThreadPool(max(1, options.parallel)) as pool:      # its threads do not outlive an interruption
-        yield from tqdm(pool.imap_unordered(work, items), desc=f"asking {options.vlm}", total=len(items))
-
-
 def read_rows(file, key, **asked):
     """{row[key]: row} of the JSON lines that an earlier call wrote, if any. Raises UserError if it `asked` another."""
     rows = {}
@@ -636,6 +621,18 @@ def read_rows(file, key, **asked):
         except (ValueError, TypeError, LookupError) as e:
             raise UserError(f"{file}, row {number}: is not one that this command wrote; give another --out") from e
         check_metadata(file, {"fingerprint": {k: row.get(k) for k in asked}}, {"fingerprint": asked})
+    return rows
+
+
+def ask_about(jobs, judge, file, key, options, **asked):
+    """{job: row}: of JSON lines in `file`, and judge(job) of all other `jobs`, --parallel at a time, added to `file` one
+    by one. row[key] is the job. Raises UserError if the rows that are there were `asked` for otherwise."""
+    rows = read_rows(file, key, **asked)
+    todo = [job for job in jobs if job not in rows]
+    with ThreadPool(max(1, options.parallel)) as pool:     # its threads do not outlive an interruption
+        for row in tqdm(pool.imap_unordered(judge, todo), desc=f"asking {options.vlm}", total=len(todo)):
+            rows[row[key]] = row
+            write_json(file, *rows.values())
     return rows
 
 
@@ -670,8 +667,7 @@ def curate(options):
     if not clips or not options.theme:
         raise UserError(f"--videos {options.videos} --theme {options.theme}: expected a folder with videos in or below "
                         "it, and what they are to show")
-    asked = {"theme": options.theme, "vlm": options.vlm}
-    rows = read_rows(out / "metadata.jsonl", "file_name", **asked)
+    asked, file = {"theme": options.theme, "vlm": options.vlm}, out / "metadata.jsonl"
     question = (ASSETS / "curate.txt").read_text(encoding="utf-8").format(theme=options.theme)
 
     def judge(name):
@@ -684,11 +680,9 @@ def curate(options):
         return dict(file_name=name, **(read_judgement(answer) or undecided), **asked)
 
     try:
-        for row in in_parallel(judge, [name for name in clips if name not in rows], options):
-            rows[row["file_name"]] = row
-            write_json(out / "metadata.jsonl", *rows.values())
+        rows = ask_about(clips, judge, file, "file_name", options, **asked)
     finally:
-        write_page("inspect.html", out / "inspect.html", list(rows.values()))
+        write_page("inspect.html", out / "inspect.html", list(read_rows(file, "file_name").values()))
     kept = Counter(row.get("keep", True) for row in rows.values())
     print(f"{kept[True]} clips kept, {kept[False]} dropped, {kept[None]} undecided: see {options.out}/inspect.html, "
           f"move what it saves to {options.out}/metadata.jsonl, then: python data.py --videos {options.out}")
@@ -755,8 +749,8 @@ def read_clip(clip, shape, fps):
     return video, image, [read_video(negative, *shape, fps) for negative in clip.negatives]
 
 
-def read_ahead(clips, read, left_out):
-    """Yield (clip, read(clip)) in order, a few of them read ahead in threads. A UserError goes to `left_out`."""
+def read_ahead(clips, read, faults):
+    """Yield (clip, read(clip)) in order, a few of them read ahead in threads. A UserError goes to the list `faults`."""
     with ThreadPool(READERS) as pool:
         waiting = deque()
         for i, clip in enumerate(clips):
@@ -765,9 +759,15 @@ def read_ahead(clips, read, left_out):
             try:
                 result = waiting.popleft().get()
             except UserError as e:
-                note_fault(e, left_out)
+                faults.append(str(e))
             else:
                 yield clip, result
+
+
+def check_faults(faults, options):
+    """Raise UserError for what is wrong with single clips, unless --skip-bad leaves such clips out."""
+    if faults and not options.skip_bad:
+        raise UserError(f"{faults[0]} (clips with a fault: {len(faults)}; --skip-bad leaves them out)")
 
 
 def encode_clip(clip, pixels, vae, options, device):
@@ -801,13 +801,11 @@ def main(options):
     if options.curate:
         return curate(options)
     rank, world, device, dtype = this_process()
-    left_out = [] if options.skip_bad else None
-    clips = list_clips(options.videos, options.given_negatives, left_out)
+    clips, faults = list_clips(options.videos, options.given_negatives)
+    check_faults(faults, options)
     counts = [len(clip.negatives) for clip in clips if clip.negatives]
     negatives = mode(counts or [1]) if options.given_negatives else 0
-    clips = clips[rank::world]
-    if left_out:
-        left_out = left_out[rank::world]                   # every rank has read the whole list
+    clips, faults = clips[rank::world], faults[rank::world]                 # every rank has read the whole list
     folder = resolve(options.model, "transformer/config.json", "vae", "text_encoder", "tokenizer")
     out, shape = Path(options.out), clip_shape(options, folder)
     made_by = dict(vae=digest(folder / "vae"), text_encoder=digest(folder / "text_encoder"),
@@ -817,13 +815,14 @@ def main(options):
     todo = {*missing(expected, out / "win")}
     clips = [clip for clip in clips if clip.name in todo]
     check = partial(check_clip, negatives=negatives, shape=shape, fps=options.fps)
-    checked = tqdm(read_ahead(clips, check, left_out), "checking clips", len(clips), disable=rank > 0)
+    checked = tqdm(read_ahead(clips, check, faults), "checking clips", len(clips), disable=rank > 0)
     clips = [clip for clip, _ in checked]
+    check_faults(faults, options)
     if clips or not (out / "empty.safetensors").is_file():
         embeddings = encode_captions(clips, folder, out, device, dtype)     # then that network is gone: one at a time
     if clips:
         vae = load_vae(folder, device, dtype)
-    decoded = read_ahead(clips, partial(read_clip, shape=shape, fps=options.fps), left_out)
+    decoded = read_ahead(clips, partial(read_clip, shape=shape, fps=options.fps), faults)
     for clip, pixels in tqdm(decoded, "encoding clips", len(clips), disable=rank > 0):
         record, lose = encode_clip(clip, pixels, vae, options, device)
         if lose:
@@ -831,12 +830,13 @@ def main(options):
                           fingerprint={"given": len(lose)})
         write_tensors(out / "win" / f"{clip.name}.safetensors", {**record, "text": embeddings[clip.caption]},
                       model=folder, **expected[clip.name])
+    check_faults(faults, options)
     report = out / f"left_out_{rank}.txt"
     report.unlink(missing_ok=True)                         # of an earlier run
-    if left_out:
+    if faults:
         with whole_file(report) as part:
-            part.write_text("\n".join(left_out) + "\n", encoding="utf-8", errors="replace")
-        print(f"{len(left_out)} clips left out; {report} says why")
+            part.write_text("\n".join(faults) + "\n", encoding="utf-8", errors="replace")
+        print(f"{len(faults)} clips left out; {report} says why")
     say(f"{len(list((out / 'win').glob('*.safetensors')))} clips in {out}/win; next: python "
         f"{'train' if options.given_negatives else 'sample'}.py --model {options.model} --data {out}")
 

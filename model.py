@@ -167,17 +167,10 @@ class CausalConv3d(nn.Module):
                 before = piece[:, :, :1].expand(-1, -1, 2, -1, -1)
             piece = torch.cat([before, piece], dim=2)
             before = None                                  # freed before the convolution makes copies of its own
-            out[:, :, frames] = self.convolve(piece)
+            out[:, :, frames] = self.conv(piece)
             before = piece[:, :, -2:].clone()              # a view would keep the whole piece alive
         past[self] = before
         return out
-
-    def convolve(self, x):
-        """The convolution itself. A CPU trick, which a GPU never sees: torch unfolds a small x to 27 times its size, so
-        oneDNN is called directly: encoding then takes 0.8 of the time."""
-        if x.device.type == "cpu" and torch.backends.mkldnn.is_available():
-            return torch.mkldnn_convolution(x, self.conv.weight, self.conv.bias, (0, 1, 1), (1, 1, 1), (1, 1, 1), 1)
-        return self.conv(x)
 
 
 class Resnet(nn.Module):
@@ -438,6 +431,14 @@ class DiT(nn.Module):
         return self.patch_embed.pos_embedding[:, :n_text + math.prod(grid)]
 
 
+def forward_flops(config, grid):
+    """FLOP of one sequence's forward pass in matrix products (24·D² a token and block) and in attention (4·S²·D a
+    block), and its tokens S; latents of a `grid` (F,H,W)."""
+    width, layers = config["num_attention_heads"] * config["attention_head_dim"], config["num_layers"]
+    tokens = config["max_text_seq_length"] + math.prod(grid) // config["patch_size"] ** 2
+    return layers * 24 * width ** 2 * tokens, layers * 4 * tokens ** 2 * width, tokens
+
+
 # ---- Everything is a denoiser: the wrapping of F that predicts clean latents on x_t = (1 − t)·x₀ + t·ε (ψ of Eq. 4–5) 
 
 class FlowPrediction:
@@ -539,10 +540,7 @@ PUBLISHED_DIT = dict(                                      # CogVideoX-5B-I2V's,
 
 class Config(dict):
     """What a config.json says. To ask for what it does not say is an error that names the file."""
-
-    def __init__(self, file, entries):
-        super().__init__(entries)
-        self.file = file
+    file = "a config"
 
     def __missing__(self, key):
         raise UserError(f"{self.file}: {key} is missing")
@@ -551,9 +549,11 @@ class Config(dict):
 def read_json(file):
     """The object in a JSON file, as a Config. Raises UserError where there is none."""
     try:
-        return Config(file, json.loads(file.read_text()))
+        config = Config(json.loads(file.read_text()))
     except (OSError, ValueError, TypeError) as e:
         raise UserError(f"{file}: cannot be read as a JSON object ({e})") from e
+    config.file = file
+    return config
 
 
 def base_of(path):

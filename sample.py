@@ -18,8 +18,8 @@ from typing import Literal
 import torch
 from tqdm import tqdm
 
-from data import (ASSETS, KEY, Records, ask, check_metadata, clip_shape, command, digest, frames_as_jpeg, generator,
-                  in_parallel, missing, option, read_image, read_list, read_rows, this_process, to_uint8, whole_file,
+from data import (ASSETS, KEY, Records, ask, ask_about, check_metadata, clip_shape, command, digest, frames_as_jpeg,
+                  generator, missing, option, read_image, read_list, read_rows, this_process, to_uint8, whole_file,
                   write_json, write_page, write_tensors, write_video)
 from model import UserError, load_dit, load_text_encoder, load_vae, read_json, resolve
 from realdpo import Condition, sample
@@ -113,7 +113,10 @@ def read_bench(folder):
         raise UserError("--bench is missing: the folder of pictures with captions that the videos are made of")
     folder, prompts = Path(folder), {}
     lists = [path.name for path in folder.glob("*.txt") if path.name not in ("images.txt", "videos.txt")]
-    for clip in read_list(folder, "images.txt", lists[0] if len(lists) == 1 else "prompts.txt", what="picture"):
+    clips, faults = read_list(folder, "images.txt", lists[0] if len(lists) == 1 else "prompts.txt", what="picture")
+    if faults:
+        raise UserError(faults[0])
+    for clip in clips:
         name = str(clip.extra.get("name") or clip.file.stem)
         if not clip.file.is_file():
             raise UserError(f"{clip.where}: {clip.file} is not there")
@@ -294,10 +297,7 @@ def ask_verdicts(options, file):
         pictures = [*frames_as_jpeg(image, 1), *frames_as_jpeg(video, 8)]
         return dict(about=about, **row, answers=ask(options, text, pictures, read_scores))
 
-    rows = read_rows(file, "about", vlm=options.vlm)
-    for row in in_parallel(judge, [about for about in jobs if about not in rows], options):
-        rows[row["about"]] = row
-        write_json(file, *rows.values())
+    rows = ask_about(jobs, judge, file, "about", options, vlm=options.vlm)
     return [rows[about] for about in jobs]
 
 

@@ -1463,7 +1463,7 @@ LISTS = {                                                  # a list that is read
 @pytest.mark.parametrize("kind", LISTS)
 def test_lists_are_read(kind, videos, tmp_path, capsys):
     content, captions = LISTS[kind]
-    clips = data.list_clips(write_list(tmp_path / "list", content, videos))
+    clips, _ = data.list_clips(write_list(tmp_path / "list", content, videos))
     assert [clip.caption for clip in clips] == captions
     assert ("1 clips are not used, by their `keep`" in capsys.readouterr().out) == (kind == "kept")
 
@@ -1529,7 +1529,7 @@ def test_a_clip_that_turns_out_bad_while_it_is_decoded(videos, tmp_path, monkeyp
     monkeypatch.setattr(data, "READERS", 2)
     with pytest.raises(model.UserError, match="00002.mp4: is damaged"):
         encode(folder, tmp_path / "cache")
-    assert data.Records(tmp_path / "cache", negatives=False).names == ["00000", "00001"]
+    assert data.Records(tmp_path / "cache", negatives=False).names == ["00000", "00001", "00003"]
     out = encode(folder, tmp_path / "cache", skip_bad=True)
     assert data.Records(out, negatives=False).names == ["00000", "00001", "00003"]
 
@@ -1537,7 +1537,7 @@ def test_a_clip_that_turns_out_bad_while_it_is_decoded(videos, tmp_path, monkeyp
 def test_clips_are_read_ahead_in_order_and_only_a_few(monkeypatch):
     monkeypatch.setattr(data, "READERS", 3)
     begun = []
-    for i, (clip, _) in enumerate(data.read_ahead(list(range(10)), begun.append, left_out=[])):
+    for i, (clip, _) in enumerate(data.read_ahead(list(range(10)), begun.append, faults=[])):
         assert clip == i and len(begun) <= i + 3
     assert sorted(begun) == list(range(10))
 
@@ -1548,9 +1548,9 @@ def test_what_a_folder_holds_and_is_not_used_is_counted(videos, tmp_path, capsys
     (folder / "first_frames").mkdir()
     for name in ("a.JPG", "unknown.png"):
         Image.new("RGB", (32, 32)).save(folder / "first_frames" / name)
-    clips = data.list_clips(folder)
+    clips, _ = data.list_clips(folder)
     assert [clip.file.name for clip in clips] == ["a.m4v", "b.XYZ"] and clips[0].image.name == "a.JPG"
-    assert "3 other files are not used (" in capsys.readouterr().out
+    assert "3 other files are not used, such as " in capsys.readouterr().out
     assert len(data.Records(encode(folder, tmp_path / "cache"), negatives=False)) == 2
 
 
@@ -1560,9 +1560,9 @@ def test_a_list_of_pictures_is_read_like_one_of_videos(tmp_path):
         (tmp_path / name).with_suffix(".txt").write_text(name)
     (tmp_path / "images.txt").write_text("b.jpeg\na.png\n"), (tmp_path / "prompts.txt").write_text("one\ntwo\n")
     read = partial(data.read_list, tmp_path, files="images.txt", prompts="prompts.txt", what="picture")
-    assert [(clip.file.name, clip.caption) for clip in read()] == [("b.jpeg", "one"), ("a.png", "two")]
+    assert [(clip.file.name, clip.caption) for clip in read()[0]] == [("b.jpeg", "one"), ("a.png", "two")]
     (tmp_path / "images.txt").unlink()
-    assert [clip.file.name for clip in read()] == ["a.png", "b.jpeg"]
+    assert [clip.file.name for clip in read()[0]] == ["a.png", "b.jpeg"]
 
 
 def test_uneven_negatives_are_refused_before_anything_is_encoded(videos, tmp_path, monkeypatch):
@@ -1940,7 +1940,7 @@ def test_curating_keeps_drops_and_leaves_undecided(server, videos, tmp_path, mon
     assert np.abs(imageio.imread(first).astype(int) - imageio.mimread(raw / "00000.mp4")[0]).mean() < 8
     assert rows == curate(raw, out, server) and len(server.asked) == 6                     # nothing is asked again
     capsys.readouterr()
-    assert [clip.file.name for clip in data.list_clips(out)] == ["00000.mp4", "00003.mp4"]
+    assert [clip.file.name for clip in data.list_clips(out)[0]] == ["00000.mp4", "00003.mp4"]
     assert "3 clips" in "".join(capsys.readouterr())
     with pytest.raises(UserError, match="theme figures"):
         curate(raw, out, server, theme="dogs")

@@ -9,7 +9,6 @@ The same command continues an interrupted run from its last checkpoint.
 """
 import dataclasses, json, math, os, shutil, signal, threading, time
 from collections import Counter
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -91,12 +90,10 @@ def init_distributed():
     """Join the process group, of one process where torchrun did not start this. Returns this Process and the mesh."""
     process = this_process()
     cuda = process.device.type == "cuda"
+    backend = "cuda:nccl,cpu:gloo" if cuda else "gloo"
+    alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
     # Others wait while rank 0 writes an export or a checkpoint (11 and 89 GB at 5B) to a disk that may be slow.
-    options = dict(timeout=timedelta(hours=3), device_id=process.device if cuda else None)
-    if "RANK" in os.environ:
-        dist.init_process_group("cuda:nccl,cpu:gloo" if cuda else "gloo", **options)
-    else:
-        dist.init_process_group("nccl" if cuda else "gloo", store=dist.HashStore(), rank=0, world_size=1, **options)
+    dist.init_process_group(backend, timeout=timedelta(hours=3), device_id=process.device if cuda else None, **alone)
     ranks_a_node = int(os.environ.get("LOCAL_WORLD_SIZE", process.world_size))
     return process, make_mesh(process.device.type, process.world_size, ranks_a_node)
 
@@ -348,18 +345,9 @@ def evaluate(policy, reference, records, options, process):
     return dict(zip(sums, numbers.tolist()))
 
 
-def forward_flops(config, grid):
-    """FLOP of one sequence's forward pass in matrix products (24·D² a token and block) and in attention (4·S²·D a
-    block), and its tokens S."""
-    width = config["num_attention_heads"] * config["attention_head_dim"]
-    tokens = config["max_text_seq_length"] + math.prod(grid) // config["patch_size"] ** 2
-    layers = config["num_layers"]
-    return layers * 24 * width ** 2 * tokens, layers * 4 * tokens ** 2 * width, tokens
-
-
 def step_flops(config, shape, options, n_lose):
     """(FLOP, tokens) of one step over all ranks; latents of shape (C,F,H,W), n_lose negatives a record."""
-    products, attention, tokens = forward_flops(config, shape[1:])
+    products, attention, tokens = model.forward_flops(config, shape[1:])
     forward = products + attention
     again = {"none": 0, "full": forward, "selective": products}[options.checkpointing]
     passes = 3 * forward + again                           # the policy's: backward takes twice as much as forward
@@ -449,32 +437,14 @@ def check_records(records, config, options):
         raise UserError(f"--lose-per-step {options.lose_per_step}: the records of {records.folder} have {lose[0]}")
 
 
-def export(policy, options, rank):
-    """The trained transformer in the published layout, in the precision it will run in."""
-    model.save_dit(policy, options.out, torch.bfloat16)
-    if rank == 0:
-        base = str(Path(options.model).resolve()) if Path(options.model).is_dir() else options.model
-        write_json(Path(options.out) / "base.json", {"model": model.base_of(base)})
-
-
 stop = threading.Event()                                   # set when this process shall finish its step, save and leave
 
 
-@contextmanager
-def finish_on_signals():
-    """SIGTERM (clusters pre-empt, launchers repeat it) and Ctrl-C end the run after its step; Ctrl-C twice, at once."""
-    def handle(number, _):
-        stop.set()
-        if number == signal.SIGINT:
-            signal.signal(number, before[number])
-
-    stop.clear()
-    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def finish_step(number, _):
+    """On SIGTERM (clusters pre-empt, launchers repeat it) and Ctrl-C the run ends after its step; Ctrl-C twice: at once."""
+    stop.set()
+    if number == signal.SIGINT:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def train(options, process, mesh):
@@ -502,33 +472,41 @@ def train(options, process, mesh):
             print(f"continuing from {checkpoint}")
     flops, tokens = step_flops(config, records[0]["win"].shape, options, len(records[0].get("lose", ())))
     gpu = torch.cuda.get_device_name() if process.device.type == "cuda" else ""
-    peak = next((flops for name, flops in PEAK.items() if name in gpu), None)
+    peak = next((rate for name, rate in PEAK.items() if name in gpu), None)
     log = open_log(Path(options.out) / "metrics.jsonl", first) if main_rank else None
     bar = tqdm(range(first, steps), initial=first, total=steps, desc=options.label, disable=not main_rank)
-    with finish_on_signals():
-        for step in bar:
-            tick = time.time()
-            if options.max_minutes and tick - begin > 60 * options.max_minutes:
-                stop.set()
-            metrics, asked = train_step(policy, reference, optimizer, records, options, step, process)
-            metrics["seconds"] = time.time() - tick
-            metrics["tokens_per_second"] = tokens / metrics["seconds"]
-            if peak:
-                metrics["mfu"] = flops / metrics["seconds"] / process.world_size / peak
-            due = step + 1 == steps or (step + 1) % options.save_every == 0
-            if held_out and due:
-                metrics |= evaluate(policy, reference, held_out, options, process)
+    stop.clear()
+    signal.signal(signal.SIGTERM, finish_step)
+    signal.signal(signal.SIGINT, finish_step)
+    for step in bar:
+        tick = time.time()
+        if options.max_minutes and tick - begin > 60 * options.max_minutes:
+            stop.set()
+        metrics, asked = train_step(policy, reference, optimizer, records, options, step, process)
+        metrics["seconds"] = time.time() - tick
+        metrics["tokens_per_second"] = tokens / metrics["seconds"]
+        if peak:
+            metrics["mfu"] = flops / metrics["seconds"] / process.world_size / peak
+        due = step + 1 == steps or (step + 1) % options.save_every == 0
+        if held_out and due:
+            metrics |= evaluate(policy, reference, held_out, options, process)
+        if main_rank:
+            log_step(log, step, metrics)
+        if asked or due:
+            save_checkpoint(state, options, step + 1, process.rank)
+        if asked and step + 1 < steps:
+            bar.close()                                    # so that what follows is the last line
             if main_rank:
-                log_step(log, step, metrics)
-            if asked or due:
-                save_checkpoint(state, options, step + 1, process.rank)
-            if asked and step + 1 < steps:
-                bar.close()                                # so that what follows is the last line
-                if main_rank:
-                    print(f"stopped after {step + 1} steps; checkpoint saved in {options.out}/checkpoints, "
-                          "and the same command continues")
-                return False
-    export(policy, options, process.rank)
+                print(f"stopped after {step + 1} steps; checkpoint saved in {options.out}/checkpoints, "
+                      "and the same command continues")
+            return False
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    model.save_dit(policy, options.out, torch.bfloat16)    # in the precision it will run in
+    if main_rank:
+        base = model.base_of(options.model)
+        base = str(Path(base).resolve()) if Path(base).is_dir() else base
+        write_json(Path(options.out) / "base.json", {"model": base})
     return True
 
 
@@ -558,14 +536,13 @@ def measure_memory(options, config, shape, n_lose, mesh):
                 if loss.requires_grad:
                     loss.backward()
     model.rope_table.cache_clear()
-    found = {str(getattr(kind, "value", kind)): size
-             for kind, size in tracker.get_tracker_snapshot("peak")[torch.device("cpu")].items()}
-    held = sum(p.to_local().nbytes for p in reference.parameters()) + sum(b.nbytes for b in reference.buffers())
-    memory = {"parameters": found["Sharded Param"] + found["Unsharded Param"] + found["All Gather"] + found["Buffer"],
-              "gradients": found["Sharded Grad"] + found["Unsharded Grad"] + found["Reduce Scatter"],
-              "Adam": found["OptState"], "reference": held,
-              "activations": found["Activation"] - (held if options.method in PREFERENCE else 0),
-              "temporaries": found["Temp"], "context, NCCL …": 5 * 2 ** 30}             # the last: a guess, 4 to 6
+    held = sum(p.to_local().nbytes for p in policy.parameters())           # a rank's part of a network
+    memory = {"parameters": held, "gradients": held, "Adam": 2 * held, "reference": held}
+    peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
+    if options.method not in PREFERENCE:                   # the reference is loaded, but took no part
+        peak += held
+    memory["activations, gathered blocks"] = peak - sum(memory.values())
+    memory["context, NCCL …"] = 5 * 2 ** 30                # a guess, 4 to 6
     return memory, sum(p.numel() for p in policy.parameters())
 
 
@@ -587,7 +564,7 @@ def dry_run(options, clips=5000, n_lose=3, utilisation=0.4):
     memory["at the peak; an 80 GB GPU gives 78"] = sum(memory.values())
     flops, tokens = step_flops(config, shape, options, n_lose)
     steps, per_hour = number_of_steps(options, clips), gpus * utilisation * PEAK["H100"] * 3600
-    sampling = clips * n_lose * 25 * 2 * sum(forward_flops(config, shape[1:])[:2])
+    sampling = clips * n_lose * 25 * 2 * sum(model.forward_flops(config, shape[1:])[:2])
     print(f"{parameters:,} parameters, {gpus} ranks, {options.batch} samples and {tokens:,} tokens a step, "
           f"{flops / options.batch / 1e15:.3g} PFLOP a sample")
     for kind, size in memory.items():
