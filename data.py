@@ -4,16 +4,16 @@
     python data.py --curate --videos RAW --theme "people eating" --endpoint URL --vlm NAME --out DIR    (makes DIR)
 
 DIR holds NAME.mp4 beside NAME.txt; or metadata.jsonl / metadata.csv with file_name and text; or the authors' video.txt
-and prompt.txt, a line a clip. A clip is read as a player shows it. A record is a safetensors file that holds all that
-training needs, in bf16:
+and prompt.txt, one line per clip. A clip is read as a player shows it. A record is a safetensors file that holds all
+that training needs, in bf16:
 
     CACHE/win/NAME.safetensors     win (C,F,H,W)  image (C,1,H,W)  text (L,D)  [noised (K,C,1,H,W)]
-    CACHE/lose/NAME.safetensors    lose (N,C,F,H,W)                            written by sample.py
+    CACHE/lose/NAME.safetensors    lose (N,C,F,H,W) of that very win           written by sample.py
     CACHE/empty.safetensors        text (L,D), the embedding of "", for guidance
 
 Files are written whole or not at all, so every stage can be killed and started again, and does what is missing.
 """
-import argparse, base64, csv, glob, hashlib, json, math, os, re, subprocess, sys, time
+import argparse, base64, csv, glob, hashlib, json, math, os, re, signal, subprocess, sys, time
 from collections import Counter, deque
 from contextlib import contextmanager, suppress
 from dataclasses import MISSING, dataclass, field, fields
@@ -31,7 +31,7 @@ import torch
 from einops import rearrange
 from huggingface_hub import InferenceClient
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
-from imageio_ffmpeg import count_frames_and_secs, get_ffmpeg_exe
+from imageio_ffmpeg import get_ffmpeg_exe
 from PIL import Image, ImageCms, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -78,12 +78,16 @@ def parse(options, name, argv=None):
             continue
         if field.default not in ("", 0, ()):
             help += f" [{field.default}]"
-        kind = KINDS.get(field.type) or dict(choices=get_args(field.type), metavar="NAME")     # else a Literal
+        kind = KINDS.get(field.type) or dict(choices=get_args(field.type))                     # else a Literal
         section.add_argument(flag(field.name), default=field.default, help=help, **kind)
     if hasattr(options, "model"):
         parser.set_defaults(model=default_model()[0])
         model = parser.parse_known_args(argv)[0].model
-        parser.set_defaults(**defaults_of(model, name))
+        defaults = defaults_of(model, name)
+        unknown = {*defaults} - {field.name for field in fields(options)}
+        if unknown:
+            raise UserError(f"{model}: its defaults.json has {min(unknown)} for {name}, which is no option of it")
+        parser.set_defaults(**defaults)
     return options(**vars(parser.parse_args(argv)))
 
 
@@ -102,7 +106,7 @@ def this_process():
         return Process(rank, world_size, torch.device("cpu"), torch.float32)
     local, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
     if local >= gpus:
-        raise UserError(f"--nproc_per_node asks for a GPU number {local}, this machine has {gpus}")
+        raise UserError(f"--nproc_per_node needs {local + 1} GPUs or more, this machine has {gpus}")
     torch.cuda.set_device(local)
     return Process(rank, world_size, torch.device("cuda", local), torch.bfloat16)
 
@@ -120,13 +124,16 @@ def command(main, options, name):
     try:
         options = parse(options, name)
         default, why = default_model()
-        uses_a_model = not any(getattr(options, name, None) for name in ("curate", "study", "tally", "verdict"))
-        if hasattr(options, "model") and uses_a_model:
+        if any(getattr(options, name, None) for name in ("curate", "study", "tally", "verdict")):
+            if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+                raise UserError("no network is used for this: start it with python, not with torchrun")
+        elif hasattr(options, "model"):
             say(f"model: {options.model} ({why if options.model == default else '--model'})")
         main(options)
     except UserError as e:
         # Most mistakes are every rank's: rank 0 says so, and torchrun ends the others meanwhile.
         if int(os.environ.get("RANK", 0)) > 0:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(3)
         sys.exit(f"error: {e}")
     except RuntimeError as e:
@@ -286,9 +293,9 @@ def read_video(path, frames, height, width, fps):
     return from_uint8(video)
 
 
-def read_image(path, height, width):
-    """A picture as a viewer shows it, (3,1,height,width) fp32 in [-1,1]: upright, in sRGB, over white, resized to cover
-    and cut at the centre. Raises UserError for a file that is missing or not a picture."""
+def open_image(path):
+    """A picture as a viewer shows it, upright, in sRGB, over white: an RGB image of Pillow. Raises UserError for a file
+    that is missing or not a picture."""
     try:
         with Image.open(path) as image:
             image = ImageOps.exif_transpose(image)
@@ -306,7 +313,13 @@ def read_image(path, height, width):
         image = image.convert("RGBA")
     except (OSError, ValueError, SyntaxError, EOFError, RuntimeError, Image.DecompressionBombError) as e:
         raise UserError(f"{path}: cannot be read as a picture ({e!s:.120})") from e
-    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
+def read_image(path, height, width):
+    """A picture as a viewer shows it, (3,1,height,width) fp32 in [-1,1], resized to cover and cut at the centre.
+    Raises UserError for a file that is missing or not a picture."""
+    image = open_image(path)
     smaller = height < image.height and width < image.width
     image = ImageOps.fit(image, (width, height), Image.Resampling.BOX if smaller else Image.Resampling.BICUBIC)
     return from_uint8(np.array(image)[None])
@@ -324,7 +337,7 @@ def write_video(path, frames, fps):
 
 # ---- A folder of videos or pictures with captions -------------------------------------------------------------------
 
-# Names that promise a video or a picture. Any other file is taken for one where a caption stands beside it.
+# A file of another kind counts only if it has a caption beside it and no file of such a kind has its name.
 SUFFIXES = {"video": ".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .ts .mts .m2ts .wmv .flv .ogv .3gp .gif".split(),
             "picture": ".png .jpg .jpeg .webp .bmp .tif .tiff .gif .avif".split()}
 
@@ -341,7 +354,7 @@ class Clip(NamedTuple):
 
 
 def record_name(file):
-    """The name of a file's record: its path in one word, where too long for a file name ended by a hash."""
+    """The name of a file's record: its path in one word, cut and given a hash if that is too long."""
     name = "_".join(part for part in Path(file).with_suffix("").parts if part not in ("/", ".."))
     raw = os.fsencode(name)
     return name if len(raw) <= 200 else raw[:180].decode(errors="ignore") + hashlib.sha256(raw).hexdigest()[:20]
@@ -355,7 +368,7 @@ def read_lines(path):
 
 
 def paired_rows(files, prompts):
-    """(where, fields) of two text files, a line a sample each: the layout of the authors' release."""
+    """(where, fields) of two text files with one line per sample: the layout of the authors' release."""
     names, captions = read_lines(files), read_lines(prompts)
     for number, (name, caption) in enumerate(zip_longest(names, captions, fillvalue=""), start=1):
         if number > min(len(names), len(captions)) and (name + caption).strip():
@@ -377,7 +390,7 @@ def metadata_rows(path, faults):
                 cells = next(table)
                 if head and cells and len(cells) != len(head):
                     raise ValueError(f"not the {len(head)} cells of the head (put a caption with commas in quotes)")
-                fields = dict(zip(head, cells))
+                fields = dict(zip(head, cells))            # {} of the head itself, which `read_list` passes over
                 head = head or cells
             yield where, fields
         except (ValueError, csv.Error) as e:
@@ -386,16 +399,15 @@ def metadata_rows(path, faults):
 
 
 def sidecar_rows(folder, what, faults):
-    """(where, fields) of NAME.mp4 beside NAME.txt; of a file of another kind if none that is named so has a claim."""
+    """(where, fields) of NAME.mp4 beside NAME.txt. NAME.xyz, of an unknown kind, counts if no known has that NAME."""
     files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
     captions = {path.stem: path for path in files if path.suffix.lower() == ".txt"}
     claimed = {path.stem for path in files if path.suffix.lower() in SUFFIXES[what]}
     for path in files:
-        caption = captions.get(path.stem)
-        named = path.suffix.lower() in SUFFIXES[what]
+        caption, named = captions.get(path.stem), path.suffix.lower() in SUFFIXES[what]
         if named and not caption:
             faults.append(f"{path}: has no caption; write one into {path.with_suffix('.txt')}")
-        elif named or (caption not in (None, path) and path.stem not in claimed):
+        elif caption and (named or path.suffix.lower() != ".txt" and path.stem not in claimed):
             yield caption, {"file_name": path.name, "text": "\n".join(read_lines(caption))}
 
 
@@ -417,8 +429,8 @@ def make_clip(folder, where, fields):
 
 def read_list(folder, files="video.txt", prompts="prompt.txt", what="video"):
     """The Clips of a folder of videos or pictures (`what`) with captions, in a fixed order, and what is wrong with
-    other rows. It has a line a sample in `files` and `prompts`; or metadata.jsonl or metadata.csv with file_name and
-    text; or NAME.mp4 beside NAME.txt. Raises UserError for a folder without any, or that cannot be read."""
+    other rows. The folder has `files` and `prompts`, one line per sample; or metadata.jsonl or metadata.csv with
+    file_name and text; or NAME.mp4 beside NAME.txt. Raises UserError for one without any, or that cannot be read."""
     folder, clips, faults = Path(folder), [], []
     tables = [folder / name for name in ("metadata.jsonl", "metadata.csv") if (folder / name).is_file()]
     if (folder / files).is_file():
@@ -430,7 +442,7 @@ def read_list(folder, files="video.txt", prompts="prompt.txt", what="video"):
     try:
         for where, fields in rows:
             if isinstance(fields, dict) and not "".join(map(str, fields.values())).strip():
-                continue                                   # a blank row
+                continue                                   # a blank row, or the head of a CSV file
             try:
                 clips.append(make_clip(folder, where, fields))
             except UserError as e:
@@ -439,7 +451,7 @@ def read_list(folder, files="video.txt", prompts="prompt.txt", what="video"):
     except OSError as e:
         raise UserError(f"{e.filename}: cannot be read ({e.strerror})") from e
     if not clips and not faults:
-        raise UserError(f"{folder}: holds no {what}s with captions, only {found or 'nothing'}; expected "
+        raise UserError(f"{folder}: holds no {what}s with captions; found {found or 'none'}, expected "
                         f"NAME.txt beside each {what}, {files} and {prompts}, metadata.jsonl or metadata.csv")
     return clips, faults
 
@@ -450,7 +462,7 @@ def list_clips(folder, given_negatives=False):
     folder, clips = Path(folder), {}
     images = {path.stem: path for path in sorted(folder.glob("first_frames/*"))}
     listed, faults = read_list(folder)
-    used = {folder / name for name in ("video.txt", "prompt.txt", "metadata.jsonl", "metadata.csv")}
+    used = {folder / name for name in ("video.txt", "prompt.txt", "metadata.jsonl", "metadata.csv", "inspect.html")}
     for clip in listed:
         used |= {clip.file, clip.where}
         if str(clip.extra.get("keep", True)).lower() != "true":
@@ -483,10 +495,24 @@ def digest(folder):
     return sha.hexdigest()[:16]
 
 
-def check_metadata(path, found, expected):
-    """Raise UserError unless the record at `path` has the `expected` fingerprint (what made it) and caption."""
-    found, now = ({**m.get("fingerprint", {}), "caption": m.get("caption")} for m in (found, expected))
-    different = [f"{k} {found.get(k)} (now {now.get(k)})" for k in sorted({*found, *now}) if found.get(k) != now.get(k)]
+def hash_of(record):
+    """A short hash of a record's tensors, by which its negatives know that they are of this record."""
+    sha = hashlib.sha256()
+    for name in sorted(record):
+        sha.update(record[name].cpu().contiguous().view(torch.uint8).numpy())
+    return sha.hexdigest()[:16]
+
+
+def check_metadata(path, found, expected, now="now"):
+    """Raise UserError unless the record at `path` has the `expected` fingerprint (what made it), caption and win."""
+    def settings(metadata):
+        return {**metadata.get("fingerprint", {}), "caption": metadata.get("caption"), "win": metadata.get("win")}
+
+    found, expected = settings(found), settings(expected)
+    different = []
+    for name in sorted({*found, *expected}):
+        if found.get(name) != expected.get(name):
+            different.append(f"{name} {found.get(name)} ({now} {expected.get(name)})")
     if different:
         raise UserError(f"{path}: was made with other settings: {', '.join(different)}; "
                         "use another folder or delete this one")
@@ -494,7 +520,7 @@ def check_metadata(path, found, expected):
 
 def missing(expected, folder):
     """The names of `expected` {name: its metadata} without a record in `folder` yet. Raises UserError for a record
-    that was made with other settings or of another caption."""
+    that was made with other settings, of another caption or for another win."""
     names = []
     for name, metadata in expected.items():
         file = Path(folder) / f"{name}.safetensors"
@@ -509,8 +535,8 @@ class Records:
     """The records of a cache as a sequence of dicts of tensors, checked to belong together.
 
     win (C,F,H,W), image (C,1,H,W), text (L,D); with `negatives`, also lose (N,C,F,H,W). Latents are scaled, bf16.
-    With `scores`, also scores (N,) of the negatives, from CACHE/scores.json: {record: [a number a negative]}, bigger
-    is better, which any reward model can write.
+    With `scores`, also scores (N,) of the negatives, from CACHE/scores.json: {record: [one number per negative]},
+    bigger is better, which any reward model can write.
     """
 
     def __init__(self, folder, negatives=True, scores=False):
@@ -520,6 +546,7 @@ class Records:
             raise UserError(f"{folder}: holds no records; make them with: python data.py --videos DIR --out {folder}"
                             f" and: python sample.py --data {folder}")
         self.kinds = ["win", "lose"] if negatives else ["win"]
+        self.hashes = {}                                   # {name: hash of the win's record}
         for kind in self.kinds:
             first = None
             for name in self.names:
@@ -529,9 +556,14 @@ class Records:
                 shapes, metadata = read_header(file)
                 made_by = {"fingerprint": metadata.get("fingerprint", {})}
                 first = first or (shapes, made_by)
-                check_metadata(file, made_by, first[1])
+                check_metadata(file, made_by, first[1], now="other records:")
                 if shapes != first[0]:
                     raise UserError(f"{file}: holds {shapes}, the other records {first[0]}")
+                if kind == "win":
+                    self.hashes[name], win_shape = metadata.get("hash"), shapes["win"]
+                elif metadata.get("win") != self.hashes[name] or shapes["lose"][1:] != win_shape:
+                    raise UserError(f"{file}: was made for another encoding of its clip; delete it and run: "
+                                    f"python sample.py --data {folder}")
         if scores:
             self.scores = self.read_scores(self.folder / "scores.json", first[0]["lose"][0])
 
@@ -572,10 +604,14 @@ CHECKS = "theme", "action", "sharp", "uncut", "clean"      # of assets/curate.tx
 @lru_cache(maxsize=64)                                     # the verdict asks about a video four times
 def frames_as_jpeg(video, count):
     """`count` frames of a whole clip, evenly spaced in time, or a picture: JPEG files of at most 768 pixels a side."""
-    try:
-        seconds = max(0.04, count_frames_and_secs(str(video))[1])
-    except (RuntimeError, OSError) as e:
-        raise UserError(f"{video}: cannot be read as a video or picture") from e
+    if Path(video).suffix.lower() in SUFFIXES["picture"] and count == 1:
+        image, file = open_image(video), BytesIO()
+        image.thumbnail((768, 768))
+        image.save(file, "JPEG", quality=95)
+        return [file.getvalue()]
+    log = run_ffmpeg(video, "-map", "0:V:0", "-f", "null", "-")[1]
+    hours, minutes, seconds = re.findall(r"time=(\d+):(\d+):([\d.]+)", log)[-1]
+    seconds = max(0.04, 3600 * int(hours) + 60 * int(minutes) + float(seconds))
     size = "scale='min(768,iw*sar)':'min(768,ih)':force_original_aspect_ratio=decrease"
     made = run_ffmpeg(video, "-map", "0:V:0", "-vf", f"setpts=PTS-STARTPTS,fps={count / seconds},{size}", "-frames:v",
                       str(count), "-c:v", "mjpeg", "-q:v", "3", "-f", "image2pipe", "-")[0]
@@ -612,7 +648,7 @@ def ask(options, text, images, read):
 
 
 def read_rows(file, key, **asked):
-    """{row[key]: row} of the JSON lines that an earlier call wrote, if any. Raises UserError if it `asked` another."""
+    """{row[key]: row} of the JSON lines that an earlier call wrote, if any. Raises UserError if it `asked` otherwise."""
     rows = {}
     for number, line in enumerate(read_lines(file) if file.is_file() else [], start=1):
         try:
@@ -625,8 +661,8 @@ def read_rows(file, key, **asked):
 
 
 def ask_about(jobs, judge, file, key, options, **asked):
-    """{job: row}: of JSON lines in `file`, and judge(job) of all other `jobs`, --parallel at a time, added to `file` one
-    by one. row[key] is the job. Raises UserError if the rows that are there were `asked` for otherwise."""
+    """Return {job: row}. Rows that are in `file` stay; judge(job) makes the others, --parallel at a time, and each is
+    written to `file` as it comes. row[key] is the job. Raises UserError if rows in `file` were `asked` otherwise."""
     rows = read_rows(file, key, **asked)
     todo = [job for job in jobs if job not in rows]
     with ThreadPool(max(1, options.parallel)) as pool:     # its threads do not outlive an interruption
@@ -697,16 +733,16 @@ READERS = 4                                                # clips read ahead in
 class Options:
     """Encode a folder of videos with captions into records; before that, --curate makes such a folder of raw videos."""
     videos: str = option("", "folder of clips with captions")
-    model: str = option("", "model folder, hub id or tiny; default: by whether a GPU is here")
+    model: str = option("", "model folder, hub id or tiny; default: CogVideoX-5B-I2V with a GPU, else tiny")
     out: str = option("cache", "folder for the records, or for the list that --curate makes")
-    frames: int = option(0, "frames a clip, 8k + 1; default: the model's")
+    frames: int = option(0, "frames per clip, 8k + 1; default: the model's")
     height: int = option(0, "pixels, divisible by 16; default: the model's")
     width: int = option(0, "pixels, divisible by 16; default: the model's")
     fps: int = option(8, "frames a second the model works at")
-    image_noise: int = option(0, "K noised first frames; training draws one (the authors' augmentation)")
+    image_noise: int = option(0, "noised first frames to keep per clip; training draws one (as the release); 0: none")
     given_negatives: bool = option(False, "take negative_samples/ID/*.mp4 (a last resort: Sec. 4.2 keeps latents)")
     skip_bad: bool = option(False, "leave out unusable clips, with a list, instead of stopping")
-    seed: int = option(0, "of the posterior samples")
+    seed: int = option(0, "of the posterior samples and the image noise")
     curate: bool = option(False, "let a vision-language model select and describe raw clips", "Raw clips")
     theme: str = option("", "what the clips are to show, such as: people eating and drinking")
     endpoint: str = option("", f"address of an OpenAI-compatible server; its key: environment variable {KEY}")
@@ -733,7 +769,7 @@ def clip_shape(options, folder):
 
 
 def check_clip(clip, negatives, shape, fps):
-    """Raise UserError for what is wrong with a clip, or has not `negatives`, as far as headers tell."""
+    """Raise UserError if a clip is faulty or has another number of negatives, as far as headers tell."""
     if len(clip.negatives) != negatives:
         raise UserError(f"{clip.file}: has {len(clip.negatives)} negatives in negative_samples/{clip.file.stem}, "
                         f"expected {negatives} as for most clips")
@@ -795,7 +831,7 @@ def encode_captions(clips, folder, out, device, dtype):
 
 
 def main(options):
-    """Encode this rank's share of the clips. Ranks never wait for each other: any number makes the same files."""
+    """Encode this rank's share of the clips. Ranks never wait for each other: any number makes the same records."""
     if not options.videos:
         raise UserError("--videos is missing: the folder of clips with captions")
     if options.curate:
@@ -804,7 +840,10 @@ def main(options):
     clips, faults = list_clips(options.videos, options.given_negatives)
     check_faults(faults, options)
     counts = [len(clip.negatives) for clip in clips if clip.negatives]
-    negatives = mode(counts or [1]) if options.given_negatives else 0
+    if options.given_negatives and not counts:
+        raise UserError(f"{options.videos}: has no videos in negative_samples/NAME/, which --given-negatives asks for")
+    negatives = mode(counts) if counts else 0
+    listed = {clip.name for clip in clips}
     clips, faults = clips[rank::world], faults[rank::world]                 # every rank has read the whole list
     folder = resolve(options.model, "transformer/config.json", "vae", "text_encoder", "tokenizer")
     out, shape = Path(options.out), clip_shape(options, folder)
@@ -825,11 +864,12 @@ def main(options):
     decoded = read_ahead(clips, partial(read_clip, shape=shape, fps=options.fps), faults)
     for clip, pixels in tqdm(decoded, "encoding clips", len(clips), disable=rank > 0):
         record, lose = encode_clip(clip, pixels, vae, options, device)
+        record["text"] = embeddings[clip.caption]
         if lose:
             write_tensors(out / "lose" / f"{clip.name}.safetensors", {"lose": torch.stack(lose)}, model=folder,
-                          fingerprint={"given": len(lose)})
-        write_tensors(out / "win" / f"{clip.name}.safetensors", {**record, "text": embeddings[clip.caption]},
-                      model=folder, **expected[clip.name])
+                          fingerprint={"given": len(lose)}, win=hash_of(record))
+        write_tensors(out / "win" / f"{clip.name}.safetensors", record, model=folder, hash=hash_of(record),
+                      **expected[clip.name])
     check_faults(faults, options)
     report = out / f"left_out_{rank}.txt"
     report.unlink(missing_ok=True)                         # of an earlier run
@@ -837,7 +877,11 @@ def main(options):
         with whole_file(report) as part:
             part.write_text("\n".join(faults) + "\n", encoding="utf-8", errors="replace")
         print(f"{len(faults)} clips left out; {report} says why")
-    say(f"{len(list((out / 'win').glob('*.safetensors')))} clips in {out}/win; next: python "
+    records = {path.stem for path in (out / "win").glob("*.safetensors")}
+    if records - listed:
+        say(f"{out}/win: {len(records - listed)} records are of clips that {options.videos} does not list, such as "
+            f"{min(records - listed)}; training takes them too: delete them if that is not wanted")
+    say(f"{len(records)} clips in {out}/win; next: python "
         f"{'train' if options.given_negatives else 'sample'}.py --model {options.model} --data {out}")
 
 

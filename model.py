@@ -359,7 +359,7 @@ class Block(nn.Module):
 
     def forward(self, text, video, time, rope, checkpointing=False):
         """text (B,L,D) and video (B,FHW,D) after the block. `checkpointing`: see Denoiser."""
-        if not checkpointing:
+        if checkpointing in (False, "none"):
             return self.layers(text, video, time, rope)
         recompute = partial(checkpoint, self.layers, text, video, time, rope, use_reentrant=False)
         if checkpointing == "selective":
@@ -453,7 +453,7 @@ class FlowPrediction:
 
 
 class VPrediction:
-    """F predicts v = α·z₁ − σ·x₀ of a variance-preserving schedule, the published CogVideoX.
+    """F predicts v = α·ε − σ·x₀ of a variance-preserving schedule, the published CogVideoX.
 
     Such a network *is* a flow model after a change of variables: z = x_t / s with s = √((1−t)² + t²) has the schedule's
     α = (1−t)/s and σ = t/s, and the training step k is the one of equal signal-to-noise ratio.
@@ -499,9 +499,9 @@ class Denoiser(nn.Module):
 
     x̂₀ = c_skip·x_t + c_out·F(c_in·x_t, c, c_noise)   (form of Karras et al. 2022, Eq. 7; ψ∘θ of the paper's Eq. 4–5)
 
-    `net` is F and the only part that runs in bf16. `checkpointing = True` recomputes each block in the backward pass,
-    "selective" all of it but its attention. `time_grid(steps)` gives the times of a sampler with `steps` evaluations,
-    steps + 1 numbers falling from 1 to 0, fp64; `t_min` is the smallest t that the network was trained at.
+    `net` is F and the only part that runs in bf16. `checkpointing` True or "full" recomputes each block in the backward
+    pass, "selective" all of it but its attention. `time_grid(steps)` gives the times of a sampler with so many
+    evaluations, steps + 1 numbers falling from 1 to 0, fp64; `t_min` is the smallest t the network was trained at.
     """
     checkpointing = False
 

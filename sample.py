@@ -1,12 +1,13 @@
 """Videos out: one picture and one sentence become an mp4, every record of a cache gets its offline negatives, and a
-bench of pictures becomes a folder of mp4s, which people and a language model compare with other methods' ones.
+bench of pictures becomes a folder of mp4s, which people and a language model compare with those of other methods.
 
     python sample.py --image first.png --prompt "a figure waves its left arm slowly" --out video.mp4
     python sample.py --data CACHE                                      (torchrun --nproc_per_node 8 sample.py … as well)
     python sample.py --bench BENCH --out videos/METHOD                 (torchrun as well)
     python sample.py --study videos --bench BENCH, then --tally answers/*.json; or --verdict videos --bench BENCH …
 
-MODEL is a model folder, a hub id or a training run; BENCH a folder of pictures with captions, listed as data.py says.
+MODEL is a model folder, a hub id or a training run. BENCH is a folder of pictures with captions in the forms that
+data.py knows; images.txt and prompts.txt, or the only other text file, stand for its video.txt and prompt.txt.
 """
 import hashlib, math, re, secrets, shutil
 from collections import namedtuple
@@ -19,8 +20,8 @@ import torch
 from tqdm import tqdm
 
 from data import (ASSETS, KEY, Records, ask, ask_about, check_metadata, clip_shape, command, digest, frames_as_jpeg,
-                  generator, missing, option, read_image, read_list, read_rows, this_process, to_uint8, whole_file,
-                  write_json, write_page, write_tensors, write_video)
+                  generator, missing, option, read_image, read_list, read_rows, read_tensors, say, this_process,
+                  to_uint8, whole_file, write_json, write_page, write_tensors, write_video)
 from model import UserError, load_dit, load_text_encoder, load_vae, read_json, resolve
 from realdpo import Condition, sample
 
@@ -28,20 +29,20 @@ from realdpo import Condition, sample
 @dataclass
 class Options:
     """Generate videos, or find out which method's are better."""
-    model: str = option("", "model folder, hub id, training run or tiny; default: by whether a GPU is here")
-    out: str = option("", "where it goes; default: video.mp4, videos, study, or FOLDER/verdict.jsonl")
+    model: str = option("", "model folder, hub id, run or tiny; default: CogVideoX-5B-I2V with a GPU, else tiny")
+    out: str = option("", "where it goes (--tally: the study); default: video.mp4, videos, study, verdict.jsonl")
     image: str = option("", "one video: its first frame, a picture of any size", "What to do")
     data: str = option("", "negatives: the cache of records to make them for")
-    bench: str = option("", "a video a picture: the folder of pictures with captions")
-    study: str = option("", "write a page for raters: FOLDER has a folder of videos a method, all of one --bench")
+    bench: str = option("", "a video of each picture in a folder of pictures with captions")
+    study: str = option("", "write a page for raters; FOLDER has one folder of videos per method, of one --bench")
     tally: list = option((), "print the table of what raters answered")
     verdict: str = option("", "ask a vision-language model about such a FOLDER; or print a finished verdict.jsonl")
     prompt: str = option("", "what happens; may be empty", "Sampling")
-    negatives: int = option(3, "generated videos a record")
-    samples: int = option(0, "videos a picture, as NAME-0.mp4 …; default: one, as NAME.mp4")
-    steps: int = option(0, "evaluations of the transformer; default: 50 by euler, 25 by multistep")
-    guidance: float = option(6.0, "1 = none")
-    solver: Literal["euler", "multistep"] = option("", "euler (on CogVideoX: DDIM) or multistep, as for negatives")
+    negatives: int = option(3, "generated videos per record")
+    samples: int = option(0, "videos per picture, as NAME-0.mp4 …; default: one, as NAME.mp4")
+    steps: int = option(0, "evaluations of the transformer; default: 50 with euler, 25 with multistep")
+    guidance: float = option(6.0, "scale of classifier-free guidance; 1: none (release: 6)")
+    solver: Literal["euler", "multistep"] = option("", "default: multistep for --data, else euler (on CogVideoX: DDIM)")
     frames: int = option(0, "of the video, 8k + 1; default: the model's")
     height: int = option(0, "of the video; default: the model's")
     width: int = option(0, "of the video; default: the model's")
@@ -82,19 +83,22 @@ def negatives(options):
     process = this_process()
     records = Records(options.data, negatives=False)
     folder = resolve(options.model, "transformer", "scheduler")
-    made_by = dict(fingerprint=dict(
-        transformer=digest(folder / "transformer"), negatives=options.negatives, steps=options.steps,
-        guidance=options.guidance, solver=options.solver, seed=options.seed))
-    todo = missing(dict.fromkeys(records.names[process.rank::process.world_size], made_by), Path(options.data) / "lose")
+    made_by = dict(transformer=digest(folder / "transformer"), negatives=options.negatives, steps=options.steps,
+                   guidance=options.guidance, solver=options.solver, seed=options.seed)
+    expected, lose_folder = {}, Path(options.data) / "lose"
+    for name in records.names[process.rank::process.world_size]:
+        expected[name] = dict(fingerprint=made_by, win=records.hashes[name])
+    todo = missing(expected, lose_folder)
     if todo:
         denoiser, empty = load_denoiser(options, folder, process), records.empty_text()
     for name in tqdm(todo, desc="sampling negatives", disable=process.rank > 0):
-        lose = generate(denoiser, records[records.names.index(name)], empty, options, process.device,
-                        "negative", options.seed, name, count=options.negatives, progress=False)
-        write_tensors(f"{options.data}/lose/{name}.safetensors", {"lose": lose.bfloat16()}, model=folder, **made_by)
-    if process.rank == 0:
-        print(f"{len(records)} × {options.negatives} negatives in {options.data}/lose; "
-              f"next: python train.py --model {options.model} --data {options.data}")
+        record = read_tensors(Path(options.data) / "win" / f"{name}.safetensors")
+        lose = generate(denoiser, record, empty, options, process.device, "negative", options.seed, name,
+                        count=options.negatives, progress=False)
+        write_tensors(lose_folder / f"{name}.safetensors", {"lose": lose.bfloat16()}, model=folder, **expected[name])
+    done = len(list(lose_folder.glob("*.safetensors")))    # other ranks may still be at work
+    say(f"{done} of {len(records)} records have {options.negatives} negatives in {lose_folder}; "
+        f"next: python train.py --model {options.model} --data {options.data}")
 
 
 Prompt = namedtuple("Prompt", "name image caption")        # a row of a bench; NAME.mp4 is its video
@@ -123,6 +127,10 @@ def read_bench(folder):
         if name in prompts or "/" in name:
             raise UserError(f"{clip.where}: is named {name}; expected a name of its own, without a slash")
         prompts[name] = Prompt(name, clip.file, clip.caption)
+    for name in prompts:
+        stem = re.sub(r"-\d+$", "", name)
+        if stem != name and stem in prompts:
+            raise UserError(f"{folder}: {name} could be a picture or video {name} of {stem}; rename one of them")
     texts = [(prompt.name, prompt.caption) for prompt in prompts.values()]
     images = [prompt.image for prompt in prompts.values()]
     return list(prompts.values()), hashed(texts, *images)
@@ -132,13 +140,14 @@ def make_videos(options, shots):
     """Generate and write the video of each shot (file, Prompt, number); its noise depends on seed, name and number."""
     model, process = options.model, this_process()
     frames, height, width = clip_shape(options, resolve(model, "transformer/config.json", "vae/config.json"))
-    images = {prompt: read_image(prompt.image, height, width) for _, prompt, _ in shots}       # all, to fail early
+    prompts = dict.fromkeys(prompt for _, prompt, _ in shots)
+    pixels = {prompt: read_image(prompt.image, height, width) for prompt in prompts}           # all, to fail early
     encode_text = load_text_encoder(model, process.device, process.dtype)
-    texts = {text: encode_text([text])[0] for text in {"", *(prompt.caption for prompt in images)}}
+    texts = {text: encode_text([text])[0] for text in {"", *(prompt.caption for prompt in prompts)}}
     del encode_text                                        # the largest network: it leaves before the others come
     torch.cuda.empty_cache()
-    vae = load_vae(model, process.device, process.dtype)
-    for prompt, image in images.items():
+    vae, images = load_vae(model, process.device, process.dtype), {}
+    for prompt, image in pixels.items():
         images[prompt] = vae.encode(image[None].to(process.device), generator("image", options.seed))[0]   # (C,1,h,w)
     denoiser = load_denoiser(options, model, process)
     for file, prompt, number in tqdm(shots, desc="videos", disable=process.rank > 0 or len(shots) == 1):
@@ -178,8 +187,8 @@ def make_bench(options):
     todo = [shot for shot in shots[process.rank::process.world_size] if not shot[0].exists()]
     if todo:
         make_videos(options, todo)
-    if process.rank == 0:
-        print(f"{len(shots)} videos of {len(prompts)} prompts in {out}")
+    done = sum(file.exists() for file, _, _ in shots)      # other ranks may still be at work
+    say(f"{done} of {len(shots)} videos of {len(prompts)} prompts are in {out}")
 
 
 # ---- Which method is better? A study with raters (App. B.2), a language model's verdict (App. B.3) ------------------
@@ -188,7 +197,7 @@ DIMENSIONS = "visual alignment", "text alignment", "motion quality", "human qual
 
 
 def list_videos(folder, bench):
-    """[(method, Prompt, the method's first video of it)] of a folder with a folder a method.
+    """[(method, Prompt, the method's first video of it)] of a folder that holds one folder per method.
     Raises UserError for one that lacks a video or was made of another bench."""
     videos, (prompts, contents) = [], read_bench(bench)
     for method in sorted(path for path in Path(folder).glob("[!.]*") if path.is_dir()):
@@ -201,7 +210,7 @@ def list_videos(folder, bench):
                 raise UserError(f"{method}: lacks {one.name} (or {first.name}), which --bench asks every method for")
             videos.append((method.name, prompt, one if one.is_file() else first))
     if not videos:
-        raise UserError(f"{folder}: holds no folders; expected one a method, with its videos")
+        raise UserError(f"{folder}: holds no folders; expected one per method, with its videos")
     return videos
 
 
@@ -249,7 +258,7 @@ def print_table(title, rows, columns, values):
 
 def tally(options):
     """Table 1 of the paper from raters' answers: ratings in per cent of the highest, and comparisons won."""
-    key, raters = read_json(Path(f"{options.out or 'study'}-key.json")), {}
+    key, raters = read_json(Path(f"{Path(options.out or 'study')}-key.json")), {}
     for file in options.tally:
         answers = read_json(Path(file))
         study, rater = answers["study"], str(answers["rater"])
@@ -262,8 +271,8 @@ def tally(options):
             if len(five) != len(DIMENSIONS) or not {*five} <= {1, 2, 3, 4, 5}:
                 raise UserError(f"{file}: lacks five ratings from 1 to 5 of a video; let {rater} go on and save again")
     ratings = torch.tensor(list(raters.values())).double()                     # (raters, videos, 5)
-    within = ratings.var(dim=0, correction=0).mean(dim=0) / (1 - 1 / len(raters))
-    agreement = 1 - within / ratings.var(dim=(0, 1))                           # Krippendorff's alpha; nan of one rater
+    within = ratings.var(dim=0, correction=0).mean(dim=0) / (1 - 1 / len(raters))      # unbiased; nan of one rater
+    agreement = 1 - within / ratings.var(dim=(0, 1))                           # Krippendorff's alpha
     methods = list(key["clips"])
     ratings = ratings.view(len(raters), len(methods), -1, len(DIMENSIONS))     # (raters, methods, prompts, 5)
     overall = ratings[..., -1:]
@@ -325,7 +334,7 @@ def verdict(options):
 
 def main(options):
     """Do the one thing that is asked for."""
-    # As near to the exact path in half the evaluations; a video of one's own is to be the published sampler's.
+    # Multistep is as close to the exact path in half the evaluations; single videos keep the published sampler.
     options.solver = options.solver or ("multistep" if options.data else "euler")
     options.steps = options.steps or {"euler": 50, "multistep": 25}[options.solver]
     if not 1 <= options.steps <= 1000 or options.negatives < 1 or options.samples < 0:

@@ -1631,6 +1631,25 @@ def test_negatives_depend_only_on_seed_record_and_index(own_cache, monkeypatch):
     assert not torch.equal(two[0], two[1])
 
 
+def test_negatives_of_another_caption_are_refused(videos, tmp_path, capsys):
+    folder, out = shutil.copytree(videos, tmp_path / "videos"), tmp_path / "cache"
+    add_negatives(encode(folder, out))
+    (folder / "00002.txt").write_text("a figure does something else")
+    with pytest.raises(UserError, match="00002.safetensors: was made with other settings: caption"):
+        encode(folder, out)
+    (out / "win" / "00002.safetensors").unlink()           # as that message advises
+    (folder / "00003.mp4").unlink(), (folder / "00003.txt").unlink()
+    capsys.readouterr()
+    encode(folder, out)
+    assert "1 records are of clips that" in capsys.readouterr().out
+    with pytest.raises(UserError, match="lose/00002.safetensors: was made with other settings: win"):
+        add_negatives(out)
+    with pytest.raises(UserError, match="lose/00002.safetensors: was made for another encoding of its clip"):
+        data.Records(out)
+    (out / "lose" / "00002.safetensors").unlink()
+    assert len(data.Records(add_negatives(out))) == 4
+
+
 def test_negatives_take_half_the_evaluations_of_a_published_video(monkeypatch):
     taken = []
     for action in "negatives", "make_one", "make_bench":
@@ -1763,6 +1782,13 @@ def test_a_study_hides_the_methods_and_is_the_same_when_written_again(shots, met
         first = ["somersault-0.mp4" if method == "beta-method" else "somersault.mp4", "walk-12-0.mp4"]
         assert [before[f"clips/{clip}.mp4"] for clip in clips] == [(methods / method / n).read_bytes() for n in first]
     assert write_study(methods, shots, tmp_path / "other")["study"] != key["study"]        # drawn anew: other names
+
+
+def test_raters_and_judges_see_the_picture_that_the_model_got(tmp_path):
+    picture = np.full((48, 64, 4), (250, 10, 10, 0), np.uint8)             # all transparent, so white
+    Image.fromarray(picture).save(tmp_path / "a.png")
+    (shown,) = data.frames_as_jpeg(tmp_path / "a.png", 1)
+    assert imageio.imread(shown).shape == (48, 64, 3) and imageio.imread(shown).min() > 250
 
 
 def test_of_a_bench_of_clips_raters_see_the_first_frames(videos, tmp_path):
@@ -2242,7 +2268,7 @@ def test_a_first_loss_that_is_not_log_2_is_a_warning_with_the_figure(capsys):
     line = dict(loss=1.0, lr=1.0, seconds=1.0)
     for step, off, warns in ((0, 1e-4, False), (1, 0.1, False), (0, 0.1, True)):
         train.log_step(io.StringIO(), step, line | {"preference": math.log(2) + off})
-        assert ("off log 2 by 0.100000" in capsys.readouterr().out) == warns
+        assert ("the first preference loss is 0.793147, not log 2" in capsys.readouterr().out) == warns
 
 
 def test_a_reference_that_is_not_the_policy_stops_the_run(cache, tmp_path, monkeypatch):
@@ -2341,13 +2367,15 @@ def test_reward_weighted_regression_is_a_weighted_mean_of_errors():
     assert loss.item() == pytest.approx((share * errors).sum(1).mean().item(), rel=1e-6)
 
 
-@pytest.mark.parametrize("method, gpus", [("realdpo", 16), pytest.param("sft", 1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("method, gpus", [("realdpo", 16), pytest.param("sft", 1, marks=pytest.mark.slow),
+                                          pytest.param("rwr", 1, marks=pytest.mark.slow)])
 def test_the_dry_run_counts_parameters_and_memory(method, gpus, monkeypatch, capsys):
     measure, found = train.measure_memory, {}
 
     def spy(*arguments):
         memory, parameters = measure(*arguments)
         found.update(memory)
+        assert arguments[3] == (3 if method == "rwr" else 1)           # negatives at once
         return memory, parameters
 
     monkeypatch.setattr(train, "measure_memory", spy)
@@ -2587,6 +2615,9 @@ def bad(videos, cache, shots, methods, study, tmp_path_factory):
     (bad / "lacks" / "b" / "walk-12-0.mp4").unlink()
     (bad / "others" / "b" / "somersault.mp4").rename(bad / "others" / "b" / "swim.mp4")
     (shutil.copytree(shots, bad / "recaptioned") / "walk-12.txt").write_text("another caption")
+    shutil.copytree(shots, bad / "clash")
+    for name in ("walk.png", "walk.txt"):
+        shutil.copy(shots / name.replace("walk", "walk-12"), bad / "clash" / name)
     for name, files in {"gone": ["walk-12.png", "gone.png"], "twice": ["walk-12.png", "somersault.png"]}.items():
         rows = [json.dumps(dict(file_name=file, text="a", name=name)) for file in files]
         (shutil.copytree(shots, bad / name) / "metadata.jsonl").write_text("\n".join(rows))
@@ -2615,6 +2646,7 @@ REFUSED = {                                                # command line: what 
     "data --videos {bad}/text": ["text/a.mp4"],
     "data --videos {bad}/short": ["00000.mp4", "lasts 0.62 s, but 17 frames at 8 fps need 2.00 s"],
     "data --videos {videos} --frames 16": ["--frames 16", "8k + 1"],
+    "data --videos {videos} --given-negatives": ["{videos}: has no videos in negative_samples/"],
     "data --videos {videos} --height 30": ["--height 30", "8"],
     "data --videos {videos} --width 48": ["--width 48", "32"],         # this model's learned positions: 32 × 32 only
     "data --videos {videos} --fps 0": ["--fps 0"],
@@ -2634,6 +2666,7 @@ REFUSED = {                                                # command line: what 
     "sample --bench {bad}/pictures": ["a.png", "no caption"],
     "sample --bench {bad}/gone": ["gone.png is not there"],
     "sample --bench {bad}/twice": ["is named twice"],
+    "sample --bench {bad}/clash": ["walk-12 could be", "of walk; rename"],
     "sample --bench {videos} --out {tmp}": ["00000.mp4: cannot be read as a picture"],
     "sample --study {methods}": ["--bench is missing"],
     "sample --study {bad}/lacks --bench {shots}": ["lacks/b: lacks walk-12.mp4 (or walk-12-0.mp4)"],
@@ -2645,7 +2678,7 @@ REFUSED = {                                                # command line: what 
     "sample --tally {bad}/answers/other.json --out {study}": ["other.json: answers study another"],
     "sample --tally {bad}/answers/partial.json --out {study}": ["partial.json", "five ratings", "Ann"],
     "sample --tally {bad}/answers/whole.json {bad}/answers/whole.json --out {study}": ["whole.json: Ann has answered"],
-    "sample --tally {bad}/answers/whole.json --out {bad}/nowhere": ["nowhere-key.json"],
+    "sample --tally {bad}/answers/whole.json --out {bad}/nowhere/": ["nowhere-key.json"],
     "sample --verdict {methods} --bench {shots}": ["--endpoint", "--vlm"],
     "sample --verdict {methods} --bench {shots} --endpoint localhost:8 --vlm x": ["--endpoint localhost:8 ", "http://"],
     "sample --verdict {bad}/answers/whole.json": ["whole.json, row 1"],
@@ -2658,10 +2691,10 @@ REFUSED = {                                                # command line: what 
     "sample --image {picture} --out {tmp}/a.mp4 --height 48": ["--height 48", "32"],
     "train --data {bad}/nowhere --model {tiny}": ["--data {bad}/nowhere", "data.py", "sample.py"],
     "train --data {bad}/no-negatives": ["lose/00000.safetensors", "sample.py"],
-    "train --data {bad}/mixed": ["win/00002.safetensors", "seed 1 (now 0)"],
+    "train --data {bad}/mixed": ["win/00002.safetensors", "seed 1 (other records: 0)"],
     "train --data {bad}/channels": ["{bad}/channels", "16"],
-    "train --data {bad}/unequal": ["{bad}/unequal", "(2, 8, 5, 8, 4)"],
-    "train --data {cache} --batch 4 --micro-batch 3": ["--micro-batch 3"],
+    "train --data {bad}/unequal": ["{bad}/unequal/lose/00000", "another encoding of its clip"],
+    "train --data {cache} --batch 4 --micro-batch 0": ["--micro-batch 0", "at least 1"],
     "train --data {cache} --batch 0": ["--batch 0"],
     "train --data {cache} --method dpo": ["scores.json", "expected"],
     "train --data {cache} --method grpo": ["--method", "grpo", "sft"],
@@ -2669,7 +2702,7 @@ REFUSED = {                                                # command line: what 
     "train --data {cache} --eval-data {bad}/no-negatives": ["lose/00000.safetensors"],
     "train --data {cache} --eval-data {bad}/empty": ["{bad}/empty: holds no records"],
     "data --videos {videos} --out {bad}/text/a.txt": ["{bad}/text/a.txt", "cannot be written"],
-    "train --data {cache} --resume {bad}/nowhere": ["{bad}/nowhere: no such checkpoint"],
+    "train --data {cache} --resume {bad}/nowhere": ["{bad}/nowhere/options.json: cannot be read", "No such file"],
     "train --data {cache} --out {half} --batch 4 --warmup 1 --lr 3e-4": ["step-000002", "--lr 0.0001 (now 0.0003)"],
     "train --data {cache}/. --out {half} --batch 4 --warmup 1 --lr 1e-4": ["step-000002", "was made with --data "],
     "train --data {cache} --epochs -1": ["--epochs -1", "at least 0"],
@@ -2698,6 +2731,18 @@ def test_a_mistake_is_one_line_on_stderr_and_status_1(bad):
     for process in [subprocess.Popen([sys.executable, REPO / name, *rest, "--model", "tiny"],
                                      cwd=bad, stderr=subprocess.PIPE, text=True) for name, *rest in commands]:
         assert re.fullmatch(r"error: .*\n", process.communicate()[1]) and process.returncode == 1
+
+
+def test_what_asks_no_network_is_refused_under_torchrun(methods, shots, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    command = ["sample", "--study", str(methods), "--bench", str(shots)]
+    assert "not with torchrun" in refusal(monkeypatch, *command)
+
+
+def test_a_default_of_a_model_that_is_no_option_is_named(videos, tmp_path, monkeypatch):
+    folder = shutil.copytree(model.TINY, tmp_path / "model")
+    (folder / "defaults.json").write_text('{"train": {"learning_rate": 1}}')
+    assert "learning_rate" in refusal(monkeypatch, "train", "--model", str(folder))
 
 
 def test_more_processes_than_gpus_are_refused(videos, cache, monkeypatch):
@@ -3458,7 +3503,7 @@ def stepper(layers, lr):
     # A step of train.py's default on one sample, and the list that its losses go to.
     options, losses, split = train.Options(batch=1, lr=lr), [], partial(train.shard, mesh=mesh, dtype=bf16)
     policy, reference = denoiser(layers, torch.float32, split), denoiser(layers, torch.float32, split)
-    policy.checkpointing = train.CHECKPOINTING[options.checkpointing]
+    policy.checkpointing = options.checkpointing
     policy.train(), reference.requires_grad_(False)
     optimizer = train.make_optimizer(policy, options)
     text, image = (x[0].cpu() for x in condition())

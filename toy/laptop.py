@@ -63,6 +63,12 @@ def prepare(out, name, seed, counts, rank, scores=True):
     return f"{out}/cache/real"
 
 
+def label_of(options):
+    """What a run is called in pictures and tables; the paper's loss has no anchor."""
+    name = {"realdpo": "RealDPO", "sft": "SFT", "dpo": "DPO", "rwr": "RWR"}[options.method]
+    return f"{name} + anchor" if options.anchor and options.method == "realdpo" else name
+
+
 def runs_to_compare(options):
     """The runs to compare: RealDPO, and supervised training on the same records, steps and noise at the same rate."""
     if options.method != "realdpo":
@@ -111,12 +117,12 @@ def compare_on_held_out(options, runs):
     """Held-out figures of the base and of `runs` (Options each): what they score, and a picture."""
     records, out = Records(f"{options.out}/cache/held-out", negatives=False), Path(options.out)
     world, columns = world_of(options.seed, "held-out"), {}
-    models = [("base", "base", "tiny"), *((each.label, each.method, each.out) for each in runs)]
+    models = [("base", "base", "tiny"), *((label_of(each), each.method, each.out) for each in runs)]
     print(f"{len(records)} held-out figures (mean):")
-    for label, folder, path in models:
-        columns[label] = list(generate_held_out(model.load_dit(path), path, records))
-        print(f"  {label:16}  {mean_line(judge_all(enumerate(columns[label]), world, out / 'continuations'))}")
-        for i, video in enumerate(columns[label]):
+    for name, folder, path in models:
+        columns[name] = list(generate_held_out(model.load_dit(path), path, records))
+        print(f"  {name:16}  {mean_line(judge_all(enumerate(columns[name]), world, out / 'continuations'))}")
+        for i, video in enumerate(columns[name]):
             write_toy_video(out / "held-out" / folder / f"{i:05d}.mp4", video)
     columns["real"] = [toy_video(world, i)[0] for i in range(8)]
     picture = side_by_side(columns)
