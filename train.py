@@ -551,7 +551,8 @@ def main(options):
     else:
         raise UserError(f"--data {options.data}: no such cache; "
                         f"make it with: python data.py --videos DIR --model {options.model} --out {options.data}"
-                        f" and: python sample.py --model {options.model} --data {options.data}")
+                        f" and: python sample.py --model {options.model} --data {options.data}; "
+                        "or watch it on the toy world: python train.py --model tiny")
     dist.destroy_process_group()
 
 
