@@ -14,7 +14,7 @@ that training needs, in bf16:
 Files are written whole or not at all, so every stage can be killed and started again, and does what is missing.
 """
 import argparse, base64, csv, glob, hashlib, json, math, os, re, signal, subprocess, sys, time
-from collections import Counter, deque
+from collections import Counter, deque, namedtuple
 from contextlib import contextmanager, suppress
 from dataclasses import MISSING, dataclass, field, fields
 from functools import lru_cache, partial
@@ -73,13 +73,11 @@ def parse(options, name, argv=None):
         if field.metadata["group"]:
             section = parser.add_argument_group(field.metadata["group"])
         help = field.metadata["help"].replace("%", "%%")
-        if field.default is MISSING:
-            section.add_argument(field.name, type=field.type, help=help)
-            continue
-        if field.default not in ("", 0, ()):
+        if field.default not in ("", 0, (), MISSING):
             help += f" [{field.default}]"
         kind = KINDS.get(field.type) or dict(choices=get_args(field.type))                     # else a Literal
-        section.add_argument(flag(field.name), default=field.default, help=help, **kind)
+        name_or_flag = field.name if field.default is MISSING else flag(field.name)
+        section.add_argument(name_or_flag, default=field.default, help=help, **kind)
     if hasattr(options, "model"):
         parser.set_defaults(model=default_model()[0])
         model = parser.parse_known_args(argv)[0].model
@@ -91,12 +89,8 @@ def parse(options, name, argv=None):
     return options(**vars(parser.parse_args(argv)))
 
 
-class Process(NamedTuple):
-    """One of `world_size` equal processes, with its device and the dtype its networks compute in."""
-    rank: int
-    world_size: int
-    device: torch.device
-    dtype: torch.dtype
+# One of `world_size` equal processes, with its device and the dtype its networks compute in.
+Process = namedtuple("Process", "rank world_size device dtype")
 
 
 def this_process():
@@ -268,10 +262,8 @@ def video_filters(stream, alpha, height, width, fps):
 def read_video(path, frames, height, width, fps):
     """A video as a player shows it, (3,F,height,width) fp32 in [-1,1]: frame k is what is seen k/fps s after the first
     picture, upright, with square pixels, de-interlaced, in SDR, over white, resized to cover and cut at the centre.
-
-    Where the video ends within a frame of the last instant, its last picture is held. Raises UserError for a file that
-    is missing, not a video, damaged or too short.
-    """
+    Where it ends within a frame of the last instant, its last picture is held. Raises UserError for a file that is
+    missing, not a video, damaged or too short."""
     stream, alpha, _ = read_video_header(path)
     decoder = ()
     if alpha and stream[:3] in ("vp8", "vp9"):             # ffmpeg's own decoders of these drop the transparency
@@ -504,31 +496,22 @@ def hash_of(record):
 
 
 def check_metadata(path, found, expected, now="now"):
-    """Raise UserError unless the record at `path` has the `expected` fingerprint (what made it), caption and win."""
-    def settings(metadata):
-        return {**metadata.get("fingerprint", {}), "caption": metadata.get("caption"), "win": metadata.get("win")}
-
-    found, expected = settings(found), settings(expected)
+    """Raise UserError unless `found`, the metadata of the file at `path`, has every value that is `expected`."""
     different = []
-    for name in sorted({*found, *expected}):
-        if found.get(name) != expected.get(name):
-            different.append(f"{name} {found.get(name)} ({now} {expected.get(name)})")
+    for name, value in expected.items():
+        if found.get(name) != value:
+            different.append(f"{name} {found.get(name)} ({now} {value})")
     if different:
         raise UserError(f"{path}: was made with other settings: {', '.join(different)}; "
                         "use another folder or delete this one")
 
 
-def missing(expected, folder):
-    """The names of `expected` {name: its metadata} without a record in `folder` yet. Raises UserError for a record
-    that was made with other settings, of another caption or for another win."""
-    names = []
-    for name, metadata in expected.items():
-        file = Path(folder) / f"{name}.safetensors"
-        if file.exists():
-            check_metadata(file, read_header(file)[1], metadata)
-        else:
-            names.append(name)
-    return names
+def is_made(file, expected):
+    """Whether a record is there. Raises UserError for one that has not the `expected` metadata."""
+    if not file.exists():
+        return False
+    check_metadata(file, read_header(file)[1], expected)
+    return True
 
 
 class Records:
@@ -548,31 +531,29 @@ class Records:
         self.kinds = ["win", "lose"] if negatives else ["win"]
         self.hashes = {}                                   # {name: hash of the win's record}
         for kind in self.kinds:
-            first = None
+            common = None                                  # what all records of a kind share
             for name in self.names:
                 file = self.folder / kind / f"{name}.safetensors"
                 if not file.is_file():
                     raise UserError(f"{file}: missing; make the negatives with: python sample.py --data {folder}")
                 shapes, metadata = read_header(file)
-                made_by = {"fingerprint": metadata.get("fingerprint", {})}
-                first = first or (shapes, made_by)
-                check_metadata(file, made_by, first[1], now="other records:")
-                if shapes != first[0]:
-                    raise UserError(f"{file}: holds {shapes}, the other records {first[0]}")
+                metadata["shapes"] = shapes
+                common = common or {k: v for k, v in metadata.items() if k not in ("caption", "source", "hash", "win")}
+                check_metadata(file, metadata, common, now="other records:")
                 if kind == "win":
                     self.hashes[name], win_shape = metadata.get("hash"), shapes["win"]
                 elif metadata.get("win") != self.hashes[name] or shapes["lose"][1:] != win_shape:
                     raise UserError(f"{file}: was made for another encoding of its clip; delete it and run: "
                                     f"python sample.py --data {folder}")
         if scores:
-            self.scores = self.read_scores(self.folder / "scores.json", first[0]["lose"][0])
+            self.scores = self.read_scores(self.folder / "scores.json", shapes["lose"][0])
 
     def read_scores(self, file, count):
-        """{record: scores (count,)}. Raises UserError where the file has not `count` finite numbers for each."""
+        """Scores (records, count). Raises UserError where the file has not `count` finite numbers for each record."""
         try:
             stored = json.loads(file.read_text())
-            scores = {name: torch.tensor(stored[name], dtype=torch.float32).reshape(count) for name in self.names}
-            if not all(values.isfinite().all() for values in scores.values()):
+            scores = torch.stack([torch.tensor(stored[name]).float().reshape(count) for name in self.names])
+            if not scores.isfinite().all():
                 raise ValueError("a number is not finite")
         except (OSError, ValueError, KeyError, TypeError, RuntimeError) as e:
             raise UserError(f"{file}: {type(e).__name__}: {e}; expected {{record: [{count} numbers]}}") from e
@@ -582,11 +563,11 @@ class Records:
         return len(self.names)
 
     def __getitem__(self, index):
-        name, record = self.names[index], {}
+        record = {}
         for kind in self.kinds:
-            record |= read_tensors(self.folder / kind / f"{name}.safetensors")
-        if self.scores:
-            record["scores"] = self.scores[name]
+            record |= read_tensors(self.folder / kind / f"{self.names[index]}.safetensors")
+        if self.scores is not None:
+            record["scores"] = self.scores[index]
         return record
 
     def empty_text(self):
@@ -638,12 +619,11 @@ def ask(options, text, images, read):
         except (HTTPError, OSError, ValueError, LookupError, TypeError, AttributeError) as e:
             failures += 1
             status = e.response.status_code if isinstance(e, HfHubHTTPError) else None
-            if failures < 3 and status not in (400, 401, 403, 404, 413, 422):  # at these another try would not help
-                time.sleep(failures ** 2)
-                continue
-            reason = f"{status} {e.response.text or e}" if status else f"{type(e).__name__}: {e}"
-            raise UserError(f"{options.endpoint}: {' '.join(reason.split()):.300}; "
-                            "what was answered is kept, the same command goes on from here") from e
+            if failures == 3 or status in (400, 401, 403, 404, 413, 422):      # at these another try would not help
+                reason = f"{status} {e.response.text or e}" if status else f"{type(e).__name__}: {e}"
+                raise UserError(f"{options.endpoint}: {' '.join(reason.split()):.300}; "
+                                "what was answered is kept, the same command goes on from here") from e
+            time.sleep(failures ** 2)
     return answers
 
 
@@ -656,7 +636,7 @@ def read_rows(file, key, **asked):
             rows[row[key]] = row
         except (ValueError, TypeError, LookupError) as e:
             raise UserError(f"{file}, row {number}: is not one that this command wrote; give another --out") from e
-        check_metadata(file, {"fingerprint": {k: row.get(k) for k in asked}}, {"fingerprint": asked})
+        check_metadata(file, row, asked)
     return rows
 
 
@@ -850,9 +830,8 @@ def main(options):
     made_by = dict(vae=digest(folder / "vae"), text_encoder=digest(folder / "text_encoder"),
                    frames=shape[0], height=shape[1], width=shape[2])
     made_by |= {name: getattr(options, name) for name in ("fps", "image_noise", "given_negatives", "seed")}
-    expected = {clip.name: dict(fingerprint=made_by, caption=clip.caption, source=str(clip.file)) for clip in clips}
-    todo = {*missing(expected, out / "win")}
-    clips = [clip for clip in clips if clip.name in todo]
+    clips = [clip for clip in clips
+             if not is_made(out / "win" / f"{clip.name}.safetensors", dict(made_by, caption=clip.caption))]
     check = partial(check_clip, negatives=negatives, shape=shape, fps=options.fps)
     checked = tqdm(read_ahead(clips, check, faults), "checking clips", len(clips), disable=rank > 0)
     clips = [clip for clip, _ in checked]
@@ -867,9 +846,9 @@ def main(options):
         record["text"] = embeddings[clip.caption]
         if lose:
             write_tensors(out / "lose" / f"{clip.name}.safetensors", {"lose": torch.stack(lose)}, model=folder,
-                          fingerprint={"given": len(lose)}, win=hash_of(record))
+                          win=hash_of(record))
         write_tensors(out / "win" / f"{clip.name}.safetensors", record, model=folder, hash=hash_of(record),
-                      **expected[clip.name])
+                      caption=clip.caption, source=str(clip.file), **made_by)
     check_faults(faults, options)
     report = out / f"left_out_{rank}.txt"
     report.unlink(missing_ok=True)                         # of an earlier run

@@ -1,17 +1,13 @@
-"""Videos out: one picture and one sentence become an mp4, every record of a cache gets its offline negatives, and a
-bench of pictures becomes a folder of mp4s, which people and a language model compare with those of other methods.
+"""Videos out: a picture and a sentence to an mp4, a cache's offline negatives, a bench that raters and models judge.
 
     python sample.py --image first.png --prompt "a figure waves its left arm slowly" --out video.mp4
     python sample.py --data CACHE                                      (torchrun --nproc_per_node 8 sample.py … as well)
     python sample.py --bench BENCH --out videos/METHOD                 (torchrun as well)
     python sample.py --study videos --bench BENCH, then --tally answers/*.json; or --verdict videos --bench BENCH …
-
-MODEL is a model folder, a hub id or a training run. BENCH is a folder of pictures with captions in the forms that
-data.py knows; images.txt and prompts.txt, or the only other text file, stand for its video.txt and prompt.txt.
 """
 import hashlib, math, re, secrets, shutil
-from collections import namedtuple
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, product
 from pathlib import Path
 from typing import Literal
@@ -19,11 +15,13 @@ from typing import Literal
 import torch
 from tqdm import tqdm
 
-from data import (ASSETS, KEY, Records, ask, ask_about, check_metadata, clip_shape, command, digest, frames_as_jpeg,
-                  generator, missing, option, read_image, read_list, read_rows, read_tensors, say, this_process,
+from data import (ASSETS, KEY, Clip, Records, ask, ask_about, check_metadata, clip_shape, command, digest,
+                  frames_as_jpeg, generator, is_made, option, read_image, read_list, read_rows, say, this_process,
                   to_uint8, whole_file, write_json, write_page, write_tensors, write_video)
 from model import UserError, load_dit, load_text_encoder, load_vae, read_json, resolve
 from realdpo import Condition, sample
+
+DIMENSIONS = "visual alignment", "text alignment", "motion quality", "human quality", "overall quality"     # Fig. 10
 
 
 @dataclass
@@ -55,53 +53,39 @@ class Options:
     timeout: float = option(300.0, "seconds to wait for an answer")
 
 
-def load_denoiser(options, folder, process):
-    """The transformer on this process's device, compiled if asked."""
-    denoiser = load_dit(folder, process.device, process.dtype)
+def load_sampler(options, empty, device, dtype):
+    """`realdpo.sample` with the model's transformer and these options; `empty` (1,L,D) is the text of no caption."""
+    denoiser = load_dit(options.model, device, dtype)
     if options.compile:
         denoiser.net.compile_blocks()
-    return denoiser
-
-
-def generate(denoiser, record, empty, options, device, *key, shape=None, count=1, progress=True):
-    """`count` latents (count,C,F,H,W) of a record's caption and first frame; noise k depends on (*key, k) alone.
-
-    `shape` (C,F,H,W) is that of the record's win, where it has none.
-    """
-    shape = shape or record["win"].shape
-    noise = torch.stack([torch.randn(shape, generator=generator(*key, k)) for k in range(count)]).to(device)
-    cond = Condition(record["text"][None].to(device), record["image"][None].to(device)).repeat(count)
-    return sample(denoiser, noise, cond, steps=options.steps, guidance=options.guidance, uncond=empty[None].to(device),
-                  solver=options.solver, progress=progress)
+    return partial(sample, denoiser, steps=options.steps, guidance=options.guidance, solver=options.solver,
+                   uncond=empty.to(device), progress=bool(options.image))
 
 
 def negatives(options):
-    """The offline stage of Sec. 4.2: `lose` latents for this rank's share of the records that have none yet.
-
-    They are stored as they leave the sampler, never decoded. Ranks never wait for each other.
-    """
-    process = this_process()
-    records = Records(options.data, negatives=False)
-    folder = resolve(options.model, "transformer", "scheduler")
-    made_by = dict(transformer=digest(folder / "transformer"), negatives=options.negatives, steps=options.steps,
-                   guidance=options.guidance, solver=options.solver, seed=options.seed)
-    expected, lose_folder = {}, Path(options.data) / "lose"
-    for name in records.names[process.rank::process.world_size]:
-        expected[name] = dict(fingerprint=made_by, win=records.hashes[name])
-    todo = missing(expected, lose_folder)
+    """The offline stage of Sec. 4.2: `lose` latents for this rank's share of the records that have none yet, stored as
+    they leave the sampler, never decoded. Ranks never wait for each other."""
+    rank, world, device, dtype = this_process()
+    records, lose_folder = Records(options.data, negatives=False), Path(options.data) / "lose"
+    made_by = {name: getattr(options, name) for name in ("negatives", "steps", "guidance", "solver", "seed")}
+    made_by["transformer"] = digest(resolve(options.model, "transformer", "scheduler") / "transformer")
+    todo = []
+    for name in records.names[rank::world]:
+        if not is_made(lose_folder / f"{name}.safetensors", dict(made_by, win=records.hashes[name])):
+            todo.append(name)
     if todo:
-        denoiser, empty = load_denoiser(options, folder, process), records.empty_text()
-    for name in tqdm(todo, desc="sampling negatives", disable=process.rank > 0):
-        record = read_tensors(Path(options.data) / "win" / f"{name}.safetensors")
-        lose = generate(denoiser, record, empty, options, process.device, "negative", options.seed, name,
-                        count=options.negatives, progress=False)
-        write_tensors(lose_folder / f"{name}.safetensors", {"lose": lose.bfloat16()}, model=folder, **expected[name])
+        generate = load_sampler(options, records.empty_text()[None], device, dtype)
+    for name in tqdm(todo, desc="sampling negatives", disable=rank > 0):
+        record = records[records.names.index(name)]
+        noise = [torch.randn(record["win"].shape, generator=generator("negative", options.seed, name, k))
+                 for k in range(options.negatives)]
+        cond = Condition(record["text"][None].to(device), record["image"][None].to(device)).repeat(options.negatives)
+        lose = generate(torch.stack(noise).to(device), cond).bfloat16()                         # (N,C,F,H,W)
+        write_tensors(lose_folder / f"{name}.safetensors", {"lose": lose}, model=options.model,
+                      win=records.hashes[name], **made_by)
     done = len(list(lose_folder.glob("*.safetensors")))    # other ranks may still be at work
     say(f"{done} of {len(records)} records have {options.negatives} negatives in {lose_folder}; "
         f"next: python train.py --model {options.model} --data {options.data}")
-
-
-Prompt = namedtuple("Prompt", "name image caption")        # a row of a bench; NAME.mp4 is its video
 
 
 def hashed(value, *files):
@@ -111,98 +95,80 @@ def hashed(value, *files):
 
 
 def read_bench(folder):
-    """The Prompts of a folder of pictures with captions, and a hash of their names, captions and pictures.
-    Raises UserError for one that cannot be read."""
+    """The Clips of a folder of pictures with captions, each with a name of its own, and a hash of their names, captions
+    and pictures. Its lists are images.txt and prompts.txt, or the only other text file; or it has another form that
+    `data.read_list` knows. Raises UserError for one that cannot be read."""
     if not folder:
         raise UserError("--bench is missing: the folder of pictures with captions that the videos are made of")
-    folder, prompts = Path(folder), {}
-    lists = [path.name for path in folder.glob("*.txt") if path.name not in ("images.txt", "videos.txt")]
+    lists = [path.name for path in Path(folder).glob("*.txt") if path.name not in ("images.txt", "videos.txt")]
     clips, faults = read_list(folder, "images.txt", lists[0] if len(lists) == 1 else "prompts.txt", what="picture")
+    prompts = [clip._replace(name=str(clip.extra.get("name") or clip.file.stem)) for clip in clips]
+    faults += [f"{prompt.where}: {prompt.file} is not there" for prompt in prompts if not prompt.file.is_file()]
+    names = [prompt.name for prompt in prompts]
+    for prompt in prompts:
+        stem = re.sub(r"-\d+$", "", prompt.name)           # walk-12.mp4 could be video 12 of walk
+        if names.count(prompt.name) > 1 or (stem != prompt.name and stem in names) or "/" in prompt.name:
+            faults.append(f"{prompt.where}: is named {prompt.name}; expected a name of its own, without a slash")
     if faults:
         raise UserError(faults[0])
-    for clip in clips:
-        name = str(clip.extra.get("name") or clip.file.stem)
-        if not clip.file.is_file():
-            raise UserError(f"{clip.where}: {clip.file} is not there")
-        if name in prompts or "/" in name:
-            raise UserError(f"{clip.where}: is named {name}; expected a name of its own, without a slash")
-        prompts[name] = Prompt(name, clip.file, clip.caption)
-    for name in prompts:
-        stem = re.sub(r"-\d+$", "", name)
-        if stem != name and stem in prompts:
-            raise UserError(f"{folder}: {name} could be a picture or video {name} of {stem}; rename one of them")
-    texts = [(prompt.name, prompt.caption) for prompt in prompts.values()]
-    images = [prompt.image for prompt in prompts.values()]
-    return list(prompts.values()), hashed(texts, *images)
+    texts = [(prompt.name, prompt.caption) for prompt in prompts]
+    return prompts, hashed(texts, *[prompt.file for prompt in prompts])
 
 
-def make_videos(options, shots):
-    """Generate and write the video of each shot (file, Prompt, number); its noise depends on seed, name and number."""
-    model, process = options.model, this_process()
-    frames, height, width = clip_shape(options, resolve(model, "transformer/config.json", "vae/config.json"))
-    prompts = dict.fromkeys(prompt for _, prompt, _ in shots)
-    pixels = {prompt: read_image(prompt.image, height, width) for prompt in prompts}           # all, to fail early
-    encode_text = load_text_encoder(model, process.device, process.dtype)
-    texts = {text: encode_text([text])[0] for text in {"", *(prompt.caption for prompt in prompts)}}
-    del encode_text                                        # the largest network: it leaves before the others come
-    torch.cuda.empty_cache()
-    vae, images = load_vae(model, process.device, process.dtype), {}
-    for prompt, image in pixels.items():
-        images[prompt] = vae.encode(image[None].to(process.device), generator("image", options.seed))[0]   # (C,1,h,w)
-    denoiser = load_denoiser(options, model, process)
-    for file, prompt, number in tqdm(shots, desc="videos", disable=process.rank > 0 or len(shots) == 1):
-        record = dict(text=texts[prompt.caption], image=images[prompt])
-        channels, _, *size = record["image"].shape
-        latents = generate(denoiser, record, texts[""], options, process.device, "video", options.seed, prompt.name,
-                           number, shape=(channels, (frames - 1) // 4 + 1, *size), progress=len(shots) == 1)
-        write_video(file, to_uint8(vae.decode(latents)[0]), options.fps)
-
-
-def make_one(options):
-    """One picture and one sentence to an mp4."""
-    out = Path(options.out or "video.mp4")
-    if out.suffix != ".mp4":
-        raise UserError(f"--out {out}: expected a name that ends in .mp4")
-    make_videos(options, [(out, Prompt("", Path(options.image), options.prompt), 0)])
-    print(f"a video in {out}")
-
-
-def make_bench(options):
-    """A video, or `samples`, for every picture of a bench: this rank's share of those that are not there yet."""
-    process, out, shots = this_process(), Path(options.out or "videos"), []
+def list_shots(options):
+    """[(file, Clip, number)]: the video of --image, or `samples` of each picture of --bench, beside which bench.json
+    says what makes them. Raises UserError for an --out that is no .mp4 or whose bench.json says otherwise."""
+    if options.image:
+        out = Path(options.out or "video.mp4")
+        if out.suffix != ".mp4":
+            raise UserError(f"--out {out}: expected a name that ends in .mp4")
+        return [(out, Clip("", Path(options.image), options.prompt, "--image", {}), 0)]
+    out = Path(options.out or "videos")
     prompts, bench = read_bench(options.bench)
-    folder = resolve(options.model, "transformer", "scheduler")
     names = "steps", "guidance", "solver", "frames", "height", "width", "fps", "seed"
-    made_by = {"fingerprint": {"transformer": digest(folder / "transformer"), "bench": bench,
-                               **{name: getattr(options, name) for name in names}}}
+    made_by = {name: getattr(options, name) for name in names} | dict(bench=bench)
+    made_by["transformer"] = digest(resolve(options.model, "transformer", "scheduler") / "transformer")
     if (out / "bench.json").is_file():
         check_metadata(out / "bench.json", read_json(out / "bench.json"), made_by)
     write_json(out / "bench.json", made_by)
-    for prompt in prompts:
+    shots = []
+    for prompt, number in product(prompts, range(options.samples or 1)):
         # VBench drops a number at the end of a video's name to find its picture: a name that has one gets another.
-        numbered = options.samples or re.search(r"-\d+$", prompt.name)
-        for number in range(max(1, options.samples)):
-            file = f"{prompt.name}-{number}.mp4" if numbered else f"{prompt.name}.mp4"
-            shots.append((out / file, prompt, number))
-    todo = [shot for shot in shots[process.rank::process.world_size] if not shot[0].exists()]
-    if todo:
-        make_videos(options, todo)
-    done = sum(file.exists() for file, _, _ in shots)      # other ranks may still be at work
-    say(f"{done} of {len(shots)} videos of {len(prompts)} prompts are in {out}")
+        ending = f"-{number}" if options.samples or re.search(r"-\d+$", prompt.name) else ""
+        shots.append((out / f"{prompt.name}{ending}.mp4", prompt, number))
+    return shots
+
+
+def make_videos(options):
+    """Generate this rank's share of the videos that are not there yet; noise depends on seed, name and number alone."""
+    rank, world, device, dtype = this_process()
+    shots = [shot for shot in list_shots(options)[rank::world] if options.image or not shot[0].exists()]
+    if not shots:
+        return say("nothing is missing")
+    frames, height, width = clip_shape(options, resolve(options.model, "transformer/config.json", "vae/config.json"))
+    pixels = {prompt.file: read_image(prompt.file, height, width) for _, prompt, _ in shots}   # all, to fail early
+    encode_text = load_text_encoder(options.model, device, dtype)
+    texts = {text: encode_text([text]) for text in {"", *(prompt.caption for _, prompt, _ in shots)}}       # (1,L,D)
+    del encode_text                                        # the largest network: it leaves before the others come
+    vae, generate = load_vae(options.model, device, dtype), load_sampler(options, texts[""], device, dtype)
+    for file, prompt, number in tqdm(shots, desc="videos", disable=rank > 0 or bool(options.image)):
+        image = vae.encode(pixels[prompt.file][None].to(device), generator("image", options.seed))       # (1,C,1,h,w)
+        shape = 1, image.shape[1], (frames - 1) // 4 + 1, *image.shape[3:]
+        noise = torch.randn(shape, generator=generator("video", options.seed, prompt.name, number, 0)).to(device)
+        latents = generate(noise, Condition(texts[prompt.caption], image))
+        write_video(file, to_uint8(vae.decode(latents)[0]), options.fps)
+    say(f"videos made: {len(shots)}, the last in {file}")
 
 
 # ---- Which method is better? A study with raters (App. B.2), a language model's verdict (App. B.3) ------------------
 
-DIMENSIONS = "visual alignment", "text alignment", "motion quality", "human quality", "overall quality"     # Fig. 10
-
-
 def list_videos(folder, bench):
-    """[(method, Prompt, the method's first video of it)] of a folder that holds one folder per method.
+    """The Clips of a bench, and [(method, Clip, the method's first video of it)] of a folder with a folder per method.
     Raises UserError for one that lacks a video or was made of another bench."""
     videos, (prompts, contents) = [], read_bench(bench)
     for method in sorted(path for path in Path(folder).glob("[!.]*") if path.is_dir()):
         note = method / "bench.json"
-        if note.is_file() and read_json(note)["fingerprint"]["bench"] != contents:
+        if note.is_file() and read_json(note)["bench"] != contents:
             raise UserError(f"{method}: was made from another bench than {bench}, or from what it held before")
         for prompt in prompts:
             one, first = method / f"{prompt.name}.mp4", method / f"{prompt.name}-0.mp4"
@@ -211,41 +177,38 @@ def list_videos(folder, bench):
             videos.append((method.name, prompt, one if one.is_file() else first))
     if not videos:
         raise UserError(f"{folder}: holds no folders; expected one per method, with its videos")
-    return videos
+    return prompts, videos
 
 
 def write_study(options):
     """OUT/study.html with its clips, for raters, and OUT-key.json, which tells what method a clip is of."""
-    videos = list_videos(options.study, options.bench)
-    out = Path(options.out or "study")
+    prompts, videos = list_videos(options.study, options.bench)
+    out, clips, pages = Path(options.out or "study"), {}, []
     key = Path(f"{out}-key.json")
     secret = read_json(key)["secret"] if key.exists() else secrets.token_hex(16)     # written again, the same study
-    method_clips, page_clips, pages = {}, {}, []
     for method, prompt, video in tqdm(videos, desc="copying clips"):
         clip = hashed([secret, method, prompt.name], video)
-        method_clips.setdefault(method, []).append(clip)
-        page_clips.setdefault(prompt, []).append(clip)
+        clips.setdefault(method, []).append(clip)
         with whole_file(out / "clips" / f"{clip}.mp4") as part:
             shutil.copyfile(video, part)
-    for number, (prompt, clips) in enumerate(page_clips.items()):
-        pages.append(dict(caption=prompt.caption, clips=sorted(clips)))
+    for number, (prompt, *beside) in enumerate(zip(prompts, *clips.values())):
+        pages.append(dict(caption=prompt.caption, clips=sorted(beside)))
         with whole_file(out / "clips" / f"{number}.jpg") as part:
-            part.write_bytes(frames_as_jpeg(prompt.image, 1)[0])
+            part.write_bytes(frames_as_jpeg(prompt.file, 1)[0])
     study = hashed(pages)
-    write_json(key, dict(study=study, secret=secret, clips=method_clips))
+    write_json(key, dict(study=study, secret=secret, clips=clips))
     write_page("study.html", out / "study.html", dict(study=study, pages=pages))
-    print(f"{len(pages)} pages of {len(method_clips)} videos in {out}: give raters this folder, without {key}, and "
-          f"collect what they save; then: python sample.py --tally answers/*.json --out {out}")
+    print(f"{len(pages)} pages of {len(clips)} videos in {out}: give raters this folder, without {key}, and collect "
+          f"what they save; then: python sample.py --tally answers/*.json --out {out}")
 
 
 def print_table(title, rows, columns, values):
     """Markdown of values (raters, rows, prompts, columns) from 0 to 1, nan where there is none: the means in per cent
     and, in brackets, what holds 95 % of such means if raters and prompts are drawn again (bootstrap)."""
     raters, _, prompts, _ = values.shape
-    rng, means = generator("bootstrap"), []
+    draw, means = partial(torch.randint, generator=generator("bootstrap")), []
     for _ in range(2000):
-        drawn = values[torch.randint(raters, (raters,), generator=rng)]
-        drawn = drawn[:, :, torch.randint(prompts, (prompts,), generator=rng)]
+        drawn = values[draw(raters, (raters,))][:, :, draw(prompts, (prompts,))]
         means.append(drawn.nanmean(dim=(0, 2)))
     low, high = 100 * torch.stack(means).nanquantile(torch.tensor([0.025, 0.975], dtype=values.dtype), dim=0)
     mean = 100 * values.nanmean(dim=(0, 2))                # (rows, columns)
@@ -267,21 +230,18 @@ def tally(options):
         if rater in raters:
             raise UserError(f"{file}: {rater} has answered in an earlier file, too; give one of the two")
         raters[rater] = [answers["ratings"].get(clip, []) for clip in chain(*key["clips"].values())]
-        for five in raters[rater]:
-            if len(five) != len(DIMENSIONS) or not {*five} <= {1, 2, 3, 4, 5}:
-                raise UserError(f"{file}: lacks five ratings from 1 to 5 of a video; let {rater} go on and save again")
-    ratings = torch.tensor(list(raters.values())).double()                     # (raters, videos, 5)
-    within = ratings.var(dim=0, correction=0).mean(dim=0) / (1 - 1 / len(raters))      # unbiased; nan of one rater
-    agreement = 1 - within / ratings.var(dim=(0, 1))                           # Krippendorff's alpha
+        if not all(len(five) == len(DIMENSIONS) and {*five} <= {1, 2, 3, 4, 5} for five in raters[rater]):
+            raise UserError(f"{file}: lacks five ratings from 1 to 5 of a video; let {rater} go on and save again")
     methods = list(key["clips"])
-    ratings = ratings.view(len(raters), len(methods), -1, len(DIMENSIONS))     # (raters, methods, prompts, 5)
-    overall = ratings[..., -1:]
+    ratings = torch.tensor(list(raters.values())).double().view(len(raters), len(methods), -1, len(DIMENSIONS))
+    within = ratings.var(dim=0, correction=0).mean(dim=(0, 1)) / (1 - 1 / len(raters))     # unbiased; nan of one rater
+    agreement = 1 - within / ratings.var(dim=(0, 1, 2))                        # Krippendorff's alpha
+    overall = ratings[..., -1:]                                                # (raters, methods, prompts, 1)
     won = ((overall - overall.transpose(1, 3)).sign() + 1) / 2                 # (raters, methods, prompts, methods)
     print_table("rating, % of the highest", methods, DIMENSIONS, ratings / 5)
     print_table("overall quality, % won against (ties half)", methods, methods, won)
     alphas = ", ".join(f"{name} {alpha:.2f}" for name, alpha in zip(DIMENSIONS, agreement))
-    print(f"{len(raters)} raters, {ratings.shape[2]} prompts, 95 % intervals over both in brackets; agreement of the "
-          f"raters (Krippendorff's alpha, interval scale): {alphas}")
+    print(f"{len(raters)} raters, {ratings.shape[2]} prompts, 95 % intervals over both; Krippendorff's alpha: {alphas}")
 
 
 def read_scores(answer):
@@ -292,32 +252,31 @@ def read_scores(answer):
 
 
 def ask_verdicts(options, file):
-    """Rows with the model's answers about each dimension of every video: from `file`, or asked where it has none."""
-    videos, jobs = list_videos(options.verdict, options.bench), {}
+    """Ask about each dimension of every video in a folder of methods; the answers go to `file`, which keeps them."""
     template, *sections = (ASSETS / "verdict.txt").read_text(encoding="utf-8").split("\n# ")
+    _, videos = list_videos(options.verdict, options.bench)
+    asked, jobs = dict(vlm=options.vlm, bench=read_bench(options.bench)[1]), {}
     for (method, prompt, video), section in product(videos, sections):
         dimension, questions = section.split("\n", 1)
         text = template.format(caption=prompt.caption, dimension=dimension, questions=questions)
-        row = dict(method=method, name=prompt.name, dimension=dimension, vlm=options.vlm)
-        jobs[hashed([row, text], prompt.image, video)] = row, text, prompt.image, video
+        row = dict(method=method, name=prompt.name, dimension=dimension)
+        jobs[hashed([row, text], prompt.file, video)] = row, text, prompt.file, video
 
     def judge(about):
         row, text, image, video = jobs[about]
         pictures = [*frames_as_jpeg(image, 1), *frames_as_jpeg(video, 8)]
-        return dict(about=about, **row, answers=ask(options, text, pictures, read_scores))
+        return dict(about=about, **row, **asked, answers=ask(options, text, pictures, read_scores))
 
-    rows = ask_about(jobs, judge, file, "about", options, vlm=options.vlm)
-    return [rows[about] for about in jobs]
+    ask_about(jobs, judge, file, "about", options, **asked)
 
 
 def verdict(options):
     """Table 2 of the paper: a vision-language model answers five questions about each dimension of every video."""
     file = Path(options.verdict)
-    if file.is_file():
-        rows = read_rows(file, "about").values()
-    else:
+    if not file.is_file():
         file = Path(options.out or file / "verdict.jsonl")
-        rows = ask_verdicts(options, file)
+        ask_verdicts(options, file)
+    rows = read_rows(file, "about").values()
     # Of two rows about one dimension of a video, the later counts: the video has changed since the earlier.
     scores = {(row["method"], row["name"], row["dimension"]): read_scores(row["answers"][-1]) for row in rows}
     methods = sorted({row["method"] for row in rows})
@@ -330,8 +289,6 @@ def verdict(options):
     print(f"left out for lack of five numbers from 0 to 10: {left_out or 'none'}")
 
 
-# ---- The command ----------------------------------------------------------------------------------------------------
-
 def main(options):
     """Do the one thing that is asked for."""
     # Multistep is as close to the exact path in half the evaluations; single videos keep the published sampler.
@@ -340,14 +297,12 @@ def main(options):
     if not 1 <= options.steps <= 1000 or options.negatives < 1 or options.samples < 0:
         raise UserError(f"--steps {options.steps} --negatives {options.negatives} --samples {options.samples}: "
                         "expected 1 to 1000 steps, at least 1 negative and 0 samples")
-    actions = dict(data=negatives, image=make_one, bench=make_bench, study=write_study, tally=tally, verdict=verdict)
-    if options.study or options.verdict:
-        del actions["bench"]                               # which only says what the videos were made from
-    given = [name for name in actions if getattr(options, name)]
-    if len(given) != 1:
-        raise UserError("give one of --data CACHE (negatives), --image PICTURE and --prompt (one video), --bench BENCH "
-                        "(many videos), --study FOLDER or --verdict FOLDER with --bench, --tally FILES")
-    actions[given[0]](options)
+    actions = {"data": negatives, "image": make_videos, "bench": make_videos, "tally": tally, "study": write_study,
+               "bench study": write_study, "verdict": verdict, "bench verdict": verdict}
+    given = " ".join(name for name in ("data", "image", "bench", "study", "verdict", "tally") if getattr(options, name))
+    if given not in actions:
+        raise UserError("give one of --data, --image, --bench, --tally, or --study or --verdict with --bench")
+    actions[given](options)
 
 
 if __name__ == "__main__":

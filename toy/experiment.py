@@ -67,7 +67,7 @@ def scores_of(run, folder, seed, split):
 def own_base(folder, seed, steps, imperfect=True):
     """A model folder with a base of its own, and the shipped autoencoder and text encoder. Seed 0's base is the shipped
     one too: made in the same way. Raises UserError where there is one of another number of steps."""
-    file, made_by = folder / "base.json", dict(model="tiny", fingerprint=dict(steps=steps))
+    file, made_by = folder / "base.json", dict(model="tiny", steps=steps)
     if file.exists():
         data.check_metadata(file, model.read_json(file), made_by)
     write_json(file, made_by)                              # for the parts it does not have, see model.resolve

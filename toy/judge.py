@@ -33,7 +33,7 @@ def coded_continuations(world, number, frames, size, folder):
     """`continuations` of a world's figure as the tiny autoencoder gives them back, so that its blur is not counted
     against a model. They take far longer than all the rest of judging, so they are kept in `folder`."""
     file = Path(folder) / f"{world}-{number:05d}.safetensors"
-    made_by = dict(fingerprint=dict(vae=data.digest(model.TINY / "vae"), paces=len(PACES), frames=frames, size=size))
+    made_by = dict(vae=data.digest(model.TINY / "vae"), paces=len(PACES), frames=frames, size=size)
     if not file.exists():
         clips = [data.from_uint8(real) for real in continuations(draw_figure(world, number), frames, size)]
         vae = model.load_vae("tiny")

@@ -89,7 +89,7 @@ class State:
         if not self.file.exists():
             return 0
         saved = data.read_header(self.file)[1]
-        data.check_metadata(self.file, saved, {"fingerprint": self.made_by})
+        data.check_metadata(self.file, saved, self.made_by)
         named = self.tensors()
         for name, tensor in data.read_tensors(self.file).items():
             named[name].copy_(tensor)
@@ -97,7 +97,7 @@ class State:
 
     def save(self, step):
         """Write the file."""
-        data.write_tensors(self.file, self.tensors(), step=step, fingerprint=self.made_by)
+        data.write_tensors(self.file, self.tensors(), step=step, **self.made_by)
 
 
 def optimize(parameters, loss, steps, lr, file, seed=0, save_every=500):
