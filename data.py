@@ -19,7 +19,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import MISSING, dataclass, field, fields
 from functools import lru_cache, partial
 from io import BytesIO
-from itertools import zip_longest
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from statistics import mode
@@ -362,10 +361,11 @@ def read_lines(path):
 def paired_rows(files, prompts):
     """(where, fields) of two text files with one line per sample: the layout of the authors' release."""
     names, captions = read_lines(files), read_lines(prompts)
-    for number, (name, caption) in enumerate(zip_longest(names, captions, fillvalue=""), start=1):
-        if number > min(len(names), len(captions)) and (name + caption).strip():
-            raise UserError(f"{files.parent}: {files.name} has {len(names)} lines and {prompts.name} {len(captions)}; "
-                            "expected a caption for each")
+    surplus = names[len(captions):] + captions[len(names):]
+    if "".join(surplus).strip():                           # a blank line at the end does no harm
+        raise UserError(f"{files.parent}: {files.name} has {len(names)} lines and {prompts.name} {len(captions)}; "
+                        "expected a caption for each")
+    for number, (name, caption) in enumerate(zip(names, captions), start=1):
         yield f"{files}, row {number}", {"file_name": name, "text": caption}
 
 
