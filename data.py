@@ -119,7 +119,7 @@ def command(main, options, name):
         default, why = default_model()
         if any(getattr(options, name, None) for name in ("curate", "study", "tally", "verdict")):
             if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-                raise UserError("no network is used for this: start it with python, not with torchrun")
+                raise UserError("this needs one process: start it with python, not with torchrun")
         elif hasattr(options, "model"):
             say(f"model: {options.model} ({why if options.model == default else '--model'})")
         main(options)
