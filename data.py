@@ -591,12 +591,15 @@ def frames_as_jpeg(video, count):
         image.save(file, "JPEG", quality=95)
         return [file.getvalue()]
     log = run_ffmpeg(video, "-map", "0:V:0", "-f", "null", "-")[1]
-    hours, minutes, seconds = re.findall(r"time=(\d+):(\d+):([\d.]+)", log)[-1]
-    seconds = max(0.04, 3600 * int(hours) + 60 * int(minutes) + float(seconds))
+    times = re.findall(r"time=(\d+):(\d+):([\d.]+)", log) or [(0, 0, 0)]
+    hours, minutes, seconds = map(float, times[-1])        # when it ends
+    seconds = max(0.04, 3600 * hours + 60 * minutes + seconds)
     size = "scale='min(768,iw*sar)':'min(768,ih)':force_original_aspect_ratio=decrease"
     made = run_ffmpeg(video, "-map", "0:V:0", "-vf", f"setpts=PTS-STARTPTS,fps={count / seconds},{size}", "-frames:v",
                       str(count), "-c:v", "mjpeg", "-q:v", "3", "-f", "image2pipe", "-")[0]
     start = b"\xff\xd8\xff"                               # of a JPEG, and never inside one
+    if start not in made:
+        raise UserError(f"{video}: shows no picture")
     return [start + rest for rest in made.split(start)[1:]]
 
 
