@@ -9,7 +9,7 @@ commands from end to end on four toy clips and the tiny model.
 
 All other tests run on the CPU, also where there is a GPU.
 """
-import ast, base64, copy, dataclasses, io, json, math, os, random, re, shlex, shutil, signal, subprocess, sys, threading
+import ast, base64, copy, dataclasses, io, json, math, os, random, re, shlex, shutil, signal, subprocess, sys, threading, typing
 import time, urllib.request
 from collections import Counter
 from contextlib import contextmanager
@@ -2323,7 +2323,7 @@ def test_drawn_negatives_depend_on_seed_step_and_place_alone(cache, tmp_path, mo
     assert max(len(negatives) for negatives in seen.values()) == 2                      # not always the same one
 
 
-@pytest.mark.parametrize("options", [dict(micro_batch=1), dict(micro_batch=2, stream=True),
+@pytest.mark.parametrize("options", [dict(micro_batch=1), dict(micro_batch=2, stream=True), dict(micro_batch=6),
                                      dict(checkpointing="full"), dict(checkpointing="selective")], ids=str)
 def test_how_a_batch_is_computed_changes_no_gradient(options, straight, cache, tmp_path):
     # Adam's first update divides every gradient by itself, those too that are only rounding.
@@ -2331,6 +2331,12 @@ def test_how_a_batch_is_computed_changes_no_gradient(options, straight, cache, t
                                    (1e-5, 1e-4)):
         for name in ("loss", "grad_norm", *ERRORS):
             assert ours[name] == pytest.approx(theirs[name], rel=close), name
+
+
+def test_held_out_records_may_have_fewer_negatives_than_a_step_takes(cache, own_cache, tmp_path):
+    rewrite_records((own_cache / "lose").iterdir(), lambda latents: latents[:1])
+    line, = run_training(tmp_path / "run", cache, lose_per_step=2, eval_data=str(own_cache), steps=1)
+    assert 0 <= line["eval_accuracy"] <= 1
 
 
 def test_supervised_training_needs_no_negatives(videos, tmp_path):
@@ -3074,6 +3080,7 @@ def test_every_option_has_a_help_line(module, capsys):
     text = capsys.readouterr().out
     for field in dataclasses.fields(module.Options):   # the name, its values, and on the same line or the next a text
         assert re.search(rf"^  --{field.name.replace('_', '-')}\b[^\n]*?(\n {{20,}}|  +)[^-\s]", text, re.M), field.name
+        assert all(choice in text for choice in typing.get_args(field.type)), field.name      # of a Literal
 
 
 README = (REPO / "README.md").read_text()
