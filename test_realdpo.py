@@ -9,7 +9,7 @@ commands from end to end on four toy clips and the tiny model.
 
 All other tests run on the CPU, also where there is a GPU.
 """
-import ast, base64, copy, dataclasses, io, json, math, os, random, re, shlex, shutil, signal, subprocess, sys, threading, typing
+import ast, base64, copy, dataclasses, io, json, math, os, random, re, shlex, shutil, signal, subprocess, sys, threading
 import time, urllib.request
 from collections import Counter
 from contextlib import contextmanager
@@ -18,6 +18,7 @@ from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import combinations
 from pathlib import Path
+from typing import get_args
 from xml.etree import ElementTree
 
 VISIBLE_GPUS = os.environ.get("CUDA_VISIBLE_DEVICES")       # for the suite on a GPU; the other tests must not see one,
@@ -3080,7 +3081,7 @@ def test_every_option_has_a_help_line(module, capsys):
     text = capsys.readouterr().out
     for field in dataclasses.fields(module.Options):   # the name, its values, and on the same line or the next a text
         assert re.search(rf"^  --{field.name.replace('_', '-')}\b[^\n]*?(\n {{20,}}|  +)[^-\s]", text, re.M), field.name
-        assert all(choice in text for choice in typing.get_args(field.type)), field.name      # of a Literal
+        assert all(choice in text for choice in get_args(field.type)), field.name      # of a Literal
 
 
 README = (REPO / "README.md").read_text()
