@@ -72,11 +72,13 @@ def parse(options, name, argv=None):
         if field.metadata["group"]:
             section = parser.add_argument_group(field.metadata["group"])
         help = field.metadata["help"].replace("%", "%%")
-        if field.default not in ("", 0, (), MISSING):
+        if field.default is MISSING:
+            section.add_argument(field.name, type=field.type, help=help)
+            continue
+        if field.default not in ("", 0, ()):
             help += f" [{field.default}]"
         kind = KINDS.get(field.type) or dict(choices=get_args(field.type))                     # else a Literal
-        name_or_flag = field.name if field.default is MISSING else flag(field.name)
-        section.add_argument(name_or_flag, default=field.default, help=help, **kind)
+        section.add_argument(flag(field.name), default=field.default, help=help, **kind)
     if hasattr(options, "model"):
         parser.set_defaults(model=default_model()[0])
         model = parser.parse_known_args(argv)[0].model
@@ -631,7 +633,7 @@ def ask(options, text, images, read):
 
 
 def read_rows(file, key, **asked):
-    """{row[key]: row} of the JSON lines that an earlier call wrote, if any. Raises UserError if it `asked` otherwise."""
+    """{row[key]: row} of the JSON lines that an earlier call wrote. Raises UserError if it `asked` otherwise."""
     rows = {}
     for number, line in enumerate(read_lines(file) if file.is_file() else [], start=1):
         try:
@@ -847,10 +849,11 @@ def main(options):
     for clip, pixels in tqdm(decoded, "encoding clips", len(clips), disable=rank > 0):
         record, lose = encode_clip(clip, pixels, vae, options, device)
         record["text"] = embeddings[clip.caption]
+        record_hash = hash_of(record)
         if lose:
             write_tensors(out / "lose" / f"{clip.name}.safetensors", {"lose": torch.stack(lose)}, model=folder,
-                          win=hash_of(record))
-        write_tensors(out / "win" / f"{clip.name}.safetensors", record, model=folder, hash=hash_of(record),
+                          win=record_hash)
+        write_tensors(out / "win" / f"{clip.name}.safetensors", record, model=folder, hash=record_hash,
                       caption=clip.caption, source=str(clip.file), **made_by)
     check_faults(faults, options)
     report = out / f"left_out_{rank}.txt"

@@ -146,13 +146,17 @@ def make_videos(options):
     if not shots:
         return say("nothing is missing")
     frames, height, width = clip_shape(options, resolve(options.model, "transformer/config.json", "vae/config.json"))
-    pixels = {prompt.file: read_image(prompt.file, height, width) for _, prompt, _ in shots}   # all, to fail early
+    files = dict.fromkeys(prompt.file for _, prompt, _ in shots)                               # each picture once
+    pixels = {file: read_image(file, height, width) for file in files}                         # all, to fail early
     encode_text = load_text_encoder(options.model, device, dtype)
     texts = {text: encode_text([text]) for text in {"", *(prompt.caption for _, prompt, _ in shots)}}       # (1,L,D)
     del encode_text                                        # the largest network: it leaves before the others come
-    vae, generate = load_vae(options.model, device, dtype), load_sampler(options, texts[""], device, dtype)
+    vae, images = load_vae(options.model, device, dtype), {}
+    for file, picture in pixels.items():
+        images[file] = vae.encode(picture[None].to(device), generator("image", options.seed))            # (1,C,1,h,w)
+    generate = load_sampler(options, texts[""], device, dtype)
     for file, prompt, number in tqdm(shots, desc="videos", disable=rank > 0 or bool(options.image)):
-        image = vae.encode(pixels[prompt.file][None].to(device), generator("image", options.seed))       # (1,C,1,h,w)
+        image = images[prompt.file]
         shape = 1, image.shape[1], (frames - 1) // 4 + 1, *image.shape[3:]
         noise = torch.randn(shape, generator=generator("video", options.seed, prompt.name, number, 0)).to(device)
         latents = generate(noise, Condition(texts[prompt.caption], image))
@@ -162,14 +166,14 @@ def make_videos(options):
 
 # ---- Which method is better? A study with raters (App. B.2), a language model's verdict (App. B.3) ------------------
 
-def list_videos(folder, bench):
-    """The Clips of a bench, and [(method, Clip, the method's first video of it)] of a folder with a folder per method.
-    Raises UserError for one that lacks a video or was made of another bench."""
-    videos, (prompts, contents) = [], read_bench(bench)
+def list_videos(folder, prompts, bench):
+    """[(method, Clip, the method's first video of it)] of a folder with a folder per method. `prompts` and `bench` are
+    what `read_bench` returned. Raises UserError for a method that lacks a video or was made of another bench."""
+    videos = []
     for method in sorted(path for path in Path(folder).glob("[!.]*") if path.is_dir()):
         note = method / "bench.json"
-        if note.is_file() and read_json(note)["bench"] != contents:
-            raise UserError(f"{method}: was made from another bench than {bench}, or from what it held before")
+        if note.is_file() and read_json(note)["bench"] != bench:
+            raise UserError(f"{method}: was made from another bench than --bench, or from what that held before")
         for prompt in prompts:
             one, first = method / f"{prompt.name}.mp4", method / f"{prompt.name}-0.mp4"
             if not one.is_file() and not first.is_file():
@@ -177,12 +181,13 @@ def list_videos(folder, bench):
             videos.append((method.name, prompt, one if one.is_file() else first))
     if not videos:
         raise UserError(f"{folder}: holds no folders; expected one per method, with its videos")
-    return prompts, videos
+    return videos
 
 
 def write_study(options):
     """OUT/study.html with its clips, for raters, and OUT-key.json, which tells what method a clip is of."""
-    prompts, videos = list_videos(options.study, options.bench)
+    prompts, bench = read_bench(options.bench)
+    videos = list_videos(options.study, prompts, bench)
     out, clips, pages = Path(options.out or "study"), {}, []
     key = Path(f"{out}-key.json")
     secret = read_json(key)["secret"] if key.exists() else secrets.token_hex(16)     # written again, the same study
@@ -254,9 +259,9 @@ def read_scores(answer):
 def ask_verdicts(options, file):
     """Ask about each dimension of every video in a folder of methods; the answers go to `file`, which keeps them."""
     template, *sections = (ASSETS / "verdict.txt").read_text(encoding="utf-8").split("\n# ")
-    _, videos = list_videos(options.verdict, options.bench)
-    asked, jobs = dict(vlm=options.vlm, bench=read_bench(options.bench)[1]), {}
-    for (method, prompt, video), section in product(videos, sections):
+    prompts, bench = read_bench(options.bench)
+    asked, jobs = dict(vlm=options.vlm, bench=bench), {}
+    for (method, prompt, video), section in product(list_videos(options.verdict, prompts, bench), sections):
         dimension, questions = section.split("\n", 1)
         text = template.format(caption=prompt.caption, dimension=dimension, questions=questions)
         row = dict(method=method, name=prompt.name, dimension=dimension)

@@ -3084,6 +3084,11 @@ def test_every_option_has_a_help_line(module, capsys):
         assert all(choice in text for choice in get_args(field.type)), field.name      # of a Literal
 
 
+def test_a_missing_argument_is_called_by_its_name():
+    with pytest.raises(SystemExit, match="required: folder"):
+        data.parse(judge.Options, "toy.judge", [])
+
+
 README = (REPO / "README.md").read_text()
 
 

@@ -177,7 +177,7 @@ def accumulate_gradients(policy, reference, records, samples, options, step, dev
     for part in range(parts):
         rows = [draw_sample(records[index], options, step, place, policy.t_min)
                 for place, index in samples[part::parts]]
-        batch = {name: torch.stack([row[name] for row in rows]).float().to(device) for name in rows[0]}
+        batch = {name: torch.stack([row[name] for row in rows]).to(device).float() for name in rows[0]}
         loss, metrics = loss_of(policy, reference, batch, options)
         if loss.requires_grad:                             # else it was streamed, and is back-propagated already
             loss.backward()
@@ -310,7 +310,7 @@ def evaluate(policy, reference, records, options, process):
         for t in EVAL_T:
             record = records[index] | {"t": torch.tensor(t)}
             record["noise"] = torch.randn(record["win"].shape, generator=generator("eval", records.names[index], t))
-            batch = {name: tensor[None].float().to(process.device) for name, tensor in record.items()}
+            batch = {name: tensor[None].to(process.device).float() for name, tensor in record.items()}
             for name, value in loss_of(policy, reference, batch, options)[1].items():
                 sums[f"eval_{name}"] += value.double() * share / len(EVAL_T)
                 sums[f"eval_{name}_t{t}"] += value.double() * share
