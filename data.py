@@ -1,7 +1,6 @@
 """Videos in: a folder of clips with captions becomes a cache of records, encoded once and trained on many times.
 
     python data.py --videos DIR --model MODEL --out CACHE              (torchrun --nproc_per_node 8 data.py … as well)
-    python data.py --curate --videos RAW --theme "people eating" --endpoint URL --vlm NAME --out DIR    (makes DIR)
 
 DIR holds NAME.mp4 beside NAME.txt; or metadata.jsonl / metadata.csv with file_name and text; or the authors' video.txt
 and prompt.txt, one line per clip. A clip is read as a player shows it. A record is a safetensors file that holds all
@@ -13,11 +12,11 @@ that training needs, in bf16:
 
 Files are written whole or not at all, so every stage can be killed and started again, and does what is missing.
 """
-import argparse, base64, csv, glob, hashlib, json, math, os, re, signal, subprocess, sys, time
-from collections import Counter, deque, namedtuple
+import argparse, csv, glob, hashlib, json, math, os, re, signal, subprocess, sys, time
+from collections import deque, namedtuple
 from contextlib import contextmanager, suppress
 from dataclasses import MISSING, dataclass, field, fields
-from functools import lru_cache, partial
+from functools import partial
 from io import BytesIO
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -28,8 +27,6 @@ import imageio.v2 as imageio
 import numpy as np
 import torch
 from einops import rearrange
-from huggingface_hub import InferenceClient
-from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from imageio_ffmpeg import get_ffmpeg_exe
 from PIL import Image, ImageCms, ImageOps
 from safetensors import SafetensorError, safe_open
@@ -37,162 +34,6 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from model import UserError, defaults_of, load_text_encoder, load_vae, read_config, read_dit_config, resolve
-
-# ---- What all commands share: options, devices, seeds, files written whole ------------------------------------------
-
-HUB_MODEL = "zai-org/CogVideoX-5b-I2V"
-
-
-def default_model():
-    """The model where no --model is given, and why: CogVideoX-5B-I2V with a GPU, the tiny one without."""
-    return (HUB_MODEL, "a GPU is here") if torch.cuda.is_available() else ("tiny", "no GPU is here")
-
-
-def option(default=MISSING, help="", group=None):
-    """A field of an Options class; without a default, a positional argument. `group` heads a new section of --help."""
-    return field(default=default, metadata=dict(help=help, group=group))
-
-
-def flag(name):
-    """What a field of Options is called on the command line: ema_every -> --ema-every."""
-    return "--" + name.replace("_", "-")
-
-
-KINDS = {str: dict(metavar="STR"), int: dict(type=int, metavar="INT"), float: dict(type=float, metavar="FLOAT"),
-         list: dict(nargs="+", metavar="FILE"), bool: dict(action=argparse.BooleanOptionalAction)}
-
-
-def parse(options, name, argv=None):
-    """Command line of NAME.py -> an instance of the dataclass `options`. A model may bring defaults of its own."""
-    style = partial(argparse.RawDescriptionHelpFormatter, max_help_position=28, width=118)
-    parser = argparse.ArgumentParser(description=options.__doc__, allow_abbrev=False, formatter_class=style)
-    parser.error = lambda message: sys.exit(f"error: {message}; {' '.join(parser.format_usage().split())}")
-    section = parser
-    for field in fields(options):
-        if field.metadata["group"]:
-            section = parser.add_argument_group(field.metadata["group"])
-        help = field.metadata["help"].replace("%", "%%")
-        if field.default is MISSING:
-            section.add_argument(field.name, type=field.type, help=help)
-            continue
-        if field.default not in ("", 0, ()):
-            help += f" [{field.default}]"
-        kind = KINDS.get(field.type) or dict(choices=get_args(field.type))                     # else a Literal
-        section.add_argument(flag(field.name), default=field.default, help=help, **kind)
-    if hasattr(options, "model"):
-        parser.set_defaults(model=default_model()[0])
-        model = parser.parse_known_args(argv)[0].model
-        defaults = defaults_of(model, name)
-        unknown = {*defaults} - {field.name for field in fields(options)}
-        if unknown:
-            raise UserError(f"{model}: its defaults.json has {min(unknown)} for {name}, which is no option of it")
-        parser.set_defaults(**defaults)
-    return options(**vars(parser.parse_args(argv)))
-
-
-# One of `world_size` equal processes, with its device and the dtype its networks compute in.
-Process = namedtuple("Process", "rank world_size device dtype")
-
-
-def this_process():
-    """This process, alone or under torchrun. Raises UserError where more GPUs are asked for than exist."""
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if not torch.cuda.is_available():
-        return Process(rank, world_size, torch.device("cpu"), torch.float32)
-    local, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-    if local >= gpus:
-        raise UserError(f"--nproc_per_node needs {local + 1} GPUs or more, this machine has {gpus}")
-    torch.cuda.set_device(local)
-    return Process(rank, world_size, torch.device("cuda", local), torch.bfloat16)
-
-
-def say(message):
-    """Print once, however many processes there are."""
-    if int(os.environ.get("RANK", 0)) == 0:
-        print(message)
-
-
-def command(main, options, name):
-    """Run `main(options)` of NAME.py; a user's mistake ends in one line and status 1, an interruption in advice."""
-    for stream in sys.stdout, sys.stderr:
-        stream.reconfigure(errors="replace")               # a console that cannot print ω prints ?
-    try:
-        options = parse(options, name)
-        default, why = default_model()
-        if any(getattr(options, name, None) for name in ("curate", "study", "tally", "verdict")):
-            if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-                raise UserError("this needs one process: start it with python, not with torchrun")
-        elif hasattr(options, "model"):
-            say(f"model: {options.model} ({why if options.model == default else '--model'})")
-        main(options)
-    except UserError as e:
-        # Most mistakes are every rank's: rank 0 says so, and torchrun ends the others meanwhile.
-        if int(os.environ.get("RANK", 0)) > 0:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            time.sleep(3)
-        sys.exit(f"error: {e}")
-    except RuntimeError as e:
-        if "by peer" not in str(e) and "remote process" not in str(e):                  # gloo's words, and NCCL's
-            raise
-        sys.exit("another rank has gone, so this one ends too; its own last line says why")
-    except KeyboardInterrupt:
-        sys.exit("interrupted; nothing finished is lost, and the same command goes on from here")
-
-
-def generator(*key):
-    """A CPU generator whose stream depends on `key` alone: the same numbers on any device and any number of ranks."""
-    return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big"))
-
-
-@contextmanager
-def whole_file(path):
-    """Yield a temporary name beside `path` that takes its place once written and flushed, and vanishes otherwise."""
-    path = Path(path)
-    part = path.with_name(f".{path.name}.{os.environ.get('RANK', 0)}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield part
-        with open(part, "rb") as f:
-            os.fsync(f.fileno())
-        part.replace(path)
-    except (OSError, SafetensorError) as e:
-        raise UserError(f"{path}: cannot be written ({e}); make room or choose another place, then start again") from e
-    finally:
-        with suppress(OSError):                            # there is none, or `path` lies under a file
-            part.unlink()
-
-
-def write_json(path, *values):
-    """A JSON file; of several values, JSON lines."""
-    with whole_file(path) as part:
-        part.write_text("".join(json.dumps(value) + "\n" for value in values))
-
-
-def write_tensors(path, tensors, model="the model", **metadata):
-    """A safetensors file; `metadata` is JSON in its header, as one entry: safetensors writes several in any order.
-    Raises UserError, naming `path` and `model`, rather than write numbers that are not finite."""
-    for name, tensor in tensors.items():
-        if not tensor.isfinite().all():
-            raise UserError(f"{path}: {name} would hold numbers that are not finite; check the weights of {model}")
-    with whole_file(path) as part:
-        save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, part, {"made_by": json.dumps(metadata)})
-
-
-def read_header(path):
-    """({name: shape}, metadata) of a file that `write_tensors` wrote. Raises UserError for anything else."""
-    try:
-        with safe_open(path, "pt") as f:
-            shapes = {k: tuple(f.get_slice(k).get_shape()) for k in f.keys()}
-            return shapes, json.loads((f.metadata() or {}).get("made_by", "{}"))
-    except (OSError, SafetensorError, ValueError) as e:
-        raise UserError(f"{path}: not a whole record ({e}); delete it and run the command that made it again") from e
-
-
-def read_tensors(path):
-    """All tensors of a record. Raises UserError for a file that is not one."""
-    read_header(path)
-    return load_file(path)
-
 
 # ---- Pixels: reading and writing pictures and videos ----------------------------------------------------------------
 
@@ -577,163 +418,9 @@ class Records:
         return read_tensors(self.folder / "empty.safetensors")["text"]
 
 
-# ---- Asking a vision-language model: here about raw clips (Sec. 4.1), in sample.py about generated ones (App. B.3) --
-
-ASSETS = Path(__file__).parent / "assets"
-KEY = "VLM_API_KEY"                                        # the environment variable that holds the server's key
-CHECKS = "theme", "action", "sharp", "uncut", "clean"      # of assets/curate.txt, in which all are to be true
-
-
-@lru_cache(maxsize=64)                                     # the verdict asks about a video four times
-def frames_as_jpeg(video, count):
-    """`count` frames of a whole clip, evenly spaced in time, or a picture: JPEG files of at most 768 pixels a side."""
-    if Path(video).suffix.lower() in SUFFIXES["picture"] and count == 1:
-        image, file = open_image(video), BytesIO()
-        image.thumbnail((768, 768))
-        image.save(file, "JPEG", quality=95)
-        return [file.getvalue()]
-    log = run_ffmpeg(video, "-map", "0:V:0", "-f", "null", "-")[1]
-    times = re.findall(r"time=(\d+):(\d+):([\d.]+)", log) or [(0, 0, 0)]
-    hours, minutes, seconds = map(float, times[-1])        # when it ends
-    seconds = max(0.04, 3600 * hours + 60 * minutes + seconds)
-    size = "scale='min(768,iw*sar)':'min(768,ih)':force_original_aspect_ratio=decrease"
-    made = run_ffmpeg(video, "-map", "0:V:0", "-vf", f"setpts=PTS-STARTPTS,fps={count / seconds},{size}", "-frames:v",
-                      str(count), "-c:v", "mjpeg", "-q:v", "3", "-f", "image2pipe", "-")[0]
-    start = b"\xff\xd8\xff"                               # of a JPEG, and never inside one
-    if start not in made:
-        raise UserError(f"{video}: shows no picture")
-    return [start + rest for rest in made.split(start)[1:]]
-
-
-def ask(options, text, images, read):
-    """The answers of --vlm to a text with JPEG images: one, or two where `read` makes None of the first. Raises
-    UserError, with the address, where the server is absent, silent or answers with an error three times."""
-    if not options.endpoint.startswith("http") or not options.vlm:
-        raise UserError(f"--endpoint {options.endpoint} --vlm {options.vlm}: expected the address of an OpenAI-"
-                        "compatible server, such as http://localhost:8000/v1, and the name of a model there")
-    # With a key of its own, if only a made-up one: else the client would send the user's hub token.
-    client = InferenceClient(base_url=options.endpoint, api_key=os.environ.get(KEY) or "none", timeout=options.timeout)
-    urls = ["data:image/jpeg;base64," + base64.b64encode(image).decode() for image in images]
-    content = [*({"type": "image_url", "image_url": {"url": url}} for url in urls), {"type": "text", "text": text}]
-    answers, failures = [], 0
-    while not answers or len(answers) < 2 and read(answers[-1]) is None:
-        try:
-            reply = client.chat_completion([{"role": "user", "content": content}], model=options.vlm, max_tokens=1000,
-                                           temperature=0.7 * len(answers))     # the second answer may differ
-            answers.append(reply.choices[0].message.content or "")
-        except (HTTPError, OSError, ValueError, LookupError, TypeError, AttributeError) as e:
-            failures += 1
-            status = e.response.status_code if isinstance(e, HfHubHTTPError) else None
-            if failures == 3 or status in (400, 401, 403, 404, 413, 422):      # at these another try would not help
-                reason = f"{status} {e.response.text or e}" if status else f"{type(e).__name__}: {e}"
-                raise UserError(f"{options.endpoint}: {' '.join(reason.split()):.300}; "
-                                "what was answered is kept, the same command goes on from here") from e
-            time.sleep(failures ** 2)
-    return answers
-
-
-def read_rows(file, key, **asked):
-    """{row[key]: row} of the JSON lines that an earlier call wrote. Raises UserError if it `asked` otherwise."""
-    rows = {}
-    for number, line in enumerate(read_lines(file) if file.is_file() else [], start=1):
-        try:
-            row = json.loads(line)
-            rows[row[key]] = row
-        except (ValueError, TypeError, LookupError) as e:
-            raise UserError(f"{file}, row {number}: is not one that this command wrote; give another --out") from e
-        check_metadata(file, row, asked)
-    return rows
-
-
-def ask_about(jobs, judge, file, key, options, **asked):
-    """Return {job: row}. Rows that are in `file` stay; judge(job) makes the others, --parallel at a time, and each is
-    written to `file` as it comes. row[key] is the job. Raises UserError if rows in `file` were `asked` otherwise."""
-    rows = read_rows(file, key, **asked)
-    todo = [job for job in jobs if job not in rows]
-    with ThreadPool(max(1, options.parallel)) as pool:     # its threads do not outlive an interruption
-        for row in tqdm(pool.imap_unordered(judge, todo), desc=f"asking {options.vlm}", total=len(todo)):
-            rows[row[key]] = row
-            write_json(file, *rows.values())
-    return rows
-
-
-def write_page(template, path, content):
-    """A page of assets/ with its content, which the page reads as JSON: no text in it can end the script or run."""
-    page = (ASSETS / template).read_text(encoding="utf-8")
-    with whole_file(path) as part:
-        part.write_text(page.replace("{{content}}", json.dumps(content).replace("<", "\\u003c")), encoding="utf-8")
-
-
-def read_judgement(answer):
-    """{text, keep, reason} in an answer to assets/curate.txt, or None where it is not what that asks for."""
-    try:
-        found = json.loads(answer[answer.index("{"):answer.rindex("}") + 1])
-        verdicts = [found[name].lower() for name in CHECKS]
-        reason, text = found["reason"], found["description"].strip()
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return None
-    failed = [name for name, verdict in zip(CHECKS, verdicts) if verdict == "no"]
-    if not {*verdicts} <= {"yes", "no"} or not failed and not text:
-        return None
-    return dict(text=text, keep=not failed, reason=f"not {', '.join(failed)}: {reason}" if failed else "")
-
-
-def curate(options):
-    """Sec. 4.1: a model judges and describes every clip in or below a folder. OUT/metadata.jsonl gets a row for each,
-    with keep true, false, or null where the answer could not be read; OUT/inspect.html shows them to a person."""
-    out, clips = Path(options.out).resolve(), {}
-    for path in sorted(Path(options.videos).resolve().rglob("[!.]*")):
-        if path.suffix.lower() in SUFFIXES["video"]:
-            clips[Path(os.path.relpath(path, out)).as_posix()] = path
-    if not clips or not options.theme:
-        raise UserError(f"--videos {options.videos} --theme {options.theme}: expected a folder with videos in or below "
-                        "it, and what they are to show")
-    asked, file = {"theme": options.theme, "vlm": options.vlm}, out / "metadata.jsonl"
-    question = (ASSETS / "curate.txt").read_text(encoding="utf-8").format(theme=options.theme)
-
-    def judge(name):
-        try:
-            images = frames_as_jpeg(clips[name], 8)
-        except UserError as e:
-            return dict(file_name=name, text="", keep=False, reason=str(e), **asked)
-        answer = ask(options, question, images, read_judgement)[-1]
-        undecided = dict(text="", keep=None, reason=f"cannot read the answer: {answer:.300}")
-        return dict(file_name=name, **(read_judgement(answer) or undecided), **asked)
-
-    try:
-        rows = ask_about(clips, judge, file, "file_name", options, **asked)
-    finally:
-        write_page("inspect.html", out / "inspect.html", list(read_rows(file, "file_name").values()))
-    kept = Counter(row.get("keep", True) for row in rows.values())
-    print(f"{kept[True]} clips kept, {kept[False]} dropped, {kept[None]} undecided: see {options.out}/inspect.html, "
-          f"move what it saves to {options.out}/metadata.jsonl, then: python data.py --videos {options.out}")
-
-
-# ---- The command: encode a folder of videos -------------------------------------------------------------------------
+# ---- Encoding: clips into records -----------------------------------------------------------------------------------
 
 READERS = 4                                                # clips read ahead in threads; 200 MB each at 49×480×720
-
-
-@dataclass
-class Options:
-    """Encode a folder of videos with captions into records; before that, --curate makes such a folder of raw videos."""
-    videos: str = option("", "folder of clips with captions")
-    model: str = option("", "model folder, hub id or tiny; default: CogVideoX-5B-I2V with a GPU, else tiny")
-    out: str = option("cache", "folder for the records, or for the list that --curate makes")
-    frames: int = option(0, "frames per clip, 8k + 1; default: the model's")
-    height: int = option(0, "pixels, divisible by 16; default: the model's")
-    width: int = option(0, "pixels, divisible by 16; default: the model's")
-    fps: int = option(8, "frames a second the model works at")
-    image_noise: int = option(0, "noised first frames to keep per clip; training draws one (as the release); 0: none")
-    given_negatives: bool = option(False, "take negative_samples/ID/*.mp4 (a last resort: Sec. 4.2 keeps latents)")
-    skip_bad: bool = option(False, "leave out unusable clips, with a list, instead of stopping")
-    seed: int = option(0, "of the posterior samples and the image noise")
-    curate: bool = option(False, "let a vision-language model select and describe raw clips", "Raw clips")
-    theme: str = option("", "what the clips are to show, such as: people eating and drinking")
-    endpoint: str = option("", f"address of an OpenAI-compatible server; its key: environment variable {KEY}")
-    vlm: str = option("", "name of the model there")
-    parallel: int = option(4, "requests under way at once")
-    timeout: float = option(300.0, "seconds to wait for an answer")
 
 
 def clip_shape(options, folder):
@@ -815,12 +502,181 @@ def encode_captions(clips, folder, out, device, dtype):
     return embeddings
 
 
+# ---- What all commands share: options, devices, seeds, files written whole ------------------------------------------
+
+HUB_MODEL = "zai-org/CogVideoX-5b-I2V"
+
+
+def default_model():
+    """The model where no --model is given, and why: CogVideoX-5B-I2V with a GPU, the tiny one without."""
+    return (HUB_MODEL, "a GPU is here") if torch.cuda.is_available() else ("tiny", "no GPU is here")
+
+
+def option(default=MISSING, help="", group=None):
+    """A field of an Options class; without a default, a positional argument. `group` heads a new section of --help."""
+    return field(default=default, metadata=dict(help=help, group=group))
+
+
+def flag(name):
+    """What a field of Options is called on the command line: ema_every -> --ema-every."""
+    return "--" + name.replace("_", "-")
+
+
+KINDS = {str: dict(metavar="STR"), int: dict(type=int, metavar="INT"), float: dict(type=float, metavar="FLOAT"),
+         list: dict(nargs="+", metavar="FILE"), bool: dict(action=argparse.BooleanOptionalAction)}
+
+
+def parse(options, name, argv=None):
+    """Command line of NAME.py -> an instance of the dataclass `options`. A model may bring defaults of its own."""
+    style = partial(argparse.RawDescriptionHelpFormatter, max_help_position=28, width=118)
+    parser = argparse.ArgumentParser(description=options.__doc__, allow_abbrev=False, formatter_class=style)
+    parser.error = lambda message: sys.exit(f"error: {message}; {' '.join(parser.format_usage().split())}")
+    section = parser
+    for field in fields(options):
+        if field.metadata["group"]:
+            section = parser.add_argument_group(field.metadata["group"])
+        help = field.metadata["help"].replace("%", "%%")
+        if field.default is MISSING:
+            section.add_argument(field.name, type=field.type, help=help)
+            continue
+        if field.default not in ("", 0, ()):
+            help += f" [{field.default}]"
+        kind = KINDS.get(field.type) or dict(choices=get_args(field.type))                     # else a Literal
+        section.add_argument(flag(field.name), default=field.default, help=help, **kind)
+    if hasattr(options, "model"):
+        parser.set_defaults(model=default_model()[0])
+        model = parser.parse_known_args(argv)[0].model
+        defaults = defaults_of(model, name)
+        unknown = {*defaults} - {field.name for field in fields(options)}
+        if unknown:
+            raise UserError(f"{model}: its defaults.json has {min(unknown)} for {name}, which is no option of it")
+        parser.set_defaults(**defaults)
+    return options(**vars(parser.parse_args(argv)))
+
+
+# One of `world_size` equal processes, with its device and the dtype its networks compute in.
+Process = namedtuple("Process", "rank world_size device dtype")
+
+
+def this_process():
+    """This process, alone or under torchrun. Raises UserError where more GPUs are asked for than exist."""
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if not torch.cuda.is_available():
+        return Process(rank, world_size, torch.device("cpu"), torch.float32)
+    local, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if local >= gpus:
+        raise UserError(f"--nproc_per_node needs {local + 1} GPUs or more, this machine has {gpus}")
+    torch.cuda.set_device(local)
+    return Process(rank, world_size, torch.device("cuda", local), torch.bfloat16)
+
+
+def say(message):
+    """Print once, however many processes there are."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(message)
+
+
+def command(main, options, name):
+    """Run `main(options)` of NAME.py; a user's mistake ends in one line and status 1, an interruption in advice."""
+    for stream in sys.stdout, sys.stderr:
+        stream.reconfigure(errors="replace")               # a console that cannot print ω prints ?
+    try:
+        options = parse(options, name)
+        default, why = default_model()
+        if hasattr(options, "model"):
+            say(f"model: {options.model} ({why if options.model == default else '--model'})")
+        main(options)
+    except UserError as e:
+        # Most mistakes are every rank's: rank 0 says so, and torchrun ends the others meanwhile.
+        if int(os.environ.get("RANK", 0)) > 0:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(3)
+        sys.exit(f"error: {e}")
+    except RuntimeError as e:
+        if "by peer" not in str(e) and "remote process" not in str(e):                  # gloo's words, and NCCL's
+            raise
+        sys.exit("another rank has gone, so this one ends too; its own last line says why")
+    except KeyboardInterrupt:
+        sys.exit("interrupted; nothing finished is lost, and the same command goes on from here")
+
+
+def generator(*key):
+    """A CPU generator whose stream depends on `key` alone: the same numbers on any device and any number of ranks."""
+    return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big"))
+
+
+@contextmanager
+def whole_file(path):
+    """Yield a temporary name beside `path` that takes its place once written and flushed, and vanishes otherwise."""
+    path = Path(path)
+    part = path.with_name(f".{path.name}.{os.environ.get('RANK', 0)}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield part
+        with open(part, "rb") as f:
+            os.fsync(f.fileno())
+        part.replace(path)
+    except (OSError, SafetensorError) as e:
+        raise UserError(f"{path}: cannot be written ({e}); make room or choose another place, then start again") from e
+    finally:
+        with suppress(OSError):                            # there is none, or `path` lies under a file
+            part.unlink()
+
+
+def write_json(path, *values):
+    """A JSON file; of several values, JSON lines."""
+    with whole_file(path) as part:
+        part.write_text("".join(json.dumps(value) + "\n" for value in values))
+
+
+def write_tensors(path, tensors, model="the model", **metadata):
+    """A safetensors file; `metadata` is JSON in its header, as one entry: safetensors writes several in any order.
+    Raises UserError, naming `path` and `model`, rather than write numbers that are not finite."""
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise UserError(f"{path}: {name} would hold numbers that are not finite; check the weights of {model}")
+    with whole_file(path) as part:
+        save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, part, {"made_by": json.dumps(metadata)})
+
+
+def read_header(path):
+    """({name: shape}, metadata) of a file that `write_tensors` wrote. Raises UserError for anything else."""
+    try:
+        with safe_open(path, "pt") as f:
+            shapes = {k: tuple(f.get_slice(k).get_shape()) for k in f.keys()}
+            return shapes, json.loads((f.metadata() or {}).get("made_by", "{}"))
+    except (OSError, SafetensorError, ValueError) as e:
+        raise UserError(f"{path}: not a whole record ({e}); delete it and run the command that made it again") from e
+
+
+def read_tensors(path):
+    """All tensors of a record. Raises UserError for a file that is not one."""
+    read_header(path)
+    return load_file(path)
+
+
+# ---- The command ----------------------------------------------------------------------------------------------------
+
+@dataclass
+class Options:
+    """Encode a folder of videos with captions into records."""
+    videos: str = option("", "folder of clips with captions")
+    model: str = option("", "model folder, hub id or tiny; default: CogVideoX-5B-I2V with a GPU, else tiny")
+    out: str = option("cache", "folder for the records")
+    frames: int = option(0, "frames per clip, 8k + 1; default: the model's")
+    height: int = option(0, "pixels, divisible by 16; default: the model's")
+    width: int = option(0, "pixels, divisible by 16; default: the model's")
+    fps: int = option(8, "frames a second the model works at")
+    image_noise: int = option(0, "noised first frames to keep per clip; training draws one (as the release); 0: none")
+    given_negatives: bool = option(False, "take negative_samples/ID/*.mp4 (a last resort: Sec. 4.2 keeps latents)")
+    skip_bad: bool = option(False, "leave out unusable clips, with a list, instead of stopping")
+    seed: int = option(0, "of the posterior samples and the image noise")
+
+
 def main(options):
     """Encode this rank's share of the clips. Ranks never wait for each other: any number makes the same records."""
     if not options.videos:
         raise UserError("--videos is missing: the folder of clips with captions")
-    if options.curate:
-        return curate(options)
     rank, world, device, dtype = this_process()
     clips, faults = list_clips(options.videos, options.given_negatives)
     check_faults(faults, options)

@@ -1,0 +1,92 @@
+"""The READMEs and --help say what is true."""
+import dataclasses, re, shlex
+from functools import partial
+from pathlib import Path
+from typing import get_args
+
+from tests.helpers import REPO
+
+import pytest
+
+import data
+import judging.curate, judging.study, judging.tally, judging.verdict
+import model
+import sample
+import train
+from toy import curves, experiment, judge, make_model
+
+pytest_plugins = "tests.helpers"
+
+
+def test_a_models_own_defaults_apply_to_what_was_not_given(straight):
+    parse, other, tiny = (partial(data.parse, train.Options, "train"), ["--model", "owner/name"],
+                          model.defaults_of("tiny", "train"))
+    assert parse(other) == train.Options(model="owner/name")
+    assert parse(["--model", "tiny"]) == train.Options(model="tiny", **tiny)
+    assert parse(["--model", str(straight)]).beta == tiny["beta"] != train.Options.beta
+    given = parse(["--model", "tiny", "--beta", "7", "--stream", "--method", "sft"])
+    assert given == train.Options(**{**tiny, "model": "tiny", "beta": 7.0, "stream": True, "method": "sft"})
+    assert parse([*other, "--stream", "--no-stream"]).stream is False
+    steps = [train.number_of_steps(parse(args), 20) for args in (other, ["--epochs", "3"], ["--steps", "5"])]
+    assert steps == [25, 8, 5]                             # of 8 samples: ten epochs of 20 records, three, as told
+
+
+@pytest.mark.parametrize("module", [data, sample, train])
+def test_every_option_has_a_help_line(module, capsys):
+    with pytest.raises(SystemExit):
+        data.parse(module.Options, module.__name__, ["--help"])
+    text = capsys.readouterr().out
+    for field in dataclasses.fields(module.Options):   # the name, its values, and on the same line or the next a text
+        assert re.search(rf"^  --{field.name.replace('_', '-')}\b[^\n]*?(\n {{20,}}|  +)[^-\s]", text, re.M), field.name
+        assert all(choice in text for choice in get_args(field.type)), field.name      # of a Literal
+
+
+def test_a_missing_argument_is_called_by_its_name():
+    with pytest.raises(SystemExit, match="required: folder"):
+        data.parse(judge.Options, "toy.judge", [])
+
+
+README = (REPO / "README.md").read_text()
+
+
+def test_the_readme_links_to_what_exists_and_counts_its_lines():
+    for link in re.findall(r"\]\((?!http)([^)#]+)", README):
+        assert (REPO / link).exists(), link
+    lines = dict(re.findall(r"^\| \[\S+\]\((\S+\.py)\) \| (\d+) \|", README, re.M))
+    assert len(lines) == 6
+    for file, count in lines.items():
+        assert int(count) == pytest.approx(len((REPO / file).read_text().splitlines()), rel=0.1), file
+    places = re.findall(r"`(\w+)`[^`\n]* \| \[(\w+\.py):(\d+)\]\(\2#L\3\)", README)
+    assert len(places) > 6
+    for name, file, line in places:
+        assert re.search(rf"\b{name}\b", (REPO / file).read_text().splitlines()[int(line) - 1]), (name, file, line)
+
+
+COMMANDS = {"data.py": data, "sample.py": sample, "train.py": train, "-m judging.curate": judging.curate,
+            "-m judging.study": judging.study, "-m judging.tally": judging.tally, "-m judging.verdict": judging.verdict,
+            "-m toy.judge": judge, "-m toy.curves": curves,
+            "-m toy.make_model": make_model, "-m toy.experiment": experiment}
+
+
+def test_the_readmes_give_commands_and_options_that_parse():
+    text = README + (REPO / "toy" / "README.md").read_text() + (REPO / "judging" / "README.md").read_text()
+    found = re.findall(r"(?:python|torchrun --nproc_per_node \d+) (-m \w+\.\w+|\w+\.py)"
+                       r"((?: +(?:--?[\w-]+|\"[^\"\n]*\"|[\w./-]+))*)", text.replace("\\\n", ""))
+    assert len(found) > 15
+    for name, arguments in found:
+        module = COMMANDS[name]
+        data.parse(module.Options, module.__name__, shlex.split(arguments))
+    known = {field.name for module in COMMANDS.values() for field in dataclasses.fields(module.Options)}
+    for option in re.findall(r"(?<![\w-])--([a-z][\w-]*)", text):
+        option = option.replace("-", "_").removeprefix("no_")
+        assert option in known | {"help", "nproc_per_node", "shutdown_timeout", "index_url",
+                                  "nnodes", "rdzv_backend", "rdzv_endpoint", "mode", "videos_path",
+                                  "custom_image_folder", "dimension"}, option
+
+
+def test_every_option_has_a_line_in_the_readme_or_a_test():
+    tests = "".join(file.read_text() for file in [REPO / "test_realdpo.py", *REPO.glob("tests/*.py")])
+    for module in COMMANDS.values():
+        for field in dataclasses.fields(module.Options):
+            assert (re.search(rf"--(no-)?{field.name.replace('_', '-')}\b", README)
+                    or re.search(rf"\b{field.name}=", tests)), field.name
