@@ -65,40 +65,62 @@ def run_ffmpeg(path, *arguments, decoder=()):
     return done.stdout, log
 
 
+class Film(NamedTuple):
+    """What ffmpeg says of the film in a file: of the stream that moves, not of covers, titles or other streams."""
+    stream: str                                            # its number, for -map
+    codec: str
+    pixels: str                                            # their format and colours: yuv420p(tv, bt709, progressive)
+    width: int                                             # as stored: neither square nor upright yet
+    height: int
+    alpha: bool                                            # transparent in places
+    seconds: float                                         # the file's length as it states it, or infinity
+
+
 def read_video_header(path):
-    """(its stream of pictures as ffmpeg describes it, whether it is transparent in places, its length in seconds as
-    the file states it or infinity). Raises UserError for a file that is missing or not a video."""
-    log = run_ffmpeg(path)[1]
-    streams = re.findall(r"Stream #0:.*?: Video: (.*, \d+x\d+(?!.*\(attached pic\)).*)", log)
-    if not streams:
+    """The Film in a file. Raises UserError for a file that is missing or not a video."""
+    log, films = run_ffmpeg(path)[1], []
+    # A line of ffmpeg's own on a stream, and the lines about it, which are indented. What a file says of itself (titles,
+    # comments, chapters) never begins such a line.
+    for about in re.findall(r"^\[info\]   Stream #0:.*(?:\n\[info\]     .*)*", log, re.MULTILINE):
+        found = re.match(r"\S+   Stream #(0:\d+)[^:]*: Video: (\w+)(?: \(.*?\))*, (\w+(?:\(.*?\))?), (\d+)x(\d+)(.*)", about)
+        if found and not re.search(r"\((attached pic|still image|timed thumbnails)\)", found[6]):
+            films.append((about, *found.groups()))
+    if not films:
         raise UserError(f"{path}: holds no moving picture")
-    alpha = re.search(", (yuva|gbrap|rgba|bgra|argb|abgr|pal8|ya)|alpha_mode *: 1", log)
-    length = re.search(r"Duration: (\d+):(\d+):([\d.]+)", log)
+    about, stream, codec, pixels, width, height, _ = films[0]
+    alpha = re.match(r"yuva|gbrap|rgba|bgra|argb|abgr|pal8|ya\d|ayuv|vuya|uyva", pixels)
+    alpha = alpha or re.search(r"^\[info\]       alpha_mode +: 1$", about, re.MULTILINE)         # of webm
+    length = re.search(r"^\[info\]   Duration: (\d+):(\d+):([\d.]+)", log, re.MULTILINE)
     seconds = 3600 * int(length[1]) + 60 * int(length[2]) + float(length[3]) if length else math.inf
-    return streams[0], bool(alpha), seconds
+    return Film(stream, codec, pixels, int(width), int(height), bool(alpha), seconds)
 
 
-def video_filters(stream, alpha, height, width, fps):
-    """ffmpeg's filters from decoded pictures, upright already, to those of `read_video`."""
-    w, h = map(int, re.search(r", (\d+)x(\d+)", stream).groups())
-    flags = "area" if w * h > width * height else "bicubic"
-    if (w, h) != (width, height):                          # at the same size, ffmpeg's usual colours to the bit
-        flags += "+accurate_rnd+full_chroma_int+full_chroma_inp"
-    scale = f"scale=w='max({width},round({height}*dar))':h='max({height},round({width}/dar))':flags={flags}"
-    if not re.search(r"\((\w+, )?(bt|smpte|gbr|fcc|ycgco)", stream) and (h > 576 or w >= 1280):
-        scale += ":in_color_matrix=bt709"                  # what players take HD for where the file does not say
-    if re.search("arib-std-b67|smpte2084", stream):        # HDR: HLG or PQ
-        pixels = (f"{scale},format=yuv444p10le,zscale=t=linear:npl=100,format=gbrpf32le,zscale=p=bt709,"
-                  "tonemap=hable:desat=0,zscale=t=bt709:r=pc,format=gbrp")
-    elif alpha:
-        pixels = f"format=gbrap,premultiply=inplace=1,{scale},format=rgba"
-    else:
-        pixels = f"{scale},format=rgb24"
-    # On show at k/fps is the last picture that began by then: begins are rounded up, less 1 ms, to which some formats
-    # round them. A fine grid first, on which the last picture is held.
-    return ("settb=AVTB,setpts=PTS-STARTPTS-1000,showinfo=checksum=0,bwdif=mode=send_frame:deint=interlaced,"
-            f"fps={30 * fps}:start_time=0:round=up,tpad=stop_mode=clone:stop_duration=2,fps={fps}:round=up,"
-            f"{pixels},crop={width}:{height}:exact=1")
+def picture_filters(film, size, instants=()):
+    """ffmpeg's filters from decoded pictures, upright already, to what a player shows: RGB with square pixels. `size` is
+    the filter that scales them, by `dar` and `sar`; `instants` are those that choose the moments, if not all."""
+    hdr = re.search("arib-std-b67|smpte2084", film.pixels)             # HLG or PQ
+    tagged = re.search(r"\((\d+ bpc, )?(\w\w, )?(bt|smpte|gbr|fcc|ycgco|chroma|ictcp)", film.pixels)
+    filters = ["bwdif=mode=send_frame:deint=interlaced",   # two instants woven into one picture are taken apart
+               *instants]
+    if not tagged and film.pixels.startswith("yuv") and (film.height > 576 or film.width >= 1280):
+        filters.append("setparams=colorspace=bt709")       # what players take HD for where the file does not say
+    if film.alpha:                                         # white behind it: the negative before black, turned again
+        filters += ["format=gbrap", "negate", "premultiply=inplace=1"]
+    filters += [size, "setsar=1"]
+    if hdr:                                                # in light, not in code values: to BT.709's primaries, then
+        filters += ["format=yuv444p10le", "zscale=t=linear:npl=100", "format=gbrpf32le", "zscale=p=bt709",
+                    "tonemap=hable:desat=0",               # highlights are rolled off
+                    "zscale=t=bt709:r=pc", "format=gbrp"]
+    filters.append("format=rgb24")
+    if film.alpha:
+        filters.append("negate")
+    return ",".join(filters)
+
+
+def decoder_of(film):
+    """ffmpeg's options for a film whose usual decoder, ffmpeg's own, would drop the transparency."""
+    codecs = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
+    return ("-c:v", codecs[film.codec]) if film.alpha and film.codec in codecs else ()
 
 
 def read_video(path, frames, height, width, fps):
@@ -106,24 +128,27 @@ def read_video(path, frames, height, width, fps):
     picture, upright, with square pixels, de-interlaced, in SDR, over white, resized to cover and cut at the centre.
     Where it ends within a frame of the last instant, its last picture is held. Raises UserError for a file that is
     missing, not a video, damaged or too short."""
-    stream, alpha, _ = read_video_header(path)
-    decoder = ()
-    if alpha and stream[:3] in ("vp8", "vp9"):             # ffmpeg's own decoders of these drop the transparency
-        decoder = ("-c:v", "libvpx" if stream[:3] == "vp8" else "libvpx-vp9")
-    pixels, log = run_ffmpeg(path, "-map", "0:V:0", "-vf", video_filters(stream, alpha, height, width, fps),
-                             "-frames:v", str(frames), "-fps_mode", "passthrough", "-f", "rawvideo",
-                             "-pix_fmt", "rgba" if alpha else "rgb24", "-", decoder=decoder)
+    film = read_video_header(path)
+    flags = "area" if film.width * film.height > width * height else "bicubic"
+    if (film.width, film.height) != (width, height):       # at the same size, ffmpeg's usual colours to the bit
+        flags += "+accurate_rnd+full_chroma_int+full_chroma_inp"
+    cover = f"scale=w='max({width},round({height}*dar))':h='max({height},round({width}/dar))':flags={flags}"
+    # On show at k/fps is the last picture that began by then: begins are rounded up, less 1 ms, to which some formats
+    # round them. A fine grid first, on which the last picture is held.
+    instants = (f"fps={30 * fps}:start_time=0:round=up", "tpad=stop_mode=clone:stop_duration=2", f"fps={fps}:round=up")
+    filters = ("settb=AVTB,setpts=PTS-STARTPTS-1000,showinfo=checksum=0,"
+               f"{picture_filters(film, cover, instants)},crop={width}:{height}:exact=1")
+    pixels, log = run_ffmpeg(path, "-map", film.stream, "-vf", filters, "-frames:v", str(frames), "-fps_mode",
+                             "passthrough", "-f", "rawvideo", "-", decoder=decoder_of(film))
     if log.count("config in time_base") > 1:
         raise UserError(f"{path}: changes the size or format of its pictures on the way; encode it again")
-    video = np.frombuffer(bytearray(pixels), np.uint8).reshape(-1, height, width, 4 if alpha else 3)
+    video = np.frombuffer(bytearray(pixels), np.uint8).reshape(-1, height, width, 3)
     times = re.findall(r"pts_time:(\S+) .*duration_time:([\d.]+)", log) or [(0, 0)]
     begin, last = map(float, times[-1])                    # of the last picture, in seconds
     end, needed = begin + last + 0.001, (frames - 1) / fps
     if len(video) < frames or end + min(last, 1 / fps) < needed - 0.002:
         raise UserError(f"{path}: lasts {end:.2f} s, but {frames} frames at {fps} fps need {needed:.2f} s; "
                         "leave it out or choose fewer --frames")
-    if alpha:                                              # the colours come multiplied by it
-        video = video[..., :3] + (255 - video[..., 3:])
     return from_uint8(video)
 
 
@@ -446,7 +471,7 @@ def check_clip(clip, negatives, shape, fps):
         raise UserError(f"{clip.file}: has {len(clip.negatives)} negatives in negative_samples/{clip.file.stem}, "
                         f"expected {negatives} as for most clips")
     for video in (clip.file, *clip.negatives):
-        if read_video_header(video)[2] < (shape[0] - 1) / fps:         # a header may be wrong: let the pictures decide
+        if read_video_header(video).seconds < (shape[0] - 1) / fps:         # a header may be wrong: let the pictures decide
             read_video(video, *shape, fps)
 
 

@@ -9,7 +9,8 @@ from huggingface_hub import InferenceClient
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from tqdm import tqdm
 
-from data import SUFFIXES, check_metadata, open_image, read_lines, run_ffmpeg, whole_file, write_json
+from data import (SUFFIXES, check_metadata, decoder_of, open_image, picture_filters, read_lines, read_video_header,
+                  run_ffmpeg, whole_file, write_json)
 from model import UserError
 
 HERE = Path(__file__).parent                               # of the pages and questions
@@ -18,19 +19,25 @@ KEY = "VLM_API_KEY"                                        # the environment var
 
 @lru_cache(maxsize=64)                                     # the verdict asks about a video four times
 def frames_as_jpeg(video, count):
-    """`count` frames of a whole clip, evenly spaced in time, or a picture: JPEG files of at most 768 pixels a side."""
-    if Path(video).suffix.lower() in SUFFIXES["picture"] and count == 1:
+    """`count` frames of a whole clip, evenly spaced in time, or a picture, as a record shows them: JPEG files of at most
+    768 pixels a side."""
+    suffix = Path(video).suffix.lower()
+    if count == 1 and (suffix in SUFFIXES["picture"] or suffix not in SUFFIXES["video"]):
         image, file = open_image(video), BytesIO()
         image.thumbnail((768, 768))
         image.save(file, "JPEG", quality=95)
         return [file.getvalue()]
-    log = run_ffmpeg(video, "-map", "0:V:0", "-f", "null", "-")[1]
+    film = read_video_header(video)
+    log = run_ffmpeg(video, "-map", film.stream, "-f", "null", "-")[1]
     times = re.findall(r"time=(\d+):(\d+):([\d.]+)", log) or [(0, 0, 0)]
     hours, minutes, seconds = map(float, times[-1])        # when it ends
     seconds = max(0.04, 3600 * hours + 60 * minutes + seconds)
-    size = "scale='min(768,iw*sar)':'min(768,ih)':force_original_aspect_ratio=decrease"
-    made = run_ffmpeg(video, "-map", "0:V:0", "-vf", f"setpts=PTS-STARTPTS,fps={count / seconds},{size}", "-frames:v",
-                      str(count), "-c:v", "mjpeg", "-q:v", "3", "-f", "image2pipe", "-")[0]
+    smaller = "min(1,768/max(iw*sar,ih))"                  # never larger
+    fit = f"scale=w='max(1,round(iw*sar*{smaller}))':h='max(1,round(ih*{smaller}))':flags=area"
+    filters = picture_filters(film, fit, instants=["setpts=PTS-STARTPTS", f"fps={count / seconds}"])
+    filters += ",scale=out_color_matrix=bt601:out_range=pc,format=yuvj444p"                    # a JPEG's colours
+    made = run_ffmpeg(video, "-map", film.stream, "-vf", filters, "-frames:v", str(count), "-c:v", "mjpeg", "-q:v", "3",
+                      "-f", "image2pipe", "-", decoder=decoder_of(film))[0]
     start = b"\xff\xd8\xff"                               # of a JPEG, and never inside one
     if start not in made:
         raise UserError(f"{video}: shows no picture")

@@ -1,7 +1,7 @@
 """Videos and pictures are read as a player and a viewer show them."""
 import os, random, subprocess
+from io import BytesIO
 from pathlib import Path
-
 
 import imageio_ffmpeg
 import numpy as np
@@ -11,6 +11,7 @@ from PIL import Image, ImageCms
 
 import data
 import model
+from judging.vlm import frames_as_jpeg
 
 pytest_plugins = "tests.helpers"
 
@@ -119,13 +120,17 @@ def test_pixels_that_are_not_square_and_rotation(tmp_path):
     assert np.abs(seen_times(video(tmp_path / "c.mp4")) - np.arange(17) / 8).max() < 0.04
 
 
-@pytest.mark.parametrize("transfer", ["arib-std-b67", "smpte2084"])
-def test_hdr_becomes_sdr(transfer, tmp_path):
+def write_hdr(path, times, transfer):
     to_hdr = ("scale=out_color_matrix=bt709,format=yuv444p,setparams=color_primaries=bt709:color_trc=bt709:"
               "colorspace=bt709,zscale=t=linear:npl=203,format=gbrpf32le,zscale=p=bt2020,"
               f"zscale=t={transfer}:m=bt2020nc:r=tv,format=yuv420p10le")
     tags = f"log-level=0:colorprim=bt2020:transfer={transfer}:colormatrix=bt2020nc"
-    path = write_scene(tmp_path / "a.mp4", np.arange(75) / 30, "-vf", to_hdr, "-c:v", "libx265", "-x265-params", tags)
+    return write_scene(path, times, "-vf", to_hdr, "-c:v", "libx265", "-x265-params", tags)
+
+
+@pytest.mark.parametrize("transfer", ["arib-std-b67", "smpte2084"])
+def test_hdr_becomes_sdr(transfer, tmp_path):
+    path = write_hdr(tmp_path / "a.mp4", np.arange(75) / 30, transfer)
     red, green, blue = data.to_uint8(video(path))[0, 4, 4].astype(int)
     assert red > 120 and green < 60 and blue < 60, (red, green, blue)
 
@@ -151,6 +156,30 @@ def test_transparency_shows_white_and_not_what_lies_under_it(name, encoder, tmp_
     ffmpeg(*arguments, tmp_path / name, frames=frames)
     picture = data.to_uint8(data.read_video(tmp_path / name, 17, 48, 64, 8))[5].astype(int)
     assert np.abs(picture[20, 50] - 255).max() < 6 and np.abs(picture[20, 10] - (255, 0, 0)).max() < 6
+
+
+def write_transparent(path, *encoding, height=48, width=64):
+    """One picture: its left half is red; its right half transparent, and what lies under that green."""
+    frames = np.zeros((1, height, width, 4), np.uint8)
+    frames[..., :width // 2, :] = 255, 0, 0, 255
+    frames[..., width // 2:, :] = 0, 255, 0, 0
+    ffmpeg("-f", "rawvideo", "-pix_fmt", "rgba", "-s", f"{width}x{height}", "-i", "-", *encoding, path, frames=frames)
+    return path
+
+
+def test_a_language_model_is_shown_what_a_record_holds(tmp_path):
+    vp9 = "-vf scale=out_color_matrix=bt709 -pix_fmt yuva420p -c:v libvpx-vp9 -deadline realtime -cpu-used 8".split()
+    turned = write_scene(tmp_path / "stored.mp4", [0, 0], "-vf", "transpose=1", "-c:v", "libx264")
+    ffmpeg("-display_rotation", 90, "-i", turned, "-c", "copy", tmp_path / "turned.mp4")
+    for path, height, width in ((tmp_path / "turned.mp4", H, W),
+                                (write_scene(tmp_path / "wide.mp4", [0, 0], "-vf", "setsar=64/45"), 64, 137),
+                                (write_scene(tmp_path / "tall.mp4", [0, 0], "-vf", "setsar=1/9", height=96), 96, 11),
+                                (write_hdr(tmp_path / "hdr.mp4", [0, 0], "smpte2084"), H, W),
+                                (write_transparent(tmp_path / "hd.webm", *vp9, height=720, width=960), 576, 768)):
+        shown = np.array(Image.open(BytesIO(frames_as_jpeg(path, 2)[0]))).astype(int)
+        assert shown.shape == (height, width, 3), path
+        record = data.to_uint8(data.read_video(path, 1, height, width, 8))[0]
+        assert np.abs(shown - record).mean() < 4 and np.abs(shown - record).mean((0, 1)).max() < 5, path
 
 
 def test_a_large_picture_is_averaged_without_aliasing(tmp_path):
