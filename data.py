@@ -47,22 +47,15 @@ def to_uint8(video):
     return rearrange((video.float().clamp(-1, 1) + 1) * 127.5, "c f h w -> f h w c").round().byte().cpu().numpy()
 
 
-def run_ffmpeg(path, *arguments, decoder=()):
-    """Output and log of ffmpeg, which stops at a flaw in the video. Raises UserError where it cannot be read."""
+def run_ffmpeg(path, *arguments, options=()):
+    """(output, log) of ffmpeg, which reads a video with `options`. Raises UserError for a file that is not there."""
     if not Path(path).is_file():
         raise UserError(f"{path}: no such video")
-    done = subprocess.run([get_ffmpeg_exe(), "-nostdin", "-hide_banner", "-nostats", "-v", "level+info", "-xerror",
-                           "-err_detect", "explode", "-threads", "2", *decoder, "-i", f"file:{path}", *arguments],
-                          capture_output=True)
-    log = done.stderr.decode(errors="replace")
-    # At some flaws it does not stop: then it was the decoder that complained, or the reader of ogg files.
-    codecs = "|".join(re.findall(r"Video: (\w+)", log.split("Output #")[0]))
-    flaws = re.findall(rf"\[(?:{codecs}|\S*ogg) @.*\[error\] (.*)", log)
-    stopped = done.returncode and arguments                # without arguments it reads the header, then always fails
-    if flaws or stopped or "Stream #" not in log:
-        reasons = [*flaws, *re.findall(r"\[(?:error|fatal)\] (.*)", log), f"ffmpeg's status is {done.returncode}"]
-        raise UserError(f"{path}: is damaged or not a video ({reasons[0]})")
-    return done.stdout, log
+    # A flaw makes a picture that is left out, not one that is patched up. One thread: the log is then in order.
+    done = subprocess.run([get_ffmpeg_exe(), "-nostdin", "-hide_banner", "-nostats", "-v", "level+info", "-debug_ts",
+                           "-max_error_rate", "1", "-err_detect", "explode", "-threads", "1", *options,
+                           "-i", f"file:{path}", *arguments], capture_output=True)
+    return done.stdout, done.stderr.decode(errors="replace").replace(f"'file:{path}'", "it")
 
 
 class Film(NamedTuple):
@@ -77,7 +70,7 @@ class Film(NamedTuple):
 
 
 def read_video_header(path):
-    """The Film in a file. Raises UserError for a file that is missing or not a video."""
+    """The Film in a file. Raises UserError for a file that is missing or not a video, or that cannot be shown right."""
     log, films = run_ffmpeg(path)[1], []
     # A line of ffmpeg's own on a stream, and the lines about it, which are indented. What a file says of itself (titles,
     # comments, chapters) never begins such a line.
@@ -86,10 +79,17 @@ def read_video_header(path):
         if found and not re.search(r"\((attached pic|still image|timed thumbnails)\)", found[6]):
             films.append((about, *found.groups()))
     if not films:
-        raise UserError(f"{path}: holds no moving picture")
-    about, stream, codec, pixels, width, height, _ = films[0]
+        reason = re.findall(r"\[(?:error|fatal)\] (.*)", log)[0]
+        raise UserError(f"{path}: " + ("holds no moving picture" if "Stream #" in log else
+                                       f"is damaged or not a video ({reason})"))
+    moving = [film for film in films if film[2] not in ("png", "mjpeg", "bmp", "webp")]        # a cover without a mark
+    about, stream, codec, pixels, width, height, _ = (moving or films)[0]
+    vision = re.search(r"^\[info\] +DOVI configuration record: .*profile: (5|10|20),.*compatibility id: 0", about, re.M)
+    if vision:
+        raise UserError(f"{path}: is Dolby Vision of profile {vision[1]}, whose colours only Dolby's own players turn into "
+                        "others; export it as SDR or HDR10, or leave it out")
     alpha = re.match(r"yuva|gbrap|rgba|bgra|argb|abgr|pal8|ya\d|ayuv|vuya|uyva", pixels)
-    alpha = alpha or re.search(r"^\[info\]       alpha_mode +: 1$", about, re.MULTILINE)         # of webm
+    alpha = alpha or re.search(r"^\[info\] +alpha_mode +: 1$", about, re.MULTILINE)              # of webm
     length = re.search(r"^\[info\]   Duration: (\d+):(\d+):([\d.]+)", log, re.MULTILINE)
     seconds = 3600 * int(length[1]) + 60 * int(length[2]) + float(length[3]) if length else math.inf
     return Film(stream, codec, pixels, int(width), int(height), bool(alpha), seconds)
@@ -117,38 +117,107 @@ def picture_filters(film, size, instants=()):
     return ",".join(filters)
 
 
-def decoder_of(film):
-    """ffmpeg's options for a film whose usual decoder, ffmpeg's own, would drop the transparency."""
-    codecs = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
-    return ("-c:v", codecs[film.codec]) if film.alpha and film.codec in codecs else ()
+class Picture(NamedTuple):
+    """A picture as it left the decoder."""
+    time: float                                            # at which it is shown, in seconds
+    duration: float
+    key: bool                                              # decoded without others
 
 
-def read_video(path, frames, height, width, fps):
-    """A video as a player shows it, (3,F,height,width) fp32 in [-1,1]: frame k is what is seen k/fps s after the first
-    picture, upright, with square pixels, de-interlaced, in SDR, over white, resized to cover and cut at the centre.
-    Where it ends within a frame of the last instant, its last picture is held. Raises UserError for a file that is
-    missing, not a video, damaged or too short."""
-    film = read_video_header(path)
+def read_log(log):
+    """What happened, by ffmpeg's log: the times of the packets that were read, in seconds; the Pictures that were
+    decoded; and (text, whether reading is meant or else decoding, the time of the last packet or Picture before, number
+    of packets before) of each complaint."""
+    packets, pictures, complaints = [], [], []
+    looking, _, working = log.partition("Stream mapping:")             # first it tries the decoder on any packets
+    lines = [line for line in looking.splitlines() if "[in#" in line and "corrupt" not in line]
+    for line in lines + working.splitlines():
+        packet = re.search(r"demuxer\+ffmpeg -> .* pkt_pts_time:(\S+)", line)
+        picture = re.search(r"decoder -> .* pts_time:(\S+) .*duration_time:(\S+) (.*)", line)
+        if packet:
+            packets.append(float(packet[1].replace("NOPTS", "nan")))
+        elif picture:
+            key = re.search("keyframe:1|frame_type:0", picture[3])     # libvpx says nothing, and begins with a key
+            pictures.append(Picture(float(picture[1].replace("NOPTS", "nan")), float(picture[2]), bool(key)))
+        elif re.search(r"\[(error|fatal)\]|corrupt|\] concealing |first frame", line):
+            text = re.sub(r".*\[(error|fatal|warning|info)\] ", "", line)
+            before = packets if "[in#" in line else [picture.time for picture in pictures[-1:]]
+            since = before[-1] if before else -math.inf
+            if not (text.startswith("Error submitting") and complaints and complaints[-1][2] == since):    # the same
+                complaints.append((text, "[in#" in line, since, len(packets)))
+    return packets, pictures, complaints
+
+
+def find_damage(packets, pictures, complaints, begin, end):
+    """The first complaint about what is shown from `begin` to `end`, or None. A recording may begin anywhere, and two
+    may be joined: what precedes a whole picture and cannot be decoded is no damage."""
+    keys = {picture.time for picture in pictures if picture.key}
+    whole = max((time for time in keys if time <= begin), default=begin)           # nothing before it is needed
+    steps = np.diff([picture.time for picture in pictures if whole <= picture.time <= end])
+    even = len(steps) == 0 or max(steps) < 1.8 * np.median(steps)                  # no picture is missing
+    earlier = any(not time >= whole for time in packets)
+    for text, reading, since, read in complaints:
+        if reading:                                        # one of the next two packets, or that a third follows them
+            suspect, behind = packets[read:read + 2], packets[read + 2:read + 3]
+            joined = "corrupt" in text and even and keys.issuperset(behind) and behind
+            passed = suspect and max(suspect) < whole or joined
+        else:                                              # a picture that is not out yet, and they come out late
+            alone = whole in keys or re.search("reference|mmco|co located", text)  # else the edit list hides the key
+            passed = earlier and since < whole and alone and even and not re.search("corrupt dec|first frame", text)
+        if since < end and not passed:
+            return text
+    return None
+
+
+def decode(path, film, filters, *output, start=0.0, seconds=math.inf):
+    """What ffmpeg's `filters` make of a film from `start` on, or from its first whole picture if that comes later, and
+    its Pictures, with times from there on. Raises UserError where less than `seconds` of that are whole."""
+    options = []
+    if film.codec == "vp9" or film.codec == "vp8" and film.alpha:
+        # ffmpeg's own decoders drop the transparency; that of VP9 takes any damage for a picture.
+        options += ["-c:v", "libvpx-vp9" if film.codec == "vp9" else "libvpx"]
+    seek = max(0.0, start - 1)                             # what is on show at `start` began before
+    if seek:
+        options += ["-noaccurate_seek", "-ss", str(seek)]
+    begin = f"max(STARTPTS,{start - seek}/TB)" if start else "STARTPTS"
+    made, log = run_ffmpeg(path, "-map", film.stream, "-vf", f"showinfo=checksum=0,setpts='PTS-{begin}',{filters}",
+                           "-fps_mode", "passthrough", *output, options=options)
+    packets, pictures, complaints = read_log(log)
+    begin = max(start - seek, pictures[0].time) if start and pictures else pictures[0].time if pictures else 0
+    damage = find_damage(packets, pictures, complaints, begin, begin + seconds)
+    if damage or not pictures:
+        raise UserError(f"{path}: is damaged ({damage or 'no picture'})")
+    for time in re.findall(r"\] n: +0 .* pts_time:(\S+)", log)[1:]:    # the filters began again
+        if float(time) < begin + seconds:
+            raise UserError(f"{path}: changes the size or format of its pictures on the way; encode it again")
+    return made, [picture._replace(time=picture.time - begin) for picture in pictures]
+
+
+def read_video(path, frames, height, width, fps, start=0.0, film=None):
+    """A video as a player shows it, (3,F,height,width) fp32 in [-1,1]: frame k is what is seen k/fps s after `start`, or
+    after the first picture: upright, with square pixels, de-interlaced, in SDR, over white, resized to cover and cut at
+    the centre. Where it ends within a frame of the last instant, its last picture is held. `film` is what
+    `read_video_header` returned, if it was asked. Raises UserError for a file that is missing, not a video, damaged or
+    too short."""
+    film = film or read_video_header(path)
     flags = "area" if film.width * film.height > width * height else "bicubic"
     if (film.width, film.height) != (width, height):       # at the same size, ffmpeg's usual colours to the bit
         flags += "+accurate_rnd+full_chroma_int+full_chroma_inp"
     cover = f"scale=w='max({width},round({height}*dar))':h='max({height},round({width}/dar))':flags={flags}"
     # On show at k/fps is the last picture that began by then: begins are rounded up, less 1 ms, to which some formats
     # round them. A fine grid first, on which the last picture is held.
-    instants = (f"fps={30 * fps}:start_time=0:round=up", "tpad=stop_mode=clone:stop_duration=2", f"fps={fps}:round=up")
-    filters = ("settb=AVTB,setpts=PTS-STARTPTS-1000,showinfo=checksum=0,"
-               f"{picture_filters(film, cover, instants)},crop={width}:{height}:exact=1")
-    pixels, log = run_ffmpeg(path, "-map", film.stream, "-vf", filters, "-frames:v", str(frames), "-fps_mode",
-                             "passthrough", "-f", "rawvideo", "-", decoder=decoder_of(film))
-    if log.count("config in time_base") > 1:
-        raise UserError(f"{path}: changes the size or format of its pictures on the way; encode it again")
+    instants = ("settb=AVTB", "setpts=PTS-1000", f"fps={30 * fps}:start_time=0:round=up",
+                "tpad=stop_mode=clone:stop_duration=2", f"fps={fps}:round=up")
+    filters = f"{picture_filters(film, cover, instants)},crop={width}:{height}:exact=1"
+    needed = (frames - 1) / fps
+    pixels, pictures = decode(path, film, filters, "-frames:v", str(frames), "-f", "rawvideo", "-", start=start,
+                              seconds=needed)
     video = np.frombuffer(bytearray(pixels), np.uint8).reshape(-1, height, width, 3)
-    times = re.findall(r"pts_time:(\S+) .*duration_time:([\d.]+)", log) or [(0, 0)]
-    begin, last = map(float, times[-1])                    # of the last picture, in seconds
-    end, needed = begin + last + 0.001, (frames - 1) / fps
+    end, last = pictures[-1].time + pictures[-1].duration, pictures[-1].duration
     if len(video) < frames or end + min(last, 1 / fps) < needed - 0.002:
-        raise UserError(f"{path}: lasts {end:.2f} s, but {frames} frames at {fps} fps need {needed:.2f} s; "
-                        "leave it out or choose fewer --frames")
+        begin = f" from {start:g} s on" if start else ""
+        raise UserError(f"{path}: lasts {start + end:.2f} s, but {frames} frames at {fps} fps{begin} need "
+                        f"{start + needed:.2f} s; leave it out or choose fewer --frames")
     return from_uint8(video)
 
 
