@@ -329,15 +329,17 @@ def paired_rows(files, prompts):
 
 def metadata_rows(path, faults):
     """(where, fields) of metadata.jsonl or metadata.csv: the layout of Hugging Face's video folders. Raises UserError
-    for one that is of another form as a whole."""
-    lines, number = read_lines(path), 0
+    for one that has another form as a whole."""
+    lines, head, number = read_lines(path), [], 0
     table = csv.reader([line + "\n" for line in lines], strict=True)
-    head = next(table, []) if path.suffix == ".csv" else []
-    if path.suffix == ".csv" and not {"file_name", "text"} <= {*head}:
-        raise UserError(f"{path}: begins with {lines[0]!r:.60}; expected file_name and text, with commas between")
-    if path.suffix == ".jsonl" and lines[0].startswith("[") and lines[-1].endswith("]"):
+    if path.suffix == ".csv":
+        with suppress(csv.Error):                          # of a head that cannot be read
+            head = [cell.strip() for cell in next(filter(None, table), [])]
+        if not {"file_name", "text"} <= {*head}:
+            raise UserError(f"{path}: begins with {lines[0]!r:.60}; expected file_name and text, with commas between")
+        number = table.line_num
+    elif lines[0].startswith("[") and lines[-1].endswith("]"):
         raise UserError(f"{path}: is one JSON array; expected a line for each clip, {{\"file_name\": …, \"text\": …}}")
-    number = table.line_num
     while number < len(lines):
         where = f"{path}, row {number + 1}"
         try:
