@@ -147,7 +147,7 @@ def test_two_spans_of_a_film_are_two_records_and_know_where_they_begin(videos, t
     assert not torch.equal(*(record["image"] for record in records))                           # noise of their own
     pixels = [data.read_clip(clip, (9, 32, 32), 8, {}) for clip in data.list_clips(folder)[0]]
     assert torch.equal(pixels[0][1], pixels[1][1])         # the first frame goes with the file
-    assert torch.equal(pixels[1][0], data.read_video(clip, 9, 32, 32, 8, start=0.25))
+    assert torch.equal(pixels[1][0], data.read_video(folder / "a.mp4", 9, 32, 32, 8, start=0.25))
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     with pytest.raises(model.UserError, match="two clips are named a"):
         data.list_clips(folder)
@@ -167,7 +167,7 @@ def test_what_is_printed_to_be_typed_can_be_pasted(videos, tmp_path, capsys):
     assert command == ["python", "sample.py", "--model", "tiny", "--data", str(place)]
     with pytest.raises(model.UserError) as refused:
         data.Records(place)
-    assert shlex.split(str(refused.value).rsplit("and: ", 1)[1])[-1] == str(place)
+    assert shlex.split(str(refused.value).rsplit("with: ", 1)[1])[-1] == str(place)
     add_negatives(place)
     command = shlex.split(capsys.readouterr().out.rsplit("next: ", 1)[1])
     assert command == ["python", "train.py", "--model", "tiny", "--data", str(place)]
