@@ -1,5 +1,5 @@
 """One question with pictures to a vision-language model behind an OpenAI-compatible server, and what it answers."""
-import base64, json, os, re, time
+import base64, json, os, time
 from functools import lru_cache
 from io import BytesIO
 from multiprocessing.pool import ThreadPool
@@ -19,8 +19,8 @@ KEY = "VLM_API_KEY"                                        # the environment var
 
 @lru_cache(maxsize=64)                                     # the verdict asks about a video four times
 def frames_as_jpeg(video, count):
-    """`count` frames of a whole clip, evenly spaced in time, or a picture, as a record shows them: JPEG files of at most
-    768 pixels a side."""
+    """`count` frames of a whole clip, evenly spaced in time, or a picture, as a record shows them: JPEG files of at
+    most 768 pixels a side."""
     suffix = Path(video).suffix.lower()
     if count == 1 and (suffix in SUFFIXES["picture"] or suffix not in SUFFIXES["video"]):
         image, file = open_image(video), BytesIO()
@@ -34,7 +34,8 @@ def frames_as_jpeg(video, count):
     fit = f"scale=w='max(1,round(iw*sar*{smaller}))':h='max(1,round(ih*{smaller}))':flags=area"
     filters = picture_filters(film, fit, instants=[f"fps={count / seconds}"])
     filters += ",scale=out_color_matrix=bt601:out_range=pc,format=yuvj444p"                    # a JPEG's colours
-    made, _ = decode(video, film, filters, "-frames:v", str(count), "-c:v", "mjpeg", "-q:v", "3", "-f", "image2pipe", "-")
+    coding = "-c:v", "mjpeg", "-q:v", "3", "-f", "image2pipe"
+    made, _ = decode(video, film, filters, "-frames:v", str(count), *coding, "-")
     start = b"\xff\xd8\xff"                               # of a JPEG, and never inside one
     if start not in made:
         raise UserError(f"{video}: shows no picture")
