@@ -2,9 +2,9 @@
 
     python data.py --videos DIR --model MODEL --out CACHE              (torchrun --nproc_per_node 8 data.py … as well)
 
-DIR holds NAME.mp4 beside NAME.txt; or metadata.jsonl / metadata.csv with file_name and text; or the authors' video.txt
-and prompt.txt, one line per clip. A clip is read as a player shows it. A record is a safetensors file that holds all
-that training needs, in bf16:
+DIR holds NAME.mp4 beside NAME.txt; or metadata.jsonl / metadata.csv with file_name, text and, where a clip is not the
+beginning of its film, start in seconds; or the authors' video.txt and prompt.txt, one line per clip. A clip is read as
+a player shows it. A record is a safetensors file that holds all that training needs, in bf16:
 
     CACHE/win/NAME.safetensors     win (C,F,H,W)  image (C,1,H,W)  text (L,D)  [noised (K,C,1,H,W)]
     CACHE/lose/NAME.safetensors    lose (N,C,F,H,W) of that very win           written by sample.py
@@ -101,19 +101,22 @@ def read_video_header(path):
 def picture_filters(film, size, instants=()):
     """ffmpeg's filters from decoded pictures, upright already, to what a player shows: RGB with square pixels. `size`
     is the filter that scales them, by `dar` and `sar`; `instants` are those that choose the moments, if not all."""
-    hdr = re.search("arib-std-b67|smpte2084", film.pixels)             # HLG or PQ
-    tagged = re.search(r"\((\d+ bpc, )?(\w\w, )?(bt|smpte|gbr|fcc|ycgco|chroma|ictcp)", film.pixels)
+    apart = re.search(r"([\w-]+)/([\w-]+)/([\w-]+)", film.pixels)       # or one word, for all three
+    alike = re.search(r"[( ]((bt|smpte|fcc|ycgco)[\w-]*)[,)]", film.pixels)
+    matrix, primaries, transfer = apart.groups() if apart else 3 * [alike[1] if alike else "unknown"]
+    hdr = transfer in ("arib-std-b67", "smpte2084")        # HLG or PQ
+    if matrix == "unknown" and (hdr or film.height > 576 or film.width >= 1280):
+        matrix = "bt2020nc" if hdr else "bt709"            # what players take HD for where the file does not say
     filters = ["bwdif=mode=send_frame:deint=interlaced"]   # two instants woven into one picture are taken apart
     filters += instants
-    if hdr and "unknown" in film.pixels:
-        filters.append("setparams=colorspace=bt2020nc:color_primaries=bt2020")
-    elif not tagged and film.pixels.startswith("yuv") and (film.height > 576 or film.width >= 1280):
-        filters.append("setparams=colorspace=bt709")       # what players take HD for where the file does not say
+    if film.pixels.startswith("yuv") and matrix not in ("unknown", "reserved"):
+        filters.append(f"setparams=colorspace={matrix}")   # the file may know it where its pictures do not
     if film.alpha:                                         # white behind it: the negative before black, turned again
         filters += ["format=gbrap", "negate", "premultiply=inplace=1"]
     filters += [size, "setsar=1"]
     if hdr:
-        filters += ["format=yuv444p10le", "zscale=t=linear:npl=100",               # from code values to light,
+        filters += [f"setparams=color_primaries={primaries.replace('unknown', 'bt2020')}:color_trc={transfer}",
+                    "format=yuv444p10le", "zscale=t=linear:npl=100",               # from code values to light,
                     "format=gbrpf32le", "zscale=p=bt709",                          # of other primaries,
                     "tonemap=hable:desat=0",                                       # the brightest rolled off,
                     "zscale=t=bt709:r=pc", "format=gbrp"]                          # and back
@@ -433,7 +436,7 @@ def read_list(folder, files="video.txt", prompts="prompt.txt", what="video"):
     except OSError as e:
         raise UserError(f"{e.filename}: cannot be read ({e.strerror})") from e
     others = [name for name in found if re.search(r"\.(tsv|json|jsonl|csv|parquet|xlsx?)$", name, re.IGNORECASE)]
-    if others and not lists and (faults or not clips):
+    if others and not lists and not clips:
         raise UserError(f"{folder}: holds {others[0]}, which is not read; expected metadata.csv or metadata.jsonl with "
                         "file_name and text: save it as one of them")
     if not clips and not faults:
@@ -458,7 +461,7 @@ def list_clips(folder, given_negatives=False):
             raise UserError(f"{folder}: two clips are named {clip.name}; rename one of them")
         if given_negatives:
             clip = clip._replace(negatives=tuple(generated.get(composed(clip.file.stem), ())))
-        clip = clip._replace(image=images.get(clip.name.split("@")[0]))
+        clip = clip._replace(image=images.get(record_name(clip.extra["file_name"].strip())))
         used |= {clip.image, *clip.negatives}
         clips[clip.name] = clip
     if len(clips) < len(listed):

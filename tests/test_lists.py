@@ -114,8 +114,12 @@ def test_of_a_list_that_cannot_be_read_the_line_says_what_was_found_and_what_to_
 
 
 def test_a_file_beside_captions_is_no_list(videos, tmp_path):
-    content = {"a.txt": "one", "b.txt": "two", "notes.json": "[]"}
-    assert len(data.list_clips(write_list(tmp_path / "list", content, videos))[0]) == 2
+    content = {"a@home.txt": "one", "notes.json": "[]"}
+    folder = write_list(tmp_path / "list", content, videos, clips=("a@home.mp4", "b.mp4"))
+    (folder / "first_frames").mkdir()
+    Image.new("RGB", (32, 32)).save(folder / "first_frames" / "a@home.png")
+    (clip,), (fault,) = data.list_clips(folder)
+    assert clip.image and "b.mp4: has no caption" in fault
 
 
 @pytest.mark.parametrize("listed, stored", [("NFC", "NFD"), ("NFD", "NFC")])

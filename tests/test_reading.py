@@ -131,8 +131,12 @@ def write_hdr(path, times, transfer):
 @pytest.mark.parametrize("transfer", ["arib-std-b67", "smpte2084"])
 def test_hdr_becomes_sdr(transfer, tmp_path):
     path = write_hdr(tmp_path / "a.mp4", np.arange(75) / 30, transfer)
-    red, green, blue = data.to_uint8(video(path))[0, 4, 4].astype(int)
+    red, green, blue = data.to_uint8(video(path, 1))[0, 4, 4].astype(int)
     assert red > 120 and green < 60 and blue < 60, (red, green, blue)
+    for name, left in (("file.mkv", ""), ("transfer.ts", f":transfer_characteristics={16 + 2 * (transfer[0] == 'a')}")):
+        tagged = tmp_path / name                           # by the file alone, and by its transfer alone
+        ffmpeg("-i", path, "-c", "copy", "-bsf:v", f"hevc_metadata=colour_primaries=2:matrix_coefficients=2{left}", tagged)
+        assert torch.equal(video(tagged, 1), video(path, 1)), name
 
 
 def test_colours_follow_what_the_file_says_and_hd_is_bt709_where_it_says_nothing(tmp_path):
@@ -144,6 +148,9 @@ def test_colours_follow_what_the_file_says_and_hd_is_bt709_where_it_says_nothing
         path = write_scene(tmp_path / f"{name}.mp4", [0, 0], *arguments, height=height, width=height * 3 // 2)
         found = data.to_uint8(video(path, 1))[0, 4, 4].astype(int)
         assert np.abs(found - COLOURS["red"]).max() < 6, (name, found)
+    silent = "h264_metadata=colour_primaries=2:transfer_characteristics=2:matrix_coefficients=2"
+    ffmpeg("-i", path, "-c", "copy", "-bsf:v", silent, tmp_path / "file.mkv")      # whose pictures do not say it
+    assert torch.equal(video(tmp_path / "file.mkv", 1), video(path, 1))
 
 
 def write_transparent(path, *encoding, height=48, width=64):
