@@ -72,30 +72,31 @@ class Film(NamedTuple):
 
 
 def read_video_header(path):
-    """The Film in a file. Raises UserError for one that is missing, not a video, or whose colours ffmpeg lacks."""
+    """The Film in a file. Raises UserError for one that is missing, not a video, or in colours that ffmpeg lacks."""
     log, films = run_ffmpeg(path)[1], []
-    # ffmpeg's own line on each stream, with those below it that are indented. What a file says of itself, its titles and
-    # comments, is indented too, so it cannot pass for a stream, and what is said of a cover or another stream is apart.
+    if "Stream #" not in log:
+        reason = re.findall(r"\[(?:error|fatal)\] (.*)", log)[0]
+        raise UserError(f"{path}: is damaged or not a video ({reason})")
+    # ffmpeg's own line on each stream, with those below it that are indented. What a file says of itself, in titles and
+    # comments, is indented too and cannot pass for a stream; what is said of covers and other streams stands apart.
     for about in re.findall(r"^\[info\]   Stream #0:.*(?:\n\[info\]     .*)*", log, re.MULTILINE):
         found = re.match(r".*?(0:\d+)[^:]*: Video: (\w+)(?: \(.*?\))*, (\w+(?:\(.*?\))?), (\d+)x(\d+)(.*)", about)
         if found and not re.search(r"\((attached pic|still image|timed thumbnails)\)", found[6]):
-            films.append((about, *found.groups()))
+            films.append((about, found))
     if not films:
-        reason = re.findall(r"\[(?:error|fatal)\] (.*)", log)[0]
-        raise UserError(f"{path}: " + ("holds no moving picture" if "Stream #" in log else
-                                       f"is damaged or not a video ({reason})"))
-    moving = [film for film in films if film[2] not in ("png", "mjpeg", "bmp", "webp")]        # covers without a mark
-    about, stream, codec, pixels, width, height, _ = (moving or films)[0]
+        raise UserError(f"{path}: holds no moving picture")
+    moving = [film for film in films if film[1][2] not in ("png", "mjpeg", "bmp", "webp")]     # no unmarked cover
+    about, found = (moving or films)[0]
     # Dolby Vision 5, and what else is compatible with nothing, has a matrix of its own.
-    dolby = re.search(r"\n\[info\] +DOVI configuration record: .*profile: (5|\d+(?=.*compatibility id: 0))", about)
+    dolby = re.search(r"\n.info. +DOVI configuration record: .*profile: (5|\d+(?=.*compatibility id: 0))", about)
     if dolby:
         raise UserError(f"{path}: is Dolby Vision of profile {dolby[1]}, which ffmpeg shows in wrong colours; export it "
                         "as SDR or HDR10, or leave it out")
-    alpha = re.match(r"yuva|gbrap|rgba|bgra|argb|abgr|pal8|ya\d|ayuv|vuya|uyva", pixels)
+    alpha = re.match(r"yuva|gbrap|rgba|bgra|argb|abgr|pal8|ya\d|ayuv|vuya|uyva", found[3])
     alpha = alpha or re.search(r"^\[info\] +alpha_mode +: 1$", about, re.MULTILINE)              # of webm
     length = re.search(r"^\[info\]   Duration: (\d+):(\d+):([\d.]+)", log, re.MULTILINE)
     seconds = 3600 * int(length[1]) + 60 * int(length[2]) + float(length[3]) if length else math.inf
-    return Film(stream, codec, pixels, int(width), int(height), bool(alpha), seconds)
+    return Film(found[1], found[2], found[3], int(found[4]), int(found[5]), bool(alpha), seconds)
 
 
 def picture_filters(film, size, instants=()):
@@ -539,7 +540,8 @@ class Records:
                                     f"{quote(str(folder))}")
                 shapes, metadata = read_header(file)
                 metadata["shapes"] = shapes
-                common = common or {k: v for k, v in metadata.items() if k not in ("caption", "source", "start", "hash", "win")}
+                own = ("caption", "source", "start", "hash", "win")
+                common = common or {k: v for k, v in metadata.items() if k not in own}
                 check_metadata(file, metadata, common, now="other records:")
                 if kind == "win":
                     self.hashes[name], win_shape = metadata.get("hash"), shapes["win"]
