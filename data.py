@@ -88,10 +88,10 @@ def read_video_header(path):
     moving = [film for film in films if film[1][2] not in ("png", "mjpeg", "bmp", "webp")]     # no unmarked cover
     about, found = (moving or films)[0]
     # Dolby Vision 5, and what else is compatible with nothing, has a matrix of its own.
-    dolby = re.search(r"\n.info. +DOVI configuration record: .*profile: (5|\d+(?=.*compatibility id: 0))", about)
+    dolby = re.search(r"\n.info. +DOVI configuration record:.* profile: (5|\d+(?=.*compatibility id: 0))", about)
     if dolby:
-        raise UserError(f"{path}: is Dolby Vision of profile {dolby[1]}, which ffmpeg shows in wrong colours; export it "
-                        "as SDR or HDR10, or leave it out")
+        raise UserError(f"{path}: is Dolby Vision of profile {dolby[1]}, which ffmpeg shows in wrong colours; export "
+                        "it as SDR or HDR10, or leave it out")
     alpha = re.match(r"yuva|gbrap|rgba|bgra|argb|abgr|pal8|ya\d|ayuv|vuya|uyva", found[3])
     alpha = alpha or re.search(r"^\[info\] +alpha_mode +: 1$", about, re.MULTILINE)              # of webm
     length = re.search(r"^\[info\]   Duration: (\d+):(\d+):([\d.]+)", log, re.MULTILINE)
@@ -172,12 +172,12 @@ def find_damage(read, decoded, complaints, begin, end):
         if line.startswith("[in#"):                        # about one of the next two packets
             since = read[packets - 1].time if packets else -math.inf
             suspect, behind = read[packets:packets + 2], read[packets + 2:packets + 3]
-            joined = even and any(packet.key for packet in behind)                 # it counts anew there
+            joined = even and any(packet.key for packet in behind)                 # where numbers begin anew
             earlier = suspect and max(packet.time for packet in suspect) < whole
             passed = "corrupt" in line and (joined or earlier)
         else:                                              # about a picture that is not out yet: they come out late
             since = times[pictures - 1] if pictures else -math.inf
-            # An open group of H.264 refers to what precedes it, though its pictures are whole.
+            # An open group of H.264 refers to what precedes it, though its pictures can do without.
             lacking = re.search("mmco|co located|referenc|submitting", line)
             passed = since < whole and even and (others or lacking)
             passed = passed and not re.search("corrupt dec|Reconf", line)
@@ -203,12 +203,12 @@ def decode(path, film, filters, *output, start=0.0, seconds=math.inf):
         keys = [picture.time for picture in decoded if picture.key]
         if seek and not (keys and keys[0] == decoded[0].time <= start - seek):
             margin *= 4                                    # what is on show at `start` began earlier still
-        elif keys and not start and "first frame" in log:  # MPEG-4's decoder shows grey until there is a key
-            start = max(keys[0], 1e-6)
+        elif keys and not start and any("first frame" in line for line, *_ in complaints):
+            start = max(keys[0], 1e-6)                     # MPEG-4's decoder shows grey before
         else:
             break
     if not decoded:
-        raise UserError(f"{path}: is damaged ({complaints[0][0] if complaints else 'no picture'})")
+        raise UserError(f"{path}: is damaged ({complaints[0][0].split('] ')[-1] if complaints else 'no picture'})")
     begin = max(decoded[0].time, start - seek) if start else decoded[0].time
     damage = find_damage(read, decoded, complaints, begin, begin + seconds)
     if damage and damage.startswith("Reconfiguring"):
