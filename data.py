@@ -55,7 +55,7 @@ def run_ffmpeg(path, *arguments, options=()):
         raise UserError(f"{path}: no such video")
     # A picture with a flaw is left out instead of patched up. One thread decodes, so that the log is in order.
     done = subprocess.run([get_ffmpeg_exe(), "-nostdin", "-hide_banner", "-nostats", "-v", "level+info", "-debug_ts",
-                           "-dump", "-max_error_rate", "1", "-err_detect", "explode", "-threads", "1", *options,
+                           "-max_error_rate", "1", "-err_detect", "explode", "-threads", "1", *options,
                            "-i", f"file:{path}", *arguments], capture_output=True)
     return done.stdout, done.stderr.decode(errors="replace").replace(f"'file:{path}'", "it")
 
@@ -128,55 +128,61 @@ def picture_filters(film, size, instants=()):
 
 
 class Picture(NamedTuple):
-    """A picture, coded in a packet or as it left the decoder."""
-    time: float                                            # at which it is shown, in seconds, or nan
+    """A picture as it left the decoder."""
+    time: float                                            # at which it is shown, in seconds
     duration: float
     key: bool                                              # decoded without others
 
 
 def read_log(log):
-    """What ffmpeg did: the Pictures that it read, those that it decoded, and what it complained of, each a line with
-    the numbers of both before it."""
-    read, decoded, complaints, key = [], [], [], False
+    """What ffmpeg did: the times of the packets that it read, in seconds or nan, the Pictures that it decoded, and what
+    it complained of, each a line with the numbers of packets and Pictures before it."""
+    packets, pictures, complaints = [], [], []
     looking, _, working = log.partition("\n[info] Stream mapping:")
     # While it looks what there is, it reads the first packets, and tries the decoder on them; the latter is no matter.
     lines = [line for line in looking.splitlines() if re.match(r"\[in#0/.*\[error\]|\[in#.*CRC mismatch", line)]
     for line in lines + working.splitlines():
         line = line.replace("NOPTS", "nan")
-        packet = re.search(r"demuxer\+ffmpeg -> .* pkt_pts_time:(\S+) .*duration_time:(\S+)", line)
+        packet = re.search(r"demuxer\+ffmpeg -> .* pkt_pts_time:(\S+)", line)
         picture = re.search(r"decoder -> .* pts_time:(\S+) .*duration_time:(\S+)", line)
-        if line.startswith("[info]   keyframe="):
-            key = line.endswith("1")                       # of the packet that the next line is about
-        elif packet:
-            read.append(Picture(float(packet[1]), float(packet[2]), key))
+        if packet:
+            packets.append(float(packet[1]))
         elif picture:
-            whole = re.search("keyframe:1|dec:libvpx", line)           # libvpx does not say, and begins with a key
-            decoded.append(Picture(float(picture[1]), float(picture[2]), bool(whole)))
+            key = re.search("keyframe:1|dec:libvpx", line)             # libvpx does not say, and begins with a key
+            pictures.append(Picture(float(picture[1]), float(picture[2]), bool(key)))
         elif re.search(r" @ .*(\[error\]|\[fatal\]|corrupt|concealing|first frame)", line):
-            complaints.append((line, len(read), len(decoded)))
+            complaints.append((line, len(packets), len(pictures)))
         elif "Reconfiguring" in line:                      # the filters, which at most 20 pictures wait for
-            complaints.append((line, len(read), max(0, len(decoded) - 20)))
-    return read, decoded, complaints
+            complaints.append((line, len(packets), max(0, len(pictures) - 20)))
+    return packets, pictures, complaints
 
 
-def find_damage(read, decoded, complaints, begin, end):
-    """The first complaint about what is shown from `begin` to `end`, or None. A recording may begin anywhere, and two
-    may be joined: what precedes a whole picture and cannot be decoded is no damage."""
-    times = [picture.time for picture in decoded]
-    keys = [picture.time for picture in decoded if picture.key and picture.time <= begin]
-    whole = max(keys, default=begin)                       # from here on all is needed
+def begins_with_key(path, film, options):
+    """Whether the first picture that is read of a film is decoded without others."""
+    log = run_ffmpeg(path, "-map", film.stream, "-c", "copy", "-frames:v", "1", "-f", "null", "-",
+                     options=[*options, "-dump"])[1]
+    return re.findall(r"^\[info\]   keyframe=(\d)", log, re.MULTILINE)[:1] == ["1"]
+
+
+def find_damage(packets, pictures, complaints, begin, end, cut):
+    """The first complaint about what is shown from `begin` to `end`, or None. A recording may begin anywhere (`cut`:
+    without a key), and two may be joined: what precedes a whole picture and cannot be decoded is no damage."""
+    times = [picture.time for picture in pictures]
+    keys = [picture.time for picture in pictures if picture.key]
+    before = [time for time in keys if time <= begin]
+    whole = max(before, default=begin)                     # from here on all is needed
     steps = np.diff([time for time in times if whole <= time <= end])
     even = len(steps) == 0 or max(steps) < 1.8 * np.median(steps)                  # no picture is missing
-    others = keys and (not read[0].key or read[0].time in times and read[0].time < whole)          # precede it
-    for line, packets, pictures in complaints:
+    others = before and (cut or packets[0] in times and packets[0] < whole)        # precede it
+    for line, read, decoded in complaints:
         if line.startswith("[in#"):                        # about one of the next two packets
-            since = read[packets - 1].time if packets else -math.inf
-            suspect, behind = read[packets:packets + 2], read[packets + 2:packets + 3]
-            joined = even and any(packet.key for packet in behind)                 # where numbers begin anew
-            earlier = suspect and max(packet.time for packet in suspect) < whole
+            since = packets[read - 1] if read else -math.inf
+            suspect, behind = packets[read:read + 2], packets[read + 2:read + 3]
+            joined = even and behind and behind[0] in keys                         # where numbers begin anew
+            earlier = suspect and max(suspect) < whole
             passed = "corrupt" in line and (joined or earlier)
         else:                                              # about a picture that is not out yet: they come out late
-            since = times[pictures - 1] if pictures else -math.inf
+            since = times[decoded - 1] if decoded else -math.inf
             # An open group of H.264 refers to what precedes it, though its pictures can do without.
             lacking = re.search("mmco|co located|referenc|submitting", line)
             passed = since < whole and even and (others or lacking)
@@ -199,23 +205,24 @@ def decode(path, film, filters, *output, start=0.0, seconds=math.inf):
         zero = f"max(STARTPTS,{start - seek}/TB)" if start else "STARTPTS"
         made, log = run_ffmpeg(path, "-map", film.stream, "-vf", f"settb=AVTB,setpts='PTS-{zero}',{filters}",
                                "-fps_mode", "passthrough", "-map_metadata", "-1", *output, options=[*decoder, *place])
-        read, decoded, complaints = read_log(log)
-        keys = [picture.time for picture in decoded if picture.key]
-        if seek and not (keys and keys[0] == decoded[0].time <= start - seek):
+        packets, pictures, complaints = read_log(log)
+        keys = [picture.time for picture in pictures if picture.key]
+        if seek and not (keys and keys[0] == pictures[0].time <= start - seek):
             margin *= 4                                    # what is on show at `start` began earlier still
         elif keys and not start and any("first frame" in line for line, *_ in complaints):
             start = max(keys[0], 1e-6)                     # MPEG-4's decoder shows grey before
         else:
             break
-    if not decoded:
+    if not pictures:
         raise UserError(f"{path}: is damaged ({complaints[0][0].split('] ')[-1] if complaints else 'no picture'})")
-    begin = max(decoded[0].time, start - seek) if start else decoded[0].time
-    damage = find_damage(read, decoded, complaints, begin, begin + seconds)
+    begin = max(pictures[0].time, start - seek) if start else pictures[0].time
+    cut = complaints and not begins_with_key(path, film, place)
+    damage = find_damage(packets, pictures, complaints, begin, begin + seconds, cut)
     if damage and damage.startswith("Reconfiguring"):
         raise UserError(f"{path}: changes the size or format of its pictures on the way; encode it again")
     if damage:
         raise UserError(f"{path}: is damaged ({damage})")
-    return made, [picture._replace(time=picture.time - begin) for picture in decoded]
+    return made, [picture._replace(time=picture.time - begin) for picture in pictures]
 
 
 def read_video(path, frames, height, width, fps, start=0.0, film=None):
