@@ -158,10 +158,13 @@ def read_log(log):
 
 
 def begins_with_key(path, film, options):
-    """Whether the first picture that is read of a film is decoded without others."""
-    log = run_ffmpeg(path, "-map", film.stream, "-c", "copy", "-frames:v", "1", "-f", "null", "-",
-                     options=[*options, "-dump"])[1]
-    return re.findall(r"^\[info\]   keyframe=(\d)", log, re.MULTILINE)[:1] == ["1"]
+    """Whether the first picture of a film can do without others, by its own bytes or by what the file says of it."""
+    for reading in ["-dump"], ["-dump", "-fflags", "+noparse+nofillin"]:
+        log = run_ffmpeg(path, "-map", film.stream, "-c", "copy", "-copyinkf", "-frames:v", "1", "-f", "null", "-",
+                         options=[*options, *reading])[1]
+        if re.findall(r"^\[info\]   keyframe=(\d)", log, re.MULTILINE)[:1] == ["1"]:
+            return True
+    return False
 
 
 def find_damage(packets, pictures, complaints, begin, end, cut):

@@ -259,12 +259,24 @@ def test_damage_inside_the_clip_is_refused_and_behind_it_does_not_matter(kind, t
         video(path)
 
 
+def test_a_damaged_beginning_is_not_taken_for_a_recording_that_begins_later(tmp_path):
+    path = tmp_path / "a.mp4"
+    ffmpeg("-f", "lavfi", "-i", "testsrc2=s=96x64:r=15:d=5,noise=alls=20", "-c:v", "libx264", "-g", 15, "-bsf:v",
+           "filter_units=remove_types=6", path)            # without the words of the encoder
+    film = data.read_video_header(path)
+    for seed in range(2 * SEEDS):
+        with pytest.raises(model.UserError, match="flipped.*: is damaged"):
+            video(flipped(path, 0.005, 0.04, 20, seed), film=film)
+
+
 def test_packets_that_never_arrived_are_damage_though_a_decoder_passes_over_them(tmp_path):
     path = tmp_path / "a.ts"
     ffmpeg("-f", "lavfi", "-i", "testsrc2=s=96x64:r=30:d=3,noise=alls=20", *X265.split(), path)
     content, film = path.read_bytes(), data.read_video_header(path)
     for place in range(10, 10 + 3 * SEEDS):
-        gap = len(content) // 188 * place // (20 + 6 * SEEDS) * 188    # in the first half
+        gap = len(content) // 188 * place // (20 + 6 * SEEDS) * 188        # in the first half
+        while content[gap + 1] & 31 != 1:                  # it is a packet of tables, not of pictures
+            gap += 188
         (tmp_path / "b.ts").write_bytes(content[:gap] + content[gap + 3 * 188:])
         with pytest.raises(model.UserError, match="b.ts: is damaged"):
             video(tmp_path / "b.ts", film=film)
