@@ -355,7 +355,6 @@ class Attention(nn.Module):
         return self.to_out(rearrange(nnf.scaled_dot_product_attention(q, k, v), "b h s d -> b s (h d)"))
 
 
-@lru_cache
 def attention_operators():
     """What "selective" checkpointing keeps the output of: half of a 5B block's work for one activation more. Looked up
     when first needed, so that a torch with other names stops only what needs them."""

@@ -642,6 +642,28 @@ def test_two_and_two_steps_are_four_bit_for_bit(half, straight, cache, looks, tm
                 and same_tensors(exported(tmp_path / run), exported(straight)))
 
 
+def test_with_offload_a_run_is_the_same_to_the_bit(straight, cache, looks, tmp_path):
+    assert run_training(tmp_path / "run", cache, offload=True, steps=2, **looks) == metrics(straight)[:2]
+    assert run_training(tmp_path / "run", cache, **looks) == metrics(straight)           # and may go on without
+    assert same_tensors(checkpoint(tmp_path / "run", 4), checkpoint(straight, 4))
+
+
+@pytest.mark.parametrize("ranks_a_machine, world, shards", [
+    (8, 8, 8), (8, 16, 8), (1, 1, 1), (2, 2, 2), (4, 8, 8), (1, 8, 8), (1, 16, 8), (2, 6, 6), (4, 12, 12), (16, 32, 16),
+    (3, 24, 12), (1, 9, 9)])
+def test_parameters_are_sharded_over_eight_gpus_or_the_next_number_that_divides(ranks_a_machine, world, shards):
+    assert train.shards_of(world, ranks_a_machine) == shards
+
+
+def test_rank_0_chooses_the_checkpoint_to_go_on_from(half, cache, tmp_path, monkeypatch):
+    """Here as a rank whose view of the folder is stale: rank 0 says step 1."""
+    run, loaded = shutil.copytree(half, tmp_path / "run"), []
+    monkeypatch.setattr(dist, "broadcast", lambda step, src: step.fill_(1))
+    monkeypatch.setattr(train, "load_checkpoint", lambda state, optimizer, folder, step: loaded.append((folder, step)))
+    run_training(run, cache, steps=2)
+    assert loaded == [(run / "checkpoints" / "step-000001", 1)]
+
+
 def watched(function, file):
     """`function`, adding a line of what it makes collectives carry to `file`."""
     def call(*args):
@@ -658,6 +680,7 @@ def one_rank(rank, runs, folder, world_size, ranks_a_machine, dtype):
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank % ranks_a_machine),
                       LOCAL_WORLD_SIZE=str(ranks_a_machine))
     torch.set_num_threads(1)                               # as torchrun does
+    train.LEAST_SHARDS = ranks_a_machine                   # two machines of two ranks are to behave like two of eight
     process = data.this_process()._replace(dtype=dtype)
     train.this_process = lambda: process
     for name in "train_step", "ema_update":
@@ -707,24 +730,29 @@ def test_two_ranks_compute_what_one_does_and_may_alternate_with_it(half, straigh
         assert step["_reduce_scatter_base_ default_pg"] == weights / 2
     assert len(traffic["ema_update"]) == len(traffic["train_step"]) and not any(traffic["ema_update"])
     next((tmp_path / "two" / "checkpoints" / "step-000004").glob("shard-00001-*")).unlink()  # a copy that was cut off
-    with pytest.raises(UserError, match="not a whole checkpoint"):
+    with pytest.raises(UserError, match="has 16 numbers, expected 32.*delete .*step-000004 to continue from an earlier"):
         run_training(tmp_path / "two", cache, steps=5)
 
 
 @pytest.mark.slow
 def test_two_machines_of_two_ranks_compute_what_one_rank_does(half, straight, cache, tmp_path):
     shutil.copytree(half, tmp_path / "from-one")
-    runs = [dict(out=tmp_path / "four", cache=cache, save_every=2), dict(out=tmp_path / "from-one", cache=cache)]
+    runs = [dict(out=tmp_path / "four", cache=cache, save_every=2), dict(out=tmp_path / "from-one", cache=cache),
+            dict(out=tmp_path / "often", cache=cache, batch=8, micro_batch=1, graphs="two", steps=1),
+            dict(out=tmp_path / "offload", cache=cache, offload=True, graphs="one", micro_batch=1)]
     traffic = run_on_ranks(runs, tmp_path, world_size=4)
-    same_to_rounding(tmp_path / "four", metrics(tmp_path / "four"), straight)
-    same_to_rounding(tmp_path / "from-one", metrics(tmp_path / "from-one"), straight)
+    for name in ("four", "from-one", "offload"):
+        same_to_rounding(tmp_path / name, metrics(tmp_path / name), straight)
     shutil.rmtree(tmp_path / "four" / "checkpoints" / "step-000004")
     same_to_rounding(tmp_path / "four", run_training(tmp_path / "four", cache), straight)     # the rest on one rank
     weights = 4 * sum(p.numel() for p in model.load_dit("tiny").parameters())
-    for step in traffic["train_step"]:                     # between machines: each rank's half of the gradient
+    *steps, often = traffic["train_step"][:7]
+    for step in steps:                                     # between machines: each rank's half of the gradient
         assert step.pop("allreduce_ default_pg") < 100     # the metrics
         assert step == {"_allgather_base_ mesh_shard": 3 * weights, "_reduce_scatter_base_ mesh_shard": weights / 2,
                         "allreduce_ mesh_replicate": weights / 2}
+    assert often["_reduce_scatter_base_ mesh_shard"] == 2 * 2 * weights / 2    # of two samples' two videos each,
+    assert often["allreduce_ mesh_replicate"] == weights / 2                   # but across machines once a step
     assert not any(traffic["ema_update"])
 
 

@@ -297,14 +297,15 @@ def checkpoints(options):
 
 
 def training_state(policy, reference, optimizer):
-    """Everything that training changes, as one flat dict of (sharded) tensors."""
+    """Everything that training changes, as one flat dict of (sharded) tensors, and what makes a model of it."""
     state = {}
+    for name, tensor in policy.net.state_dict().items():   # parameters, and the table of positions
+        state[f"model.{name}"] = tensor
+    for name, tensor in reference.net.state_dict().items():
+        state[f"ref.{name}"] = tensor
     for name, p in policy.net.named_parameters():
-        state[f"model.{name}"] = p.detach()
         state[f"exp_avg.{name}"] = optimizer.state[p]["exp_avg"]
         state[f"exp_avg_sq.{name}"] = optimizer.state[p]["exp_avg_sq"]
-    for name, p in reference.net.named_parameters():
-        state[f"ref.{name}"] = p.detach()
     return state
 
 

@@ -2,11 +2,11 @@
 
     python -m judging.tally --answers answers/*.json --study STUDY
 """
-from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
 
+from dataclasses import dataclass
 import torch
 
 from data import command, generator, option

@@ -4,10 +4,10 @@
     python -m judging.verdict --out verdict.jsonl                       the table again, from the answers
 """
 import math, re
-from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
+from dataclasses import dataclass
 import torch
 
 from data import command, option
