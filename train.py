@@ -13,8 +13,9 @@ from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
 from itertools import product
+from operator import itemgetter
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import data, model, sample                                 # before torch: see the top of model.py
 import torch
@@ -234,16 +235,10 @@ def make_previews(previews, policy, folder, process):
     scenes.vae.cpu()
 
 
-# Dense bf16 FLOP/s, by what the device's name contains; the first that fits.
-PEAK = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H200 NVL": 835e12, "H100": 989e12, "H200": 989e12, "A100": 312e12,
-        "L40S": 362e12, "4090": 165e12}
-
-
-def speed(flops, seconds, process):
-    """Metrics of a step that took so long; `flops` is what `step_flops` returned. mfu counts the useful ones, hfu also
-    those that are done twice to save memory."""
-    useful, done, tokens = flops
-    metrics = {"seconds": seconds, "tokens_per_second": tokens / seconds}
+def speed(work, setting, seconds, process):
+    """Metrics of a step that took so long. mfu counts the useful FLOP, hfu also those done twice to save memory."""
+    useful, done = work.flops(setting)
+    metrics = {"seconds": seconds, "tokens_per_second": work.options.batch * work.videos * work.tokens / seconds}
     gpu = torch.cuda.get_device_name() if process.device.type == "cuda" else ""
     for name, rate in PEAK.items():
         if name in gpu:
@@ -421,7 +416,7 @@ def init_distributed():
     ranks_a_machine = int(os.environ.get("LOCAL_WORLD_SIZE", process.world_size))
     mesh = make_mesh(process.device.type, process.world_size, ranks_a_machine)
     for group in mesh.get_all_groups():
-        group.set_timeout(TIMEOUT)                         # else NCCL's ten minutes, where they are not the default group
+        group.set_timeout(TIMEOUT)                         # which a group of its own does not take from the default
     return process, mesh
 
 
@@ -464,7 +459,6 @@ def load_models(options, process, mesh):
     if different > 0:
         raise UserError(f"{different:.0f} shards of the reference are not the policy's; both must start from one model")
     policy.checkpointing = CHECKPOINTING[options.checkpointing]
-    policy.holds_gradients = False
     return policy.train(), reference.requires_grad_(False)
 
 
@@ -481,149 +475,144 @@ def make_optimizer(policy, options):
 # ---- What it takes: memory and time, computed -----------------------------------------------------------------------
 
 GIB = 2 ** 30
-# Activations of all tokens, in bf16, that a block's graph keeps, and those that are there while the block is
-# back-propagated: counted on the real code with tensors without data, to which the tests hold `gpu_memory`.
-KEPT, BACKWARD = {"none": 25, "full": 1, "selective": 2}, 25
-# By the memory of a GPU in GB: one that has it, and its FLOP/s in dense bf16.
-CARDS = {24: ("RTX 4090", 165e12), 48: ("L40S", 362e12), 80: ("H100", 989e12), 141: ("H200", 989e12)}
+# Dense bf16 FLOP/s, by what a GPU's name contains, the first that fits; and which has so many GB.
+PEAK = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H200 NVL": 835e12, "H100": 989e12, "H200": 989e12, "A100": 312e12,
+        "L40S": 362e12, "4090": 165e12}
+CARDS = {24: "4090", 48: "L40S", 80: "H100", 141: "H200"}
 UTILISATION = 0.4                       # of these FLOP/s; others measured 38 % compiled and 30 % eager
 COPY, HOST = 25e9, 80e9                 # bytes a second between CPU and GPU, and through a server's CPU memory
+# Activations of all tokens, in bf16, that a block's graph keeps, and those that are there while the block is
+# back-propagated: counted on the real code with tensors without data, to which the tests hold `Work.memory`.
+KEPT, BACKWARD = {"none": 25, "full": 1, "selective": 2}, 25
 
 
-def count_parameters(config):
-    """Of a transformer with this config."""
-    with torch.device("meta"):
-        return sum(p.numel() for p in model.DiT(config).parameters())
+class Setting(NamedTuple):
+    """What trades time for memory: the options of these names, and with `offload`, whether gradients are held on the
+    GPU until a step's end."""
+    offload: bool
+    checkpointing: str
+    graphs: str
+    held: bool
 
 
-def videos_of_a_sample(options, n_lose):
-    """How many videos of a record with n_lose negatives a step looks at."""
-    if options.method == "realdpo":
-        return 1 + min(n_lose, options.lose_per_step or n_lose)
-    return {"sft": 1, "dpo": 2, "rwr": n_lose}[options.method]
+class Work:
+    """What a step costs. `config` is the transformer's; latents (C,F,H,W) of `shape`, n_lose negatives a record."""
+
+    def __init__(self, options, config, shape, n_lose):
+        drawn = min(n_lose, options.lose_per_step or n_lose)
+        self.videos = {"realdpo": 1 + drawn, "sft": 1, "dpo": 2, "rwr": n_lose}[options.method]      # of a sample
+        self.options, self.compared, self.layers = options, options.method in PREFERENCE, config["num_layers"]
+        self.products, self.attention, self.tokens = model.forward_flops(config, shape[1:])
+        self.forward = self.products + self.attention      # FLOP of one video
+        width = config["num_attention_heads"] * config["attention_head_dim"]
+        self.activation = 2 * self.tokens * width * options.micro_batch                 # bytes of one, of all tokens
+        with torch.device("meta"):
+            self.parameters = sum(p.numel() for p in model.DiT(config).parameters())
+
+    def flops(self, setting):
+        """FLOP of a step over all ranks, without and with what is done twice to save memory."""
+        again = {"none": 0, "full": self.forward, "selective": self.products}[setting.checkpointing]
+        useful = self.videos * (3 + self.compared) * self.forward      # backward is twice forward; the reference's
+        done = useful + self.videos * again
+        if self.compared and setting.graphs == "one":
+            done += self.forward                           # the win's error, before its graph
+        return self.options.batch * useful, self.options.batch * done
+
+    def memory(self, setting, shards):
+        """Bytes on a GPU at a step's peak, {kind: bytes}, with parameters sharded over so many GPUs."""
+        at_once = graphs = self.videos
+        if self.compared and setting.graphs != "all":
+            at_once, graphs = 1, {"one": 1, "two": 2}[setting.graphs]
+        part = 0 if setting.offload else 4 * self.parameters // shards
+        return {"parameters": part, "gradients": 4 * self.parameters if setting.held else part,
+                "Adam": 2 * part, "reference": part,
+                "graphs": graphs * self.layers * KEPT[setting.checkpointing] * self.activation,
+                "a block's backward pass": at_once * BACKWARD * self.activation,
+                "gathered blocks": 14 * self.parameters // self.layers,
+                "context, NCCL, fragments (guessed)": (2 if shards == 1 else 5) * GIB}
+
+    def host_memory(self, shards, gpus):
+        """Bytes of CPU memory that --offload takes on a machine with so many GPUs: parameters, gradients, Adam's
+        moments and the reference."""
+        return 20 * self.parameters // shards * gpus
+
+    def seconds(self, setting, gpus, shards, rate):
+        """Of a step on GPUs of so many FLOP/s; with --offload, copies and the CPU's work come on top."""
+        seconds = self.flops(setting)[1] / (gpus * rate * UTILISATION)
+        if not setting.offload:
+            return seconds
+        part, samples = 4 * self.parameters / shards, self.options.batch / gpus
+        backwards = 1 if setting.graphs == "all" else self.videos
+        passes = 3 * backwards + (setting.graphs == "one")             # policy forward, backward; reference forward
+        sums = 0 if setting.held else samples * backwards              # gradients copied out and added on the CPU
+        copied = (samples * passes + sums) * part
+        touched = (3 * sums + 13) * part                   # 3 a sum; AdamW 7, clipping 3, the EMA 3
+        return seconds + copied / COPY + touched / HOST
+
+    def fitting(self, settings, room, gpus, shards, rate):
+        """[(seconds a step, Setting)] of those that take no more than `room` bytes of a GPU, the fastest first."""
+        found = []
+        for setting in settings:
+            if sum(self.memory(setting, shards).values()) <= room:
+                found.append((self.seconds(setting, gpus, shards, rate), setting))
+        return sorted(found, key=itemgetter(0))
 
 
-def step_flops(config, shape, options, n_lose):
-    """FLOP of one step over all ranks, without and with those that are done twice to save memory, and its tokens.
-    Latents of shape (C,F,H,W), n_lose negatives a record."""
-    products, attention, tokens = model.forward_flops(config, shape[1:])
-    forward, compared = products + attention, options.method in PREFERENCE
-    again = {"none": 0, "full": forward, "selective": products}[options.checkpointing]
-    videos = videos_of_a_sample(options, n_lose)
-    useful = videos * (3 + compared) * forward             # backward takes twice as much as forward; the reference's
-    done = useful + videos * again
-    if compared and options.graphs == "one":
-        done += forward                                    # the win's error, before its graph
-    return options.batch * useful, options.batch * done, options.batch * videos * tokens
-
-
-def gpu_memory(options, config, shape, n_lose, shards, held=False):
-    """Bytes that a step takes on a GPU at its peak, {kind: bytes}. Latents of shape (C,F,H,W), n_lose negatives a
-    record, parameters sharded over so many GPUs. With --offload, gradients may be `held` there until a step's end."""
-    parameters, layers = count_parameters(config), config["num_layers"]
-    *_, tokens = model.forward_flops(config, shape[1:])
-    activation = 2 * tokens * config["num_attention_heads"] * config["attention_head_dim"] * options.micro_batch
-    at_once = graphs = videos_of_a_sample(options, n_lose)
-    if options.method in PREFERENCE and options.graphs != "all":
-        at_once, graphs = 1, {"one": 1, "two": 2}[options.graphs]
-    part = 0 if options.offload else 4 * parameters // shards
-    return {"parameters": part, "gradients": 4 * parameters if held else part, "Adam": 2 * part, "reference": part,
-            "graphs": graphs * layers * KEPT[options.checkpointing] * activation,
-            "a block's backward pass": at_once * BACKWARD * activation,
-            "gathered blocks": 14 * parameters // layers,
-            "context, NCCL, fragments (guessed)": (2 if shards == 1 else 5) * GIB}
-
-
-def host_memory(parameters, shards, gpus):
-    """Bytes of CPU memory that --offload takes on a machine with so many GPUs: parameters, gradients, Adam's moments
-    and the reference."""
-    return 20 * parameters // shards * gpus
-
-
-def step_seconds(options, config, shape, n_lose, gpus, shards, rate, held):
-    """Seconds of a step on GPUs of so many FLOP/s; with --offload, what is copied and what the CPU does comes on top."""
-    _, flops, _ = step_flops(config, shape, options, n_lose)
-    seconds = flops / (gpus * rate * UTILISATION)
-    if not options.offload:
-        return seconds
-    part, samples = 4 * count_parameters(config) / shards, options.batch / gpus
-    backwards = 1 if options.graphs == "all" else videos_of_a_sample(options, n_lose)
-    passes = 3 * backwards + (options.graphs == "one")     # the policy forward and backward, the reference forward
-    sums = 0 if held else samples * backwards              # gradients that are copied out and added up on the CPU
-    copied = (samples * passes + sums) * part
-    touched = (3 * sums + 13) * part                       # 3 a sum; AdamW 7, clipping 3, the EMA 3
-    return seconds + copied / COPY + touched / HOST
-
-
-def plan_memory(options, config, shape, n_lose, process, mesh):
-    """(graphs, held): --graphs, or the most that fit the GPU, and whether --offload holds a step's gradients there.
-    Raises UserError where nothing fits, before anything is loaded."""
-    shards, on_gpu = mesh.size(-1), process.device.type == "cuda"
+def choose_setting(work, options, process, mesh):
+    """The Setting of a run: the options, and where these leave it open, what is fastest of what fits the GPU. Raises
+    UserError where nothing fits, before anything is loaded."""
+    shards, room = mesh.size(-1), math.inf
+    if process.device.type == "cuda":
+        room = torch.cuda.get_device_properties(process.device).total_memory
     if options.offload:
         here = int(os.environ.get("LOCAL_WORLD_SIZE", process.world_size))
-        needed, free = host_memory(count_parameters(config), shards, here), data.free_host_memory()
+        needed, free = work.host_memory(shards, here), data.free_host_memory()
         if needed > free:
-            raise UserError(f"--offload: takes {needed / GIB:.0f} GiB of this machine's memory for its {here} processes, "
-                            f"{free / GIB:.0f} GiB are free; use more machines, or GPUs without --offload")
-    room = torch.cuda.get_device_properties(process.device).total_memory if on_gpu else math.inf
-    choices = product((True, False) if options.offload and on_gpu else (False,),
-                      (options.graphs,) if options.graphs else ("all", "two", "one"))
-    for held, graphs in choices:
-        memory = gpu_memory(dataclasses.replace(options, graphs=graphs), config, shape, n_lose, shards, held)
-        if sum(memory.values()) <= room:
-            return graphs, held
-    raise UserError(f"a step takes {sum(memory.values()) / GIB:.0f} GiB on each GPU, which has {room / GIB:.0f}; "
-                    f"python train.py --dry-run {process.world_size} lists what fits")
-
-
-def settings_that_fit(options, config, shape, n_lose, machines, gpus, memory, rate):
-    """[(seconds a step, GiB a GPU, GiB of a machine, its options)] on machines of so many GPUs of `memory` GB, fastest
-    first."""
-    found, shards = [], shards_of(machines * gpus, gpus)
-    for offload, checkpointing, graphs in product((False, True), ("selective", "full"), ("all", "two", "one")):
-        tried = dataclasses.replace(options, offload=offload, checkpointing=checkpointing, graphs=graphs)
-        for held in (True, False) if offload else (False,):
-            needed = sum(gpu_memory(tried, config, shape, n_lose, shards, held).values()) / GIB
-            if needed < 0.97 * memory:                     # what a driver leaves of it
-                seconds = step_seconds(tried, config, shape, n_lose, machines * gpus, shards, rate, held)
-                host = offload * host_memory(count_parameters(config), shards, gpus) / GIB
-                words = f"{'--offload ' * offload}--checkpointing {checkpointing} --graphs {graphs}"
-                found.append((seconds, needed, host, words))
-                break
-    return sorted(found)
+            raise UserError(f"--offload: {here} processes take {needed / GIB:.0f} GiB of this machine's memory, of which "
+                            f"{free / GIB:.0f} are free; use more machines, or GPUs without --offload")
+    ways = [options.graphs] if options.graphs else ["all", "two", "one"]
+    held = [True, False] if options.offload and process.device.type == "cuda" else [False]
+    settings = [Setting(options.offload, options.checkpointing, *way) for way in product(ways, held)]
+    fitting = work.fitting(settings, room, process.world_size, shards, PEAK["H100"])
+    if not fitting:
+        least = min(sum(work.memory(setting, shards).values()) for setting in settings)
+        raise UserError(f"a step takes {least / GIB:.0f} GiB on each GPU, which has {room / GIB:.0f}; "
+                        f"python train.py --dry-run {process.world_size} lists what fits")
+    return fitting[0][1]
 
 
 def dry_run(options, clips=5000, n_lose=3):
-    """Print which settings fit GPUs of each kind, fastest first, and how long they take."""
+    """Print what fits GPUs of each kind, the fastest first, and how long it takes."""
     config = model.PUBLISHED_DIT if options.model == data.HUB_MODEL else model.read_dit_config(options.model)
     frames = (config["sample_frames"] - 1) // config["temporal_compression_ratio"] + 1
     shape = (config["out_channels"], frames, config["sample_height"], config["sample_width"])
     check_options(options, 1)
-    useful, _, tokens = step_flops(config, shape, dataclasses.replace(options, graphs="two"), n_lose)
-    forward = sum(model.forward_flops(config, shape[1:])[:2])
-    epoch = number_of_steps(options, clips)
-    print(f"computed, not measured: {count_parameters(config):,} parameters, {tokens // options.batch:,} tokens and "
-          f"{useful / options.batch / 1e15:.3g} PFLOP a sample, {UTILISATION:.0%} of a GPU's peak\n"
-          f"{'GPUs':>9}  {'GiB':>6}  {'host':>5}  {'s/step':>6}  {'h/1000 samples':>14}  "
-          f"{'h, all steps':>12}  {'h, negatives':>12}  options")
+    work, steps = Work(options, config, shape, n_lose), number_of_steps(options, clips)
+    without = product([False], ["selective", "full"], ["all", "two", "one"], [False])
+    offload = product([True], ["selective", "full"], ["all", "two", "one"], [True, False])
+    settings = [Setting(*each) for each in [*without, *offload]]
+    print(f"computed, not measured, at {UTILISATION:.0%} of a GPU's peak: {work.parameters:,} parameters, "
+          f"{work.videos} videos a sample, {work.tokens:,} tokens a video\n{'GPUs':>9}  {'GiB':>5}  {'host':>5}  "
+          f"{'s/step':>6}  {'h/1000 samples':>14}  {f'h/{steps} steps':>12}  {'h, negatives':>12}  options")
     for place in options.dry_run:
-        machines, gpus = machines_and_gpus(place)
-        check_options(options, machines * gpus)
-        for memory, (_, rate) in CARDS.items():
-            negatives = clips * n_lose * 25 * 2 * forward / (machines * gpus * rate * UTILISATION) / 3600
-            fitting = settings_that_fit(options, config, shape, n_lose, machines, gpus, memory, rate)
-            for seconds, needed, host, words in fitting[:3]:
-                print(f"{place:>4} × {memory:<3}  {needed:6.1f}  {host:5.0f}  {seconds:6.1f}  "
-                      f"{seconds * 1000 / options.batch / 3600:14.1f}  {seconds * epoch / 3600:12.1f}  "
-                      f"{negatives:12.1f}  {words}")
-            if not fitting:
-                print(f"{place:>4} × {memory:<3}  nothing fits")
+        machines, here = machines_and_gpus(place)
+        gpus, shards = machines * here, shards_of(machines * here, here)
+        check_options(options, gpus)
+        for memory, card in CARDS.items():
+            sampling = clips * n_lose * 25 * 2 * work.forward / (gpus * PEAK[card] * UTILISATION)
+            for seconds, setting in work.fitting(settings, 0.97 * memory * GIB, gpus, shards, PEAK[card])[:3]:
+                gib = sum(work.memory(setting, shards).values()) / GIB
+                host = setting.offload * work.host_memory(shards, here) / GIB
+                words = "--offload " * setting.offload + f"--checkpointing {setting.checkpointing}"
+                print(f"{place:>4} × {memory:<3} {gib:5.1f}  {host:5.0f}  {seconds:6.1f}  "
+                      f"{1000 * seconds / options.batch / 3600:14.1f}  {steps * seconds / 3600:12.1f}  "
+                      f"{sampling / 3600:12.1f}  {words} --graphs {setting.graphs}")
 
 
 def machines_and_gpus(text):
     """(2, 8) of "2x8", (1, 4) of "4". Raises UserError for anything else."""
-    found = re.fullmatch(r"(?:(\d+)x)?(\d+)", text)
-    if not found or not int(found[1] or 1) or not int(found[2]):
+    found = re.fullmatch(r"(?:([1-9]\d*)x)?([1-9]\d*)", text)
+    if not found:
         raise UserError(f"--dry-run {text}: expected a number of GPUs, such as 8, or of machines and GPUs, such as 2x8")
     return int(found[1] or 1), int(found[2])
 
@@ -704,8 +693,9 @@ def train(options, process, mesh):
     if checkpoint:                                         # what can be refused is refused before anything is loaded
         first = check_checkpoint(checkpoint, options, records)
         data.say(f"continuing from {checkpoint}")
-    shape, n_lose = records[0]["win"].shape, len(records[0].get("lose", ()))
-    options.graphs, holds_gradients = plan_memory(options, config, shape, n_lose, process, mesh)
+    work = Work(options, config, records[0]["win"].shape, len(records[0].get("lose", ())))
+    setting = choose_setting(work, options, process, mesh)
+    options.graphs = setting.graphs
     previews = prepare_previews(options, process) if options.bench else None
     policy, reference = load_models(options, process, mesh)
     optimizer = make_optimizer(policy, options)
@@ -713,8 +703,7 @@ def train(options, process, mesh):
     if checkpoint:
         load_checkpoint(state, optimizer, checkpoint, first)
     steps = number_of_steps(options, len(records))
-    policy.holds_gradients = holds_gradients
-    flops = step_flops(config, shape, options, n_lose)
+    policy.holds_gradients = setting.held
     log = open_log(out / "metrics.jsonl", first) if main_rank else None
     bar = tqdm(range(first, steps), initial=first, total=steps, desc=options.out, disable=not main_rank)
     with stop_signals() as stop:
@@ -725,7 +714,7 @@ def train(options, process, mesh):
             if options.max_minutes and tick - begin > 60 * options.max_minutes:
                 stop.set()
             metrics, asked = train_step(policy, reference, optimizer, records, options, step, process, stop)
-            metrics |= speed(flops, time.time() - tick, process)
+            metrics |= speed(work, setting, time.time() - tick, process)
             done = step + 1
             due = is_due(options, done, steps)
             if held_out and due:
