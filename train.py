@@ -591,8 +591,12 @@ def dry_run(options, clips=5000, n_lose=3):
     without = product([False], ["selective", "full"], ["all", "two", "one"], [False])
     offload = product([True], ["selective", "full"], ["all", "two", "one"], [True, False])
     settings = [Setting(*each) for each in [*without, *offload]]
+    between = options.save_every * work.flops(settings[1])[1]          # FLOP of the steps between two checkpoints
+    look, video = EVAL_RECORDS * len(EVAL_T) * 2 * (1 + n_lose) * work.forward, 25 * 2 * work.forward
     print(f"computed, not measured, at {UTILISATION:.0%} of a GPU's peak: {work.parameters:,} parameters, "
-          f"{work.videos} videos a sample, {work.tokens:,} tokens a video\n{'GPUs':>9}  {'GiB':>5}  {'host':>5}  "
+          f"{work.videos} videos a sample, {work.tokens:,} tokens a video; of the time of {options.save_every} steps, "
+          f"a look at {EVAL_RECORDS} held-out records takes {look / between:.1%}, a video of --bench "
+          f"{video / between:.2%}\n{'GPUs':>9}  {'GiB':>5}  {'host':>5}  "
           f"{'s/step':>6}  {'h/1000 samples':>14}  {f'h/{steps} steps':>12}  {'h, negatives':>12}  options")
     for place in options.dry_run:
         machines, here = machines_and_gpus(place)
