@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from http.client import HTTPException
-from urllib.error import HTTPError, URLError
+from urllib.error import URLError
 from urllib.parse import urlsplit
 
 from data import option
@@ -17,7 +17,7 @@ from model import UserError
 KEY = "VLM_API_KEY"                                        # the environment variable that holds the server's key
 PATIENCE = 600                                             # seconds to wait for a busy server
 TRIAL = 4                                                  # if that many first requests fail alike, all will
-UNREADABLE = "cannot read the answer"
+NO_ANSWER = "no answer"                                    # so begins the reason in a row that is to be asked again
 
 
 @dataclass
@@ -64,11 +64,13 @@ def find_proxy(address):
     return proxy
 
 
-class NoRedirects(urllib.request.HTTPRedirectHandler):
-    """The key and the pictures are for the server that was named, and for no other."""
+class AnyStatus(urllib.request.HTTPErrorProcessor):
+    """Every reply counts, whatever its status; none leads on to another server, with the key and the pictures."""
 
-    def redirect_request(self, request, reply, status, reason, headers, address):
-        raise UserError(f"{request.full_url}: leads on to {address}; if that is the server, give it as --endpoint")
+    def http_response(self, request, reply):
+        return reply
+
+    https_response = http_response
 
 
 # ---- What goes wrong ------------------------------------------------------------------------------------------------
@@ -132,8 +134,8 @@ class Server:
             self.headers["Authorization"] = f"Bearer {key}"
         proxy = find_proxy(self.address)
         proxies = {urlsplit(self.address).scheme: proxy} if proxy else {}
-        self.opener = urllib.request.build_opener(NoRedirects(), urllib.request.ProxyHandler(proxies))
-        self.name = self.address + (f" by the proxy {proxy.rpartition('@')[2]}" if proxy else "")      # no password
+        self.opener = urllib.request.build_opener(AnyStatus(), urllib.request.ProxyHandler(proxies))
+        self.via = f"by the proxy {proxy.rpartition('@')[2]}: " if proxy else ""       # without its password
         self.tokens, self.takes_temperature = "max_tokens", True
         self.answered, self.failures, self.trial = False, [], TRIAL
         self.tell = print                                  # what is being waited for, or "" when that is over
@@ -147,14 +149,15 @@ class Server:
         while True:
             try:
                 answer = answer_in(self.request(content, temperature), self.options.max_tokens)
-                if read(answer) is None:
-                    raise Trouble("again", f"{UNREADABLE}: {answer}")
-                return answer, ""
+                if read(answer) is not None:
+                    return answer, ""
+                trouble = Trouble("again", answer)
+                reason = f"cannot read the answer: {trouble}"
             except Trouble as e:
-                trouble = e
+                trouble, reason = e, f"{NO_ANSWER}: {self.via}{e}"
             if trouble.action == "skip" or trouble.action == "again" and asked_again:
                 self.check_trial(trouble)
-                return "", str(trouble)
+                return "", reason
             pause = trouble.seconds or min(60, 2 ** waits)
             waited, waits = waited + pause, waits + 1
             if trouble.action == "stop" or waited > PATIENCE:
@@ -166,39 +169,32 @@ class Server:
             self.tell("")
 
     def request(self, content, temperature):
-        """The first choice of the reply to one request. Raises Trouble where there is none."""
+        """The message of the reply to one request, with its finish_reason. Raises Trouble where there is none."""
         body = {"model": self.options.vlm, "messages": [{"role": "user", "content": content}],
                 self.tokens: self.options.max_tokens}
         if self.takes_temperature:
             body["temperature"] = temperature
         try:
-            status, headers, text = self.exchange(body)
+            request = urllib.request.Request(self.address, json.dumps(body).encode(), self.headers)
+            with self.opener.open(request, timeout=self.options.timeout) as reply:
+                status, headers, text = reply.status, reply.headers, reply.read().decode(errors="replace")
         except (OSError, HTTPException, ValueError) as e:
             raise self.lost(e) from e
         with suppress(ValueError, LookupError, TypeError):
             choice = json.loads(text)["choices"][0]
-            self.answered = "message" in choice
-            return choice["message"] | choice
-        trouble = Trouble("again" if status == 200 else action_at(status), f"{status} {text}",
-                          seconds_asked(headers["Retry-After"]))
+            message = {**choice["message"], "finish_reason": choice.get("finish_reason")}
+            self.answered = True
+            return message
+        trouble = Trouble("again" if status == 200 else action_at(status),
+                          f"{status} {headers['Location'] or ''} {text}", seconds_asked(headers["Retry-After"]))
         # Newer models of OpenAI call max_tokens otherwise, and choose their temperature themselves.
         if trouble.action == "skip" and "max_tokens" in body and "max_completion_tokens" in str(trouble):
             self.tokens = "max_completion_tokens"
-        elif trouble.action == "skip" and "temperature" in body and "temperature" in str(trouble):
+        elif trouble.action == "skip" and "temperature" in body and "temperature" in str(trouble).lower():
             self.takes_temperature = False
         else:
             raise trouble
         return self.request(content, temperature)
-
-    def exchange(self, body):
-        """(status, headers, text) of the reply to one request, whatever the status."""
-        request = urllib.request.Request(self.address, json.dumps(body).encode(), self.headers)
-        try:
-            reply = self.opener.open(request, timeout=self.options.timeout)
-        except HTTPError as e:                             # a reply, too
-            reply = e
-        with reply:
-            return reply.status, reply.headers, reply.read().decode(errors="replace")
 
     def lost(self, error):
         """The Trouble of a request that got no reply."""
@@ -217,9 +213,12 @@ class Server:
         """Raise UserError where nothing was ever answered and the first questions all failed alike."""
         self.failures.append(str(trouble).split()[0])
         filtered = re.search("filter|safety|moderation|policy|sensitive|inappropriate", str(trouble), re.IGNORECASE)
-        if not self.answered and not filtered and self.failures == [self.failures[0]] * self.trial:
+        alike = len(self.failures) >= self.trial > 0 and len({*self.failures}) == 1
+        if alike and not self.answered and not filtered:
             raise self.end(trouble)
 
     def end(self, trouble):
         """The UserError with which all asking ends."""
-        return UserError(f"{self.name}: {trouble}; what was answered is kept, the same command goes on from here")
+        asked = f" and asks to wait {trouble.seconds:.0f} s" if trouble.seconds > PATIENCE else ""
+        return UserError(f"{self.address}: {self.via}{trouble}{asked}; what was answered is kept, the same command goes "
+                         "on from here")

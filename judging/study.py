@@ -24,7 +24,10 @@ CLEAN = ("-map_metadata", "-1", "-map_chapters", "-1", "-fflags", "+bitexact", "
          "-f", "mp4", "-y")
 # Visually lossless: from x264's 17 downwards nobody sees a difference.
 ENCODE = "-c:v", "libx264", "-crf", "12", "-fps_mode", "passthrough"
-SQUARE = "scale=w='2*round(iw*max(1,sar)/2)':h='2*round(ih*max(1,1/sar)/2)'"           # even sides, for 4:2:0
+EXACT = "flags=bicubic+accurate_rnd+full_chroma_int"       # else all gets darker, by 1 to 3 of 255
+SQUARE = f"scale=w='2*round(iw*max(1,sar)/2)':h='2*round(ih*max(1,1/sar)/2)':{EXACT}"  # even sides, for 4:2:0
+CODED = (f"scale=out_color_matrix=bt709:out_range=tv:{EXACT},format=yuv420p,"
+         "setparams=range=tv:colorspace=bt709:color_primaries=bt709:color_trc=bt709")
 ONE_TIME = 946684800                                       # of all files of a study: 1 January 2000
 
 
@@ -84,9 +87,7 @@ def write_clip(video, path):
     with whole_file(path) as part, TemporaryDirectory() as folder:
         if not is_fit(video, film, part):
             encoded = Path(folder) / "encoded.mp4"
-            filters = picture_filters(film, SQUARE, ["setpts=PTS-STARTPTS"])
-            filters += (",scale=out_color_matrix=bt709:out_range=tv,format=yuv420p,"
-                        "setparams=range=tv:colorspace=bt709:color_primaries=bt709:color_trc=bt709")
+            filters = picture_filters(film, SQUARE, ["setpts=PTS-STARTPTS"]) + "," + CODED
             run_ffmpeg(video, "-map", film.stream, "-vf", filters, *ENCODE, encoded, decoder=decoder_of(film))
             copy_film(encoded, "0:0", part)
 

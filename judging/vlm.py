@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from data import (SUFFIXES, check_metadata, decoder_of, open_image, picture_filters, read_lines, read_video_header,
                   run_ffmpeg, whole_file, write_json)
-from judging.server import TRIAL, UNREADABLE
+from judging.server import NO_ANSWER, TRIAL
 from model import UserError
 from sample import hashed
 
@@ -61,8 +61,8 @@ def read_rows(file, key):
 
 def is_done(row):
     """Whether the model, or a person, has answered; an answer that cannot be read is one, too: people look at it."""
-    reason = row.get("reason")
-    return row.get("keep") is not None or not reason or reason.startswith(UNREADABLE)
+    decided = row.get("keep") is not None or bool(row.get("text"))
+    return decided or not (row.get("reason") or "").startswith(NO_ANSWER)
 
 
 def append_row(file, row):
