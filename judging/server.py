@@ -3,7 +3,7 @@
 Environment: VLM_API_KEY is the server's key. http_proxy, https_proxy, ALL_PROXY and no_proxy lead to other machines; a
 server on this one is asked directly. SSL_CERT_FILE is a certificate of one's own.
 """
-import base64, json, os, re, socket, ssl, time, urllib.request
+import base64, json, os, re, socket, time, urllib.request
 from contextlib import suppress
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
@@ -58,7 +58,7 @@ def find_proxy(address):
     proxy = proxies.get(parts.scheme) or proxies.get("all") or ""
     if not proxy or urllib.request.proxy_bypass(parts.netloc) or is_this_machine(parts.hostname):
         return ""
-    if proxy.startswith("socks"):
+    if proxy.lower().startswith("socks"):
         raise UserError(f"--endpoint {address}: the proxy of {parts.scheme}_proxy or ALL_PROXY speaks SOCKS, expected "
                         f"HTTP; set {parts.scheme}_proxy to such a one, or add {parts.hostname} to no_proxy")
     return proxy
@@ -106,7 +106,8 @@ def answer_in(choice, max_tokens):
     """The text of a reply's choice, without the thinking before it. Raises Trouble if it is cut, refused or empty."""
     content, end = choice.get("content") or "", str(choice.get("finish_reason") or "stop").lower()
     if isinstance(content, list):                          # of parts; thinking may be one
-        content = "".join(str(part["text"]) for part in content if part.get("type") == "text")
+        parts = [part for part in content if isinstance(part, dict) and part.get("type") == "text"]
+        content = "".join(str(part.get("text")) for part in parts)
     if end in ("length", "max_tokens"):
         raise Trouble("again", f"its tokens ran out: raise --max-tokens ({max_tokens}) or the server's own limit")
     if choice.get("refusal") or end not in ("stop", "eos", "eos_token", "stop_sequence", "end_turn"):
@@ -158,13 +159,15 @@ class Server:
             if trouble.action == "skip" or trouble.action == "again" and asked_again:
                 self.check_trial(trouble)
                 return "", reason
-            pause = trouble.seconds or min(60, 2 ** waits)
-            waited, waits = waited + pause, waits + 1
-            if trouble.action == "stop" or waited > PATIENCE:
+            if trouble.action == "stop":
                 raise self.end(trouble)
             if trouble.action == "again":
                 asked_again, temperature = True, 0.7       # at which the answer may differ
-            self.tell(f"waiting {pause:.0f} s: {trouble}")
+            pause = trouble.seconds or min(60, 2 ** waits)
+            waited, waits = waited + pause, waits + 1
+            if waited > PATIENCE:
+                raise self.end(f"{trouble} (to be waited for: {waited:.0f} s)")
+            self.tell(f"waiting {pause:.0f} s: {self.via}{trouble}")
             time.sleep(pause)
             self.tell("")
 
@@ -179,7 +182,13 @@ class Server:
             with self.opener.open(request, timeout=self.options.timeout) as reply:
                 status, headers, text = reply.status, reply.headers, reply.read().decode(errors="replace")
         except (OSError, HTTPException, ValueError) as e:
-            raise self.lost(e) from e
+            reason = e.reason if isinstance(e, URLError) else e            # URLError: the server was not reached
+            words = f"{type(reason).__name__}: {reason}"
+            if not isinstance(e, URLError) or isinstance(reason, (ConnectionResetError, BrokenPipeError)):
+                raise Trouble("again", words) from e
+            if "CERTIFICATE" in words:
+                words += "; SSL_CERT_FILE names the file of a certificate of your own"
+            raise Trouble("wait" if self.answered else "stop", words) from e       # it may be started again
         with suppress(ValueError, LookupError, TypeError):
             choice = json.loads(text)["choices"][0]
             message = {**choice["message"], "finish_reason": choice.get("finish_reason")}
@@ -192,22 +201,10 @@ class Server:
             self.tokens = "max_completion_tokens"
         elif trouble.action == "skip" and "temperature" in body and "temperature" in str(trouble).lower():
             self.takes_temperature = False
+            print(f"{self.options.vlm} takes no temperature: its answers may differ from call to call")
         else:
             raise trouble
         return self.request(content, temperature)
-
-    def lost(self, error):
-        """The Trouble of a request that got no reply."""
-        reason = error.reason if isinstance(error, URLError) else error                # URLError: on the way there
-        words = f"{type(reason).__name__}: {reason}"
-        tunnel = re.search(r"Tunnel connection failed: (\d+)", words)                  # the proxy's own answer
-        if tunnel:
-            return Trouble(action_at(int(tunnel[1])), words)
-        if isinstance(reason, ssl.SSLCertVerificationError):
-            return Trouble("stop", f"{words}; SSL_CERT_FILE names the file of a certificate of your own")
-        if not isinstance(error, URLError) or isinstance(reason, (ConnectionResetError, BrokenPipeError)):
-            return Trouble("again", words)
-        return Trouble("wait" if self.answered else "stop", words)                     # it may be started again
 
     def check_trial(self, trouble):
         """Raise UserError where nothing was ever answered and the first questions all failed alike."""
@@ -219,6 +216,4 @@ class Server:
 
     def end(self, trouble):
         """The UserError with which all asking ends."""
-        asked = f" and asks to wait {trouble.seconds:.0f} s" if trouble.seconds > PATIENCE else ""
-        return UserError(f"{self.address}: {self.via}{trouble}{asked}; what was answered is kept, the same command goes "
-                         "on from here")
+        return UserError(f"{self.address}: {self.via}{trouble}; what was answered is kept, the same command goes on")

@@ -89,8 +89,8 @@ def test_other_servers_go_where_the_environment_says(server, proxy, monkeypatch)
         ask(server, **far)
     assert "secret" not in str(error.value)
     monkeypatch.setenv("https_proxy", f"http://{address}")
-    reason = ask(server, endpoint="https://far.invalid")[1]                            # the proxy knows no CONNECT
-    assert f"by the proxy http://{address}: OSError: Tunnel connection failed: 501" in reason
+    with pytest.raises(UserError, match=f"by the proxy http://{address}: OSError: Tunnel connection failed: 501"):
+        ask(server, endpoint="https://far.invalid")        # the proxy knows no CONNECT
 
 
 def test_a_proxy_of_another_kind_is_named(server, monkeypatch):
@@ -227,6 +227,7 @@ def test_a_server_may_want_other_parameters(server, capsys):
         assert client.ask("", [], judging.curate.read_judgement) == (judgement(), "")
     assert len(server.asked) == 4                          # what was learned is not asked again
     assert server.asked[-1][2]["max_completion_tokens"] == 8000
+    assert "judge takes no temperature" in capsys.readouterr().out
 
 
 # ---- Waiting and giving up ------------------------------------------------------------------------------------------
@@ -250,7 +251,7 @@ def test_after_ten_minutes_the_run_ends_in_one_line(server, slept):
     assert slept[:7] == [1, 2, 4, 8, 16, 32, 60] and PATIENCE - 60 < sum(slept) <= PATIENCE == 600
     slept.clear()
     server.answer = lambda *_: (429, {"Retry-After": 3600}, "")
-    with pytest.raises(UserError, match="asks to wait 3600 s"):
+    with pytest.raises(UserError, match="429 .*3600 s"):
         ask(server)
     assert not slept
 
@@ -341,7 +342,7 @@ def test_a_run_stops_where_the_first_requests_all_fail_alike(server, names_for_p
     server.answer = lambda *_: (400, {}, f"request {len(server.asked)}: no pictures, please")
     with pytest.raises(UserError, match="no pictures, please"):
         curate_clips(raw, tmp_path / "out", server, parallel=1)
-    assert len(server.asked) in (TRIAL, TRIAL + 1)         # a thread may have gone on already
+    assert TRIAL <= len(server.asked) < 9                  # a thread may have gone on before all ended
     server.answer = by_name(dict.fromkeys(["00", "01", "02", "03", "04"], (400, {}, "no")))
     assert curate_clips(raw, tmp_path / "out", server, parallel=1)["11"]["keep"]       # begins with those never asked
     assert curate_clips(raw, tmp_path / "out", server)["00"]["keep"] is None           # five are left, and all fail
