@@ -32,8 +32,8 @@ def read_judgement(answer):
 
 
 def find_videos(folder):
-    """(videos in or below a folder, {kind: number} of what is left out). Linked folders are followed, hidden ones are not;
-    a file or folder that is linked to counts once, so loops end."""
+    """(videos in or below a folder, {kind: number} of what is left out). Linked folders are followed, hidden ones are
+    not; a file or folder that is linked to counts once, so loops end."""
     videos, left_out, folders, seen = [], Counter(), [folder], {os.path.realpath(folder)}
     while folders:
         for path in sorted(folders.pop().iterdir()):

@@ -110,8 +110,10 @@ def answer_in(choice, max_tokens):
         content = "".join(str(part.get("text")) for part in parts)
     if end in ("length", "max_tokens"):
         raise Trouble("again", f"its tokens ran out: raise --max-tokens ({max_tokens}) or the server's own limit")
-    if choice.get("refusal") or end not in ("stop", "eos", "eos_token", "stop_sequence", "end_turn"):
-        raise Trouble("skip", f"refused: {choice.get('refusal') or end}")              # content_filter, sensitive, …
+    if choice.get("refusal"):
+        raise Trouble("skip", f"refused: {choice['refusal']}")
+    if end not in ("stop", "eos", "eos_token", "stop_sequence", "end_turn"):           # content_filter, abort, error, …
+        raise Trouble("again", f"it ended by {end}")
     answer = re.split(r"</think(?:ing)?>|\[/THINK\]|◁/think▷", str(content))[-1].strip()
     if not answer or "<think>" in answer:
         raise Trouble("again", "it is empty, or thinking without an end")

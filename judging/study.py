@@ -41,8 +41,10 @@ def list_videos(folder, prompts, bench):
         found, missing = [], []
         for prompt in prompts:
             one, first = method / f"{prompt.name}.mp4", method / f"{prompt.name}-0.mp4"
-            found += [(method.name, prompt, file) for file in (one, first) if file.is_file()][:1]
-            missing += [] if one.is_file() or first.is_file() else [f"{one.name} (or {first.name})"]
+            if one.is_file() or first.is_file():
+                found.append((method.name, prompt, one if one.is_file() else first))
+            else:
+                missing.append(f"{one.name} (or {first.name})")
         if not found:
             print(f"{method}: holds no video of --bench, so it is not taken for a method")
             continue
@@ -70,8 +72,8 @@ def hash_pictures(video, stream):
 
 
 def is_fit(video, film, copy):
-    """Whether a film is what every browser shows as a record does: H.264, 8 bits, 4:2:0, progressive, SDR, square pixels,
-    upright, without parts that a player leaves out. Then `copy` holds its clip for raters."""
+    """Whether a film is what every browser shows as a record does: H.264, 8 bits, 4:2:0, progressive, SDR, upright, of
+    square pixels, without parts that a player leaves out. Then `copy` holds its clip for raters."""
     if film.codec != "h264" or not re.match(r"yuvj?420p\b(?!.*(first|2020|2084|b67))", film.pixels):
         return False
     copy_film(video, film.stream, copy)

@@ -34,8 +34,8 @@ def subject(row):
 
 
 def list_questions(options):
-    """{question: (row, text, picture, video)} about each dimension of every video, --repeat times, and a hash of the bench.
-    A question is called by a hash of what the model is shown and the number of the asking."""
+    """({question: (row, text, picture, video)} about each dimension of every video, --repeat times; the bench's hash).
+    A question is called by a hash of what the model is shown and by the number of the asking."""
     template, *sections = (HERE / "verdict.txt").read_text(encoding="utf-8").split("\n# ")
     prompts, bench = read_bench(options.bench)
     videos, questions = list_videos(options.videos, prompts, bench), {}
@@ -55,7 +55,7 @@ def ask_verdicts(options, file):
     shown = {subject(row): question.split()[0] for question, (row, *_) in questions.items()}
     kept = []
     for question, row in read_rows(file, "question").items():
-        if shown.get(subject(row)) in (None, question.split()[0]):     # else the video has changed since it was asked
+        if shown.get(subject(row)) in (None, question.split()[0]):     # else the video has changed since then
             kept.append(row)
     write_json(file, *kept)
 
@@ -75,7 +75,8 @@ def print_consistency(scores):
         apart = (scores[1:, :, :, d] - scores[0, :, :, d]).abs()
         apart = apart[apart.isfinite()]
         same = 100 * (apart == 0).double().mean()
-        print(f"{dimension}: asked again, the same number in {same:.0f} % of {len(apart)}, {apart.mean():.2f} of 10 apart")
+        print(f"{dimension}: asked again, the same number in {same:.0f} % of {len(apart)}, {apart.mean():.2f} of 10 "
+              "apart")
 
 
 @dataclass

@@ -46,8 +46,8 @@ def frames_as_jpeg(video, count):
 # ---- Many questions, and a file with a row for each -----------------------------------------------------------------
 
 def read_rows(file, key):
-    """{row[key]: row} of the JSON lines that earlier calls wrote; of two with one key, the later. Raises UserError for a
-    line that is none of theirs, save half a line at the end, which a killed call may leave."""
+    """{row[key]: row} of the JSON lines that earlier calls wrote; of two with one key, the later. Raises UserError for
+    a line that is none of theirs, save half a line at the end, which a killed call may leave."""
     rows, lines = {}, read_lines(file) if file.is_file() else []
     for number, line in enumerate(lines, start=1):
         try:
@@ -75,9 +75,9 @@ def append_row(file, row):
 
 
 def ask_about(jobs, judge, server, file, key, asked):
-    """({job: row} of all jobs, seconds that each asked for took). row[key] is the job; judge(job) makes the row,
-    --parallel at a time, where none in `file` is done; it is added to `file` as it comes. Raises UserError if rows there
-    were `asked` otherwise."""
+    """({job: row} of all jobs, seconds for each that was asked). row[key] is the job; judge(job) makes the row, some at
+    a time, where none in `file` is done; it is added to `file` as it comes. Raises UserError if rows there were `asked`
+    otherwise."""
     rows = read_rows(file, key)
     for row in filter(is_done, rows.values()):
         check_metadata(file, row, asked)

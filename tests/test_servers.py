@@ -159,7 +159,7 @@ NO_ANSWERS = {                                             # …, the reason, ho
     "nothing": (says(None), "empty", 2),
     "nothing but thinking": (says([THOUGHT[0]]), "empty", 2),
     "refused": (says(None, refusal="I will not."), "refused: I will not.", 1),
-    "filtered": (says(DRAFT, "content_filter"), "refused: content_filter", 1),
+    "filtered": (says(DRAFT, "content_filter"), "ended by content_filter", 2),
     "filtered by a 400": ((400, {}, '{"error": {"code": "content_filter"}}'), '400 .*"content_filter"', 1),
     "too large": ((413, {}, "too large"), "413 too large", 1),
     "not understood": ((422, {}, "a\nb"), "422 a b", 1),

@@ -85,11 +85,13 @@ def same_pictures(one, other):
 def telling(tmp_path_factory):
     """A clip that tells in many ways what made it: a title, a comment, a chapter, a date, an encoder's notes; sound."""
     folder = tmp_path_factory.mktemp("telling")
-    (folder / "more.txt").write_text(";FFMETADATA1\ntitle=Secret-5B\ncomment=Secret prompt\n[CHAPTER]\nTIMEBASE=1/1\n"
-                                     "START=0\nEND=1\ntitle=Secret chapter\n")
-    ffmpeg("-f", "lavfi", "-i", "gradients=d=2:s=64x48:r=10:seed=3:speed=0.1", "-f", "lavfi", "-i", "sine=d=2", "-i", folder / "more.txt",
-           "-map_metadata", "2", "-metadata:s:v", "handler_name=Secret-handler", "-metadata", "creation_time=2026-01-01",
-           "-c:v", "libx264", "-pix_fmt", "yuv420p", folder / "telling.mp4")
+    (folder / "more.txt").write_text("\n".join([
+        ";FFMETADATA1", "title=Secret-5B", "comment=Secret prompt", "[CHAPTER]", "TIMEBASE=1/1", "START=0", "END=1",
+        "title=Secret chapter", ""]))
+    pictures, sound = "gradients=d=2:s=64x48:r=10:seed=3:speed=0.1", "sine=d=2"
+    ffmpeg("-f", "lavfi", "-i", pictures, "-f", "lavfi", "-i", sound, "-i", folder / "more.txt", "-map_metadata", "2",
+           "-metadata:s:v", "handler_name=Secret-handler", "-metadata", "creation_time=2026-01-01", "-c:v", "libx264",
+           "-pix_fmt", "yuv420p", folder / "telling.mp4")
     return folder / "telling.mp4"
 
 
