@@ -238,7 +238,7 @@ def test_changes_made_on_another_list_are_told_and_asked_about(use, browser, tmp
     later = [row(0, keep=None), row(1, keep=None, text="new"), row(2), row(3), row(4)]
     write_list(tmp_path, later)
     browser.open(page)
-    assert not browser.run("document.getElementById('stale').hidden") and browser.text("stale").startswith("1 changes")
+    assert not browser.run("document.getElementById('stale').hidden") and browser.text("stale").startswith("1 of your changes")
     assert browser.run("rows.map(row => [row.text, row.keep])") == [
         ["clip 0", False], ["new", None], ["clip 2", True], ["clip 3", True], ["clip 4", True]]
     browser.press("d")                                     # who does not answer is asked again

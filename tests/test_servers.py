@@ -1,5 +1,5 @@
 """Judging by a model: every server's ways, curation, the verdict."""
-import email.utils, re, shutil, socket, ssl, subprocess, threading, time
+import email.utils, json, re, shutil, socket, ssl, subprocess, threading, time
 from collections import Counter
 from pathlib import Path
 
@@ -139,13 +139,13 @@ def test_a_certificate_is_checked_and_may_be_ones_own(slept, tmp_path, monkeypat
 # ---- What an answer is ----------------------------------------------------------------------------------------------
 
 DRAFT = judgement(theme="no", reason="a draft")
-THOUGHT = [{"type": "thinking", "thinking": [{"type": "text", "text": DRAFT}]}, {"type": "text", "text": judgement()}]
+THOUGHTS = [{"type": "thinking", "thinking": [{"type": "text", "text": DRAFT}]}, {"type": "reasoning", "text": DRAFT}, "so"]
 ANSWERS = {                                                # what the server sends, and what its answer is
     "plain": (says(judgement()), judgement()),
     "thinking before it": (says(f"<think>{DRAFT}</think>\n{judgement()}"), judgement()),
     "only the end of the thinking": (says(f"{DRAFT}</think>{judgement()}"), judgement()),
     "thinking twice": (says(f"<think>{DRAFT}</think>{DRAFT}</think>{judgement()}"), judgement()),
-    "parts": (says(THOUGHT), judgement()),
+    "parts": (says([*THOUGHTS, {"type": "text", "text": judgement()}]), judgement()),
     "no finish_reason": (says(judgement(), None), judgement()),
     "another word for the end": (says(judgement(), "eos_token"), judgement()),
     "thinking in a field of its own": (says(judgement(), reasoning_content=DRAFT), judgement()),
@@ -157,7 +157,7 @@ NO_ANSWERS = {                                             # …, the reason, ho
     "thinking without an end": (says(f"<think>{DRAFT}"), "thinking without an end", 2),
     "empty": (says(""), "empty", 2),
     "nothing": (says(None), "empty", 2),
-    "nothing but thinking": (says([THOUGHT[0]]), "empty", 2),
+    "nothing but thinking": (says(THOUGHTS), "empty", 2),
     "refused": (says(None, refusal="I will not."), "refused: I will not.", 1),
     "filtered": (says(DRAFT, "content_filter"), "ended by content_filter", 2),
     "filtered by a 400": ((400, {}, '{"error": {"code": "content_filter"}}'), '400 .*"content_filter"', 1),
@@ -338,6 +338,20 @@ def test_one_clips_error_is_that_clips_and_is_asked_again(server, names_for_pict
     assert (tmp_path / "out" / "inspect.html").read_text().count("413 too large") == 1
 
 
+def test_what_a_person_has_written_is_not_asked_about_again(server, names_for_pictures, raw, tmp_path):
+    server.answer = lambda *_: says("", "length")
+    curate_clips(raw, tmp_path / "out", server)
+    file = tmp_path / "out" / "metadata.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    rows[0]["keep"], rows[1]["text"] = False, "written by hand"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    server.asked.clear()
+    server.answer = lambda *_: judgement()
+    rows = curate_clips(raw, tmp_path / "out", server)
+    assert rows["00"]["keep"] is False and rows["01"]["text"] == "written by hand"
+    assert set(asked_for(server)) == {f"{number:02d}" for number in range(2, 12)}
+
+
 def test_a_run_stops_where_the_first_requests_all_fail_alike(server, names_for_pictures, raw, tmp_path):
     server.answer = lambda *_: (400, {}, f"request {len(server.asked)}: no pictures, please")
     with pytest.raises(UserError, match="no pictures, please"):
@@ -346,6 +360,10 @@ def test_a_run_stops_where_the_first_requests_all_fail_alike(server, names_for_p
     server.answer = by_name(dict.fromkeys(["00", "01", "02", "03", "04"], (400, {}, "no")))
     assert curate_clips(raw, tmp_path / "out", server, parallel=1)["11"]["keep"]       # begins with those never asked
     assert curate_clips(raw, tmp_path / "out", server)["00"]["keep"] is None           # five are left, and all fail
+    for name in ("20", "21"):
+        (raw / f"{name}.mp4").touch()
+    server.answer = lambda *_: (400, {}, "no")
+    assert curate_clips(raw, tmp_path / "out", server)["20"]["keep"] is None           # so do two that are new
 
 
 def test_filters_alone_stop_no_run(server, names_for_pictures, raw, tmp_path):
