@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 
 from tqdm import tqdm
 
-from data import (command, decoder_of, option, picture_filters, read_video_header, run_ffmpeg, whole_file, write_json)
+from data import command, decode, option, picture_filters, read_video_header, run_ffmpeg, whole_file, write_json
 from judging.vlm import frames_as_jpeg, write_page
 from model import UserError, read_json
 from sample import hashed, read_bench
@@ -23,7 +23,7 @@ CLEAN = ("-map_metadata", "-1", "-map_chapters", "-1", "-fflags", "+bitexact", "
          "filter_units=remove_types=6|9|12,setts=pts=PTS-STARTPTS:dts=DTS-STARTPTS", "-movflags", "+faststart",
          "-f", "mp4", "-y")
 # Visually lossless: from x264's 17 downwards nobody sees a difference.
-ENCODE = "-c:v", "libx264", "-crf", "12", "-fps_mode", "passthrough"
+ENCODE = "-c:v", "libx264", "-crf", "12"
 EXACT = "flags=bicubic+accurate_rnd+full_chroma_int"       # else all gets darker, by 1 to 3 of 255
 SQUARE = f"scale=w='2*round(iw*max(1,sar)/2)':h='2*round(ih*max(1,1/sar)/2)':{EXACT}"  # even sides, for 4:2:0
 CODED = (f"scale=out_color_matrix=bt709:out_range=tv:{EXACT},format=yuv420p,"
@@ -66,9 +66,9 @@ def copy_film(video, stream, path):
     run_ffmpeg(video, "-map", stream, "-c", "copy", *CLEAN, path)
 
 
-def hash_pictures(video, stream):
+def hash_pictures(video, film):
     """A hash of all pictures of a film. Raises UserError for a damaged one."""
-    return run_ffmpeg(video, "-map", stream, "-fps_mode", "passthrough", "-f", "md5", "-")[0]
+    return decode(video, film, "null", "-f", "md5", "-")[0]
 
 
 def is_fit(video, film, copy):
@@ -80,7 +80,7 @@ def is_fit(video, film, copy):
     log = run_ffmpeg(copy)[1]                              # of a file without titles, which could hold such words
     usual = re.search(r"h264 \((Constrained Baseline|Baseline|Main|High)\)", log)
     turned = re.search(r"displaymatrix|display matrix|SAR (?!1:1 )", log, re.IGNORECASE)
-    return usual and not turned and hash_pictures(video, film.stream) == hash_pictures(copy, "0:0")
+    return usual and not turned and hash_pictures(video, film) == hash_pictures(copy, read_video_header(copy))
 
 
 def write_clip(video, path):
@@ -89,8 +89,7 @@ def write_clip(video, path):
     with whole_file(path) as part, TemporaryDirectory() as folder:
         if not is_fit(video, film, part):
             encoded = Path(folder) / "encoded.mp4"
-            filters = picture_filters(film, SQUARE, ["setpts=PTS-STARTPTS"]) + "," + CODED
-            run_ffmpeg(video, "-map", film.stream, "-vf", filters, *ENCODE, encoded, decoder=decoder_of(film))
+            decode(video, film, f"{picture_filters(film, SQUARE)},{CODED}", *ENCODE, encoded)
             copy_film(encoded, "0:0", part)
 
 

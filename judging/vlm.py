@@ -7,8 +7,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data import (SUFFIXES, check_metadata, decoder_of, open_image, picture_filters, read_lines, read_video_header,
-                  run_ffmpeg, whole_file, write_json)
+from data import (SUFFIXES, check_metadata, decode, open_image, picture_filters, read_lines, read_video_header,
+                  whole_file, write_json)
 from judging.server import NO_ANSWER, TRIAL
 from model import UserError
 from sample import hashed
@@ -27,16 +27,13 @@ def frames_as_jpeg(video, count):
         image.save(file, "JPEG", quality=95)
         return [file.getvalue()]
     film = read_video_header(video)
-    log = run_ffmpeg(video, "-map", film.stream, "-f", "null", "-")[1]
-    times = re.findall(r"time=(\d+):(\d+):([\d.]+)", log) or [(0, 0, 0)]
-    hours, minutes, seconds = map(float, times[-1])        # when it ends
-    seconds = max(0.04, 3600 * hours + 60 * minutes + seconds)
+    _, pictures = decode(video, film, "null", "-f", "null", "-")
+    seconds = pictures[-1].time + max(0.04, pictures[-1].duration)     # as long as the last picture is shown
     smaller = "min(1,768/max(iw*sar,ih))"                  # never larger
     fit = f"scale=w='max(1,round(iw*sar*{smaller}))':h='max(1,round(ih*{smaller}))':flags=area"
-    filters = picture_filters(film, fit, instants=["setpts=PTS-STARTPTS", f"fps={count / seconds}"])
+    filters = picture_filters(film, fit, instants=[f"fps={count / seconds}"])
     filters += ",scale=out_color_matrix=bt601:out_range=pc,format=yuvj444p"                    # a JPEG's colours
-    made = run_ffmpeg(video, "-map", film.stream, "-vf", filters, "-frames:v", str(count), "-c:v", "mjpeg", "-q:v", "3",
-                      "-f", "image2pipe", "-", decoder=decoder_of(film))[0]
+    made, _ = decode(video, film, filters, "-frames:v", str(count), "-c:v", "mjpeg", "-q:v", "3", "-f", "image2pipe", "-")
     start = b"\xff\xd8\xff"                               # of a JPEG, and never inside one
     if start not in made:
         raise UserError(f"{video}: shows no picture")
