@@ -77,10 +77,12 @@ def is_fit(video, film, copy):
     if film.codec != "h264" or not re.match(r"yuvj?420p\b(?!.*(first|2020|2084|b67))", film.pixels):
         return False
     copy_film(video, film.stream, copy)
-    log = run_ffmpeg(copy)[1]                              # of a file without titles, which could hold such words
+    log = run_ffmpeg(copy)[1] if copy.is_file() else ""    # of a file without titles, which could hold such words
     usual = re.search(r"h264 \((Constrained Baseline|Baseline|Main|High)\)", log)
     turned = re.search(r"displaymatrix|display matrix|SAR (?!1:1 )", log, re.IGNORECASE)
-    return usual and not turned and hash_pictures(video, film) == hash_pictures(copy, read_video_header(copy))
+    if not usual or turned:
+        return False
+    return hash_pictures(video, film) == hash_pictures(copy, film._replace(stream="0:0"))
 
 
 def write_clip(video, path):

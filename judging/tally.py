@@ -15,15 +15,20 @@ from model import UserError, read_json
 DIMENSIONS = "visual alignment", "text alignment", "motion quality", "human quality", "overall quality"    # Table 1's
 
 
+def draw_again(count, rng, draws=2000):
+    """(draws, count): how often each of `count` is drawn where as many are drawn with replacement."""
+    drawn = torch.randint(count, (draws, count), generator=rng)
+    return torch.zeros(draws, count).double().scatter_add_(1, drawn, torch.ones(draws, count).double())
+
+
 def print_table(title, rows, columns, values, sign=""):
     """Markdown of values (raters, rows, prompts, columns) from 0 to 1, nan where there is none: the means in per cent
     and, in brackets, what holds 95 % of such means if raters and prompts are drawn again (bootstrap)."""
-    raters, _, prompts, _ = values.shape
-    draw, means = partial(torch.randint, generator=generator("bootstrap")), []
-    for _ in range(2000):
-        drawn = values[draw(raters, (raters,))][:, :, draw(prompts, (prompts,))]
-        means.append(drawn.nanmean(dim=(0, 2)))
-    low, high = 100 * torch.stack(means).nanquantile(torch.tensor([0.025, 0.975], dtype=values.dtype), dim=0)
+    rng = generator("bootstrap")
+    raters, prompts = draw_again(values.shape[0], rng), draw_again(values.shape[2], rng)
+    add_up = partial(torch.einsum, "dr,rmpc,dp->dmc")
+    means = add_up(raters, values.nan_to_num(), prompts) / add_up(raters, values.isfinite().double(), prompts)
+    low, high = 100 * means.nanquantile(torch.tensor([0.025, 0.975], dtype=values.dtype), dim=0)
     mean = 100 * values.nanmean(dim=(0, 2))                # (rows, columns)
     print(f"| {' | '.join([title, *columns])} |\n|{' --- |' * (len(columns) + 1)}")
     for r, row in enumerate(rows):

@@ -109,6 +109,20 @@ def write_study(methods, shots, out):
     return json.loads(Path(f"{out}-key.json").read_text())
 
 
+@pytest.fixture
+def copied_clips(monkeypatch):
+    """A list that fills with the clips of a study as they are made: copies, for tests that look at no pictures."""
+    made = []
+
+    def write_clip(video, path):
+        made.append(path.stem)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(video, path)
+
+    monkeypatch.setattr(judging.study, "write_clip", write_clip)
+    return made
+
+
 @pytest.fixture(scope="session")
 def study(shots, methods):
     return write_study(methods, shots, shots.parent / "study") and shots.parent / "study"
@@ -175,7 +189,7 @@ class Browser:
         return base64.b64decode(self.cdp("Page.captureScreenshot")["data"])
 
     def until(self, script):
-        for _ in range(200):
+        for _ in range(500):
             if self.run(script):
                 return
             time.sleep(0.02)
@@ -184,7 +198,7 @@ class Browser:
     def downloaded(self, name):
         """The content of a download, once it is there; it is then removed."""
         file = self.downloads / name
-        for _ in range(200):
+        for _ in range(500):
             if file.is_file():
                 content = file.read_text(encoding="utf-8")
                 file.unlink()

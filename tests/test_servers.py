@@ -488,8 +488,8 @@ def rate_by_method(scores):
 
 @pytest.fixture
 def many(tmp_path, monkeypatch):
-    """(bench, methods) of nine prompts and three methods, without pictures: a video is named METHOD-PROMPT."""
-    for prompt in "abcdefghi":
+    """(bench, methods) of five prompts and three methods, without pictures: a video is named METHOD-PROMPT."""
+    for prompt in "abcde":
         (tmp_path / "bench").mkdir(exist_ok=True)
         (tmp_path / "bench" / f"{prompt}.png").write_text(prompt)
         (tmp_path / "bench" / f"{prompt}.txt").write_text(prompt)
@@ -511,9 +511,9 @@ def cells(line):
 
 def test_differences_are_taken_pair_by_pair(server, many, tmp_path, capsys):
     bench, methods = many
-    level = dict(zip("abcdefghi", [1, 9, 2, 8, 3, 7, 4, 6, 5]))
+    level = dict(zip("abcde", [1, 9, 2, 8, 5]))
     scores = {(m, p): level[p] + better for m, better in (("x", 0), ("y", 1), ("z", 0)) for p in level}
-    scores["z", "a"] = 10                                  # one outlier: an interval that holds 0
+    scores["z", "a"] = 6                                   # one outlier: an interval that holds 0
     server.answer = rate_by_method(scores)
     ask_for_verdicts(methods, bench, tmp_path / "verdict.jsonl", server, parallel=4)
     tables = capsys.readouterr().out.split("\n\n")
@@ -523,7 +523,7 @@ def test_differences_are_taken_pair_by_pair(server, many, tmp_path, capsys):
     assert tables[1].startswith("| minus x, points |") and "| x |" not in tables[1]
     y, z = [cells(line) for line in tables[1].splitlines() if line.startswith(("| y", "| z"))]
     assert y == [(10, 10, 10)] * 4                         # but on every prompt y is better by the same
-    assert all(mean == 10 and low == 0 and high > 20 for mean, low, high in z)
+    assert all(mean == 10 and low == 0 and high >= 20 for mean, low, high in z)
     assert "| y | +10.00 [+10.0, +10.0]" in tables[1]
 
 
@@ -540,12 +540,12 @@ def test_repeating_tells_how_often_the_model_repeats_itself(server, many, tmp_pa
 
     server.answer = answer
     ask_for_verdicts(methods, bench, file, server)
-    assert "asked again" not in capsys.readouterr().out and len(server.asked) == 2 * 9 * 4
+    assert "asked again" not in capsys.readouterr().out and len(server.asked) == 2 * 5 * 4
     ask_for_verdicts(methods, bench, file, server, repeat=3, parallel=4)
-    assert temperatures == {0: 72, 0.7: 144}               # the first askings are there already
+    assert temperatures == {0: 40, 0.7: 80}               # the first askings are there already
     said = capsys.readouterr().out
-    assert "motion quality: asked again, the same number in 80 % of 180, 0.80 of 10 apart" in said
-    assert "human quality: asked again, the same number in 100 % of 180, 0.00 of 10 apart" in said
+    assert "motion quality: asked again, the same number in 80 % of 100, 0.80 of 10 apart" in said
+    assert "human quality: asked again, the same number in 100 % of 100, 0.00 of 10 apart" in said
     assert [mean for mean, *_ in cells(said.splitlines()[2])] == [60, 60, pytest.approx(60 + 16 / 3, abs=0.01), 60]
     assert print_verdicts(file, capsys) == said
 
