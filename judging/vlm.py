@@ -1,5 +1,5 @@
 """What a model is shown of a video, many questions and a file with a row for each answer, pages for people."""
-import json, re, time
+import json, time
 from functools import lru_cache
 from io import BytesIO
 from multiprocessing.pool import ThreadPool

@@ -139,7 +139,8 @@ def test_a_certificate_is_checked_and_may_be_ones_own(slept, tmp_path, monkeypat
 # ---- What an answer is ----------------------------------------------------------------------------------------------
 
 DRAFT = judgement(theme="no", reason="a draft")
-THOUGHTS = [{"type": "thinking", "thinking": [{"type": "text", "text": DRAFT}]}, {"type": "reasoning", "text": DRAFT}, "so"]
+THOUGHTS = [{"type": "thinking", "thinking": [{"type": "text", "text": DRAFT}]}, {"type": "reasoning", "text": DRAFT},
+            "so"]
 ANSWERS = {                                                # what the server sends, and what its answer is
     "plain": (says(judgement()), judgement()),
     "thinking before it": (says(f"<think>{DRAFT}</think>\n{judgement()}"), judgement()),

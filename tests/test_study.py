@@ -23,7 +23,7 @@ pytest_plugins = "tests.helpers", "tests.judges"
 
 # ---- What raters get ------------------------------------------------------------------------------------------------
 
-def test_a_study_hides_the_methods_and_is_the_same_when_written_again(shots, methods, study, tmp_path, copied_clips, capsys):
+def test_a_study_hides_the_methods_and_stays_when_written_again(shots, methods, study, tmp_path, copied_clips, capsys):
     key, before = json.loads(Path(f"{study}-key.json").read_text()), contents(study)
     assert write_study(methods, shots, study) == key and contents(study) == before
     names = [*before, before["study.html"].decode()]
@@ -82,9 +82,9 @@ def telling(tmp_path_factory):
         ";FFMETADATA1", "title=Secret-5B", "comment=Secret prompt", "[CHAPTER]", "TIMEBASE=1/1", "START=0", "END=1",
         "title=Secret chapter", ""]))
     pictures, sound = "gradients=d=2:s=64x48:r=10:seed=3:speed=0.1", "sine=d=2"
-    ffmpeg("-f", "lavfi", "-i", pictures, "-f", "lavfi", "-i", sound, "-i", folder / "more.txt", "-map_metadata", "2",
-           "-metadata:s:v", "handler_name=Secret-handler", "-metadata", "creation_time=2026-01-01", "-c:v", "libx264",
-           "-pix_fmt", "yuv420p", folder / "telling.mp4")
+    ffmpeg("-itsoffset", "0.5", "-f", "lavfi", "-i", pictures, "-f", "lavfi", "-i", sound, "-i", folder / "more.txt",
+           "-map_metadata", "2", "-metadata:s:v", "handler_name=Secret-handler", "-metadata", "creation_time=2026-01-01",
+           "-c:v", "libx264", "-pix_fmt", "yuv420p", folder / "telling.mp4")
     return folder / "telling.mp4"
 
 
@@ -98,7 +98,7 @@ def test_a_clip_that_browsers_play_is_copied_without_all_that_tells_where_it_is_
     assert same_pictures(tmp_path / "clip.mp4", telling)   # to the bit
     for word in ("Audio", "Chapter", "creation_time", "title", "comment", "encoder"):
         assert word not in said, word
-    assert "start: 0.000000" in said
+    assert "Duration: 00:00:02.00, start: 0.000000" in said            # though its sound begins earlier
 
 
 # What is no H.264 of 8 bits and 4:2:0, progressive, SDR, upright, with square pixels, is encoded: how it is made of the
@@ -132,7 +132,7 @@ def test_a_turned_clip_is_encoded_upright(telling, tmp_path):
 
 
 def test_what_a_player_leaves_out_is_not_handed_out(telling, tmp_path):
-    ffmpeg("-ss", "0.5", "-i", telling, "-c", "copy", tmp_path / "trimmed.mp4")        # the rest is still in the file
+    ffmpeg("-ss", "1", "-i", telling, "-c", "copy", tmp_path / "trimmed.mp4")          # the rest is still in the file
     judging.study.write_clip(tmp_path / "trimmed.mp4", tmp_path / "clip.mp4")
     assert "Duration: 00:00:01.50" in described(tmp_path / "clip.mp4")
     (tmp_path / "damaged.mp4").write_bytes(telling.read_bytes()[:-9000])
@@ -147,7 +147,7 @@ def test_lengths_and_sizes_that_tell_methods_apart_are_said(shots, methods, tell
     assert "tell methods apart" not in capsys.readouterr().out
     shutil.copy(telling, two / "alpha-method" / "somersault.mp4")
     write_study(two, shots, tmp_path / "study")
-    assert ("somersault: raters can tell methods apart by length or size (2.0 s of 64×48: alpha-method; "
+    assert ("somersault: raters can tell methods apart by length or size (2.5 s of 64×48: alpha-method; "
             "1.1 s of 32×32: beta-method)\n2 pages") in capsys.readouterr().out
 
 
