@@ -42,6 +42,8 @@ def find_videos(folder):
                 left_out["hidden"] += 1
             elif real in seen:
                 left_out["linked twice"] += 1
+            elif path.is_dir() and not os.access(path, os.R_OK | os.X_OK):
+                left_out["folders that cannot be read"] += 1
             elif path.is_dir():
                 folders.append(path)
             elif path.suffix.lower() in SUFFIXES["video"]:
@@ -68,7 +70,8 @@ def main(options):
     if not videos or not options.theme:
         raise UserError(f"--videos {options.videos} --theme {options.theme}: expected a folder with videos in or below "
                         "it, and what they are to show")
-    print(f"{options.videos}: {len(videos)} clips; left out: {dict(left_out) or 'nothing'}")
+    others = ", ".join(f"{number} {kind}" for kind, number in left_out.items())
+    print(f"{options.videos}: {len(videos)} clips; left out: {others or 'nothing'}")
     clips = {Path(os.path.relpath(path, out)).as_posix(): path for path in videos}
     server, file, asked = Server(options), out / "metadata.jsonl", dict(theme=options.theme, vlm=options.vlm)
     question = (HERE / "curate.txt").read_text(encoding="utf-8").format(theme=options.theme)

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import torch
 
-from data import command, option, write_json
+from data import check_metadata, command, option, write_json
 from judging.server import Server, ServerOptions
 from judging.study import list_videos
 from judging.tally import DIMENSIONS, print_differences, print_table
-from judging.vlm import HERE, ask_about, frames_as_jpeg, read_rows
+from judging.vlm import HERE, ask_about, frames_as_jpeg, is_done, read_rows
 from model import UserError
 from sample import hashed, read_bench
 
@@ -36,6 +36,8 @@ def subject(row):
 def list_questions(options):
     """({question: (row, text, picture, video)} about each dimension of every video, --repeat times; the bench's hash).
     A question is called by a hash of what the model is shown and by the number of the asking."""
+    if options.repeat < 1:
+        raise UserError(f"--repeat {options.repeat}: expected how often to ask each question, at least 1")
     template, *sections = (HERE / "verdict.txt").read_text(encoding="utf-8").split("\n# ")
     prompts, bench = read_bench(options.bench)
     videos, questions = list_videos(options.videos, prompts, bench), {}
@@ -53,9 +55,10 @@ def ask_verdicts(options, file):
     questions, bench = list_questions(options)
     server, asked = Server(options), dict(vlm=options.vlm, bench=bench)
     shown = {subject(row): question.split()[0] for question, (row, *_) in questions.items()}
-    kept = []
-    for question, row in read_rows(file, "question").items():
-        if shown.get(subject(row)) in (None, question.split()[0]):     # else the video has changed since then
+    answered, kept = filter(is_done, read_rows(file, "question").values()), []
+    for row in answered:
+        check_metadata(file, row, asked)
+        if shown.get(subject(row)) in (None, row["question"].split()[0]):      # else the video has changed since then
             kept.append(row)
     write_json(file, *kept)
 

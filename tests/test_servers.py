@@ -327,10 +327,13 @@ def test_curating_keeps_drops_and_leaves_undecided(server, videos, tmp_path, cap
 def test_one_clips_error_is_that_clips_and_is_asked_again(server, names_for_pictures, raw, tmp_path, capsys):
     faults = {"02": (400, {}, "content_filter"), "05": (413, {}, "too large"), "07": says("", "length"), "09": "hm"}
     server.answer = by_name(faults)
+    (raw / "note.txt").touch()
     rows = curate_clips(raw, tmp_path / "out", server)
     assert {name for name, row in rows.items() if row["keep"] is None} == {*faults}
     assert "content_filter" in rows["02"]["reason"] and "413 too large" in rows["05"]["reason"]
-    assert "1 without an answer, asked again by the same command: no answer: 413" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "1 without an answer, asked again by the same command: no answer: 413" in said
+    assert "raw: 12 clips; left out: 1 of other kinds\n" in said
     server.asked.clear()
     server.answer = by_name({"05": (413, {}, "too large")})
     rows = curate_clips(raw, tmp_path / "out", server)
@@ -475,8 +478,16 @@ def test_the_verdict_is_table_2_and_can_be_made_again_without_asking(server, sho
     ask_for_verdicts(two, shots, file, server)
     assert len(server.asked) == asked + 1 + 4              # the missing one, and those about the changed video
     assert capsys.readouterr().out == print_verdicts(file, capsys)                     # its earlier scores do not count
-    with pytest.raises(UserError, match="vlm judge"):
-        ask_for_verdicts(two, shots, file, server, vlm="another")
+    before, other = file.read_bytes(), shutil.copytree(shots, tmp_path / "other")
+    (other / "walk-12.txt").write_text("another caption")
+    for note in two.glob("*/bench.json"):
+        note.unlink()
+    for words, bench, changes in (("vlm judge", shots, dict(vlm="another")), ("bench ", other, {})):
+        with pytest.raises(UserError, match=words):
+            ask_for_verdicts(two, bench, file, server, **changes)
+    with pytest.raises(UserError, match="--repeat 0"):
+        ask_for_verdicts(two, shots, file, server, repeat=0)
+    assert file.read_bytes() == before
 
 
 def rate_by_method(scores):
@@ -573,6 +584,20 @@ def test_a_question_without_an_answer_is_asked_again(server, many, tmp_path, cap
     server.answer = lambda *_: five(5, 5, 5, 5, 5)
     ask_for_verdicts(methods, bench, tmp_path / "verdict.jsonl", server)
     assert len(server.asked) == 4 and "0 to 10: none" in capsys.readouterr().out
+
+
+def test_a_mistaken_name_of_a_model_hinders_not_the_right_one(server, many, raw, names_for_pictures, tmp_path, capsys):
+    bench, methods = many
+    server.answer = lambda text, pictures, body: five(5, 5, 5, 5, 5) if body["model"] == "judge" else (400, {}, "no model")
+    for name in ("jugde", "judge"):
+        for ask_model in (lambda: curate_clips(raw, tmp_path / "out", server, vlm=name),
+                          lambda: ask_for_verdicts(methods, bench, tmp_path / "verdict.jsonl", server, vlm=name)):
+            if name == "judge":
+                ask_model()
+            else:
+                with pytest.raises(UserError, match="no model"):
+                    ask_model()
+    assert "by judge;" in capsys.readouterr().out
 
 
 def test_a_verdict_without_answers_says_what_to_give(tmp_path):
