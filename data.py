@@ -54,7 +54,7 @@ def run_ffmpeg(path, *arguments, options=()):
     if not Path(path).is_file():
         raise UserError(f"{path}: no such video")
     # A picture with a flaw is left out instead of patched up. One thread decodes, so that the log is in order.
-    done = subprocess.run([get_ffmpeg_exe(), "-nostdin", "-hide_banner", "-nostats", "-v", "level+info", "-debug_ts",
+    done = subprocess.run([get_ffmpeg_exe(), "-nostdin", "-hide_banner", "-nostats", "-v", "level+info", "-debug_ts", "-dump",
                            "-max_error_rate", "1", "-err_detect", "explode", "-threads", "1", *options,
                            "-i", f"file:{path}", *arguments], capture_output=True)
     return done.stdout, done.stderr.decode(errors="replace").replace(f"'file:{path}'", "it")
@@ -86,10 +86,11 @@ def read_video_header(path):
                                        f"is damaged or not a video ({reason})"))
     moving = [film for film in films if film[2] not in ("png", "mjpeg", "bmp", "webp")]        # covers without a mark
     about, stream, codec, pixels, width, height, _ = (moving or films)[0]
-    vision = re.search(r"^\[info\] +DOVI configuration record: .*profile: (5|10|20),.*compatibility id: 0", about, re.M)
-    if vision:
-        raise UserError(f"{path}: is Dolby Vision, profile {vision[1]}, whose colours only Dolby's players can show; "
-                        "export it as SDR or HDR10, or leave it out")
+    # Dolby Vision 5, and the others that are compatible with nothing, have a matrix of their own.
+    dolby = re.search(r"\n\[info\] +DOVI configuration record: .*profile: (5|\d+(?=,.*compatibility id: 0)),", about)
+    if dolby:
+        raise UserError(f"{path}: is Dolby Vision of profile {dolby[1]}, which ffmpeg shows in wrong colours; export it as "
+                        "SDR or HDR10, or leave it out")
     alpha = re.match(r"yuva|gbrap|rgba|bgra|argb|abgr|pal8|ya\d|ayuv|vuya|uyva", pixels)
     alpha = alpha or re.search(r"^\[info\] +alpha_mode +: 1$", about, re.MULTILINE)              # of webm
     length = re.search(r"^\[info\]   Duration: (\d+):(\d+):([\d.]+)", log, re.MULTILINE)
@@ -123,50 +124,58 @@ def picture_filters(film, size, instants=()):
 
 
 class Picture(NamedTuple):
-    """A picture as it left the decoder."""
-    time: float                                            # at which it is shown, in seconds
+    """A picture, coded in a packet or as it left the decoder."""
+    time: float                                            # at which it is shown, in seconds, or nan
     duration: float
     key: bool                                              # decoded without others
 
 
 def read_log(log):
-    """What happened: the times of the packets that were read, in seconds; the Pictures that were decoded; and all that
-    ffmpeg complained of, each a line with the numbers of packets and Pictures before it."""
-    packets, pictures, complaints = [], [], []
+    """What happened: the Pictures that were read, those that were decoded, and all that ffmpeg complained of, each a line
+    with the numbers of both before it."""
+    read, decoded, complaints, key = [], [], [], False
     looking, _, working = log.partition("\n[info] Stream mapping:")
     # While it looks what there is, it tries the decoder on any packet: that counts only for the file itself.
     lines = [line for line in looking.splitlines() if line.startswith("[in#") and "corrupt" not in line]
     for line in lines + working.splitlines():
-        packet = re.search(r"demuxer\+ffmpeg -> .* pkt_pts_time:(\S+)", line)
+        line = line.replace("NOPTS", "nan")
+        packet = re.search(r"demuxer\+ffmpeg -> .* pkt_pts_time:(\S+) .*duration_time:(\S+)", line)
         picture = re.search(r"decoder -> .* pts_time:(\S+) .*duration_time:(\S+)", line)
-        if packet:
-            packets.append(float(packet[1].replace("NOPTS", "nan")))
+        if line.startswith("[info]   keyframe="):
+            key = line.endswith("1")                       # of the packet that the next line is about
+        elif packet:
+            read.append(Picture(float(packet[1]), float(packet[2]), key))
         elif picture:
-            key = re.search("keyframe:1|dec:libvpx", line)             # libvpx does not say, and begins with one
-            pictures.append(Picture(float(picture[1].replace("NOPTS", "nan")), float(picture[2]), bool(key)))
+            whole = re.search("keyframe:1|dec:libvpx", line)           # libvpx does not say, and begins with a key
+            decoded.append(Picture(float(picture[1]), float(picture[2]), bool(whole)))
         elif re.search(r" @ .*(\[error\]|\[fatal\]|corrupt|concealing|first frame)", line):
-            complaints.append((line, len(packets), len(pictures)))
-    return packets, pictures, complaints
+            complaints.append((line, len(read), len(decoded)))
+        elif "Reconfiguring" in line:                      # the filters, which at most 20 pictures wait for
+            complaints.append((line, len(read), max(0, len(decoded) - 20)))
+    return read, decoded, complaints
 
 
-def find_damage(packets, pictures, complaints, begin, end):
+def find_damage(read, decoded, complaints, begin, end):
     """The first complaint about what is shown from `begin` to `end`, or None. A recording may begin anywhere, and two
     may be joined: what precedes a whole picture and cannot be decoded is no damage."""
-    keys = {picture.time for picture in pictures if picture.key}
-    whole = max((time for time in keys if time <= begin), default=begin)           # nothing before it is needed
-    steps = np.diff([picture.time for picture in pictures if whole <= picture.time <= end])
+    times = [picture.time for picture in decoded]
+    keys = [picture.time for picture in decoded if picture.key and picture.time <= begin]
+    whole = max(keys, default=begin)                       # from here on all is needed
+    steps = np.diff([time for time in times if whole <= time <= end])
     even = len(steps) == 0 or max(steps) < 1.8 * np.median(steps)                  # no picture is missing
-    for line, read, decoded in complaints:
+    others = keys and (not read[0].key or read[0].time in times and read[0].time < whole)          # precede it
+    for line, packets, pictures in complaints:
         if line.startswith("[in#"):                        # about one of the next two packets
-            since = packets[read - 1] if read else -math.inf
-            suspect, behind = packets[read:read + 2], packets[read + 2:read + 3]
-            joined = "corrupt" in line and even and behind and behind[0] in keys   # nothing is lost, all counts anew
-            passed = joined or suspect and max(suspect) < whole
+            since = read[packets - 1].time if packets else -math.inf
+            suspect, behind = read[packets:packets + 2], read[packets + 2:packets + 3]
+            joined = "corrupt" in line and even and any(packet.key for packet in behind)
+            passed = joined or suspect and max(packet.time for packet in suspect) < whole
         else:                                              # about a picture that is not out yet: they come out late
-            since = pictures[decoded - 1].time if decoded else -math.inf
-            cut = any(not time >= whole for time in packets) and even and not re.search("corrupt dec|first frame", line)
-            # Of an H.264 stream whose key an edit list hides, only that it lacks pictures.
-            passed = cut and since < whole and (whole in keys or re.search("mmco|co located|referenc|submitting", line))
+            since = times[pictures - 1] if pictures else -math.inf
+            # An open group of H.264 refers to what precedes it, though its pictures are whole.
+            lacking = re.search("mmco|co located|referenc|submitting", line)
+            passed = since < whole and even and (others or lacking)
+            passed = passed and not re.search("corrupt dec|first frame|Reconf", line)
         if since < end and not passed:
             return re.sub(r".*\[(error|fatal|warning|info)\] ", "", line)
     return None
@@ -183,22 +192,21 @@ def decode(path, film, filters, *output, start=0.0, seconds=math.inf):
         seek = max(0, min(start, film.seconds) - margin)
         place = ["-noaccurate_seek", "-ss", str(seek)] if seek else []
         zero = f"max(STARTPTS,{start - seek}/TB)" if start else "STARTPTS"
-        made, log = run_ffmpeg(path, "-map", film.stream, "-vf", f"showinfo=checksum=0,setpts='PTS-{zero}',{filters}",
+        made, log = run_ffmpeg(path, "-map", film.stream, "-vf", f"setpts='PTS-{zero}',{filters}",
                                "-fps_mode", "passthrough", "-map_metadata", "-1", *output, options=[*decoder, *place])
-        packets, pictures, complaints = read_log(log)
-        if not seek or pictures and pictures[0].key and pictures[0].time <= start - seek:
+        read, decoded, complaints = read_log(log)
+        if not seek or decoded and decoded[0].key and decoded[0].time <= start - seek:
             break
         margin *= 4                                        # what is on show at `start` began earlier still
-    if not pictures:
+    if not decoded:
         raise UserError(f"{path}: is damaged ({complaints[0][0] if complaints else 'no picture'})")
-    begin = max(pictures[0].time, start - seek) if start else pictures[0].time
-    for time in re.findall(r"^\[Parsed_showinfo_0 @ .*\] n: +0 .* pts_time:(\S+)", log, re.MULTILINE)[1:]:
-        if float(time) < begin + seconds:                  # the filters began again
-            raise UserError(f"{path}: changes the size or format of its pictures on the way; encode it again")
-    damage = find_damage(packets, pictures, complaints, begin, begin + seconds)
+    begin = max(decoded[0].time, start - seek) if start else decoded[0].time
+    damage = find_damage(read, decoded, complaints, begin, begin + seconds)
+    if damage and damage.startswith("Reconfiguring"):
+        raise UserError(f"{path}: changes the size or format of its pictures on the way; encode it again")
     if damage:
         raise UserError(f"{path}: is damaged ({damage})")
-    return made, [picture._replace(time=picture.time - begin) for picture in pictures]
+    return made, [picture._replace(time=picture.time - begin) for picture in decoded]
 
 
 def read_video(path, frames, height, width, fps, start=0.0, film=None):
@@ -321,15 +329,17 @@ def paired_rows(files, prompts):
 
 def metadata_rows(path, faults):
     """(where, fields) of metadata.jsonl or metadata.csv: the layout of Hugging Face's video folders. Raises UserError
-    for one that is of another form as a whole."""
-    lines, number = read_lines(path), 0
+    for one that has another form as a whole."""
+    lines, head, number = read_lines(path), [], 0
     table = csv.reader([line + "\n" for line in lines], strict=True)
-    head = next(table, []) if path.suffix == ".csv" else []
-    if path.suffix == ".csv" and not {"file_name", "text"} <= {*head}:
-        raise UserError(f"{path}: begins with {lines[0]!r:.60}; expected file_name and text, with commas between")
-    if path.suffix == ".jsonl" and lines[0].startswith("[") and lines[-1].endswith("]"):
+    if path.suffix == ".csv":
+        with suppress(csv.Error):                          # of a head that cannot be read
+            head = [cell.strip() for cell in next(filter(None, table), [])]
+        if not {"file_name", "text"} <= {*head}:
+            raise UserError(f"{path}: begins with {lines[0]!r:.60}; expected file_name and text, with commas between")
+        number = table.line_num
+    elif lines[0].startswith("[") and lines[-1].endswith("]"):
         raise UserError(f"{path}: is one JSON array; expected a line for each clip, {{\"file_name\": …, \"text\": …}}")
-    number = table.line_num
     while number < len(lines):
         where = f"{path}, row {number + 1}"
         try:
@@ -507,8 +517,9 @@ class Records:
         self.folder, self.scores = Path(folder), None
         self.names = sorted(p.stem for p in (self.folder / "win").glob("*.safetensors"))
         if not self.names:
-            raise UserError(f"{folder}: holds no records; make them with: python data.py --videos DIR --out {folder}"
-                            f" and: python sample.py --data {folder}")
+            place = quote(str(folder))
+            raise UserError(f"{folder}: holds no records; make them with: python data.py --videos DIR --out {place}"
+                            f" and: python sample.py --data {place}")
         self.kinds = ["win", "lose"] if negatives else ["win"]
         self.hashes = {}                                   # {name: hash of the win's record}
         for kind in self.kinds:
@@ -516,7 +527,8 @@ class Records:
             for name in self.names:
                 file = self.folder / kind / f"{name}.safetensors"
                 if not file.is_file():
-                    raise UserError(f"{file}: missing; make the negatives with: python sample.py --data {folder}")
+                    raise UserError(f"{file}: missing; make the negatives with: python sample.py --data "
+                                    f"{quote(str(folder))}")
                 shapes, metadata = read_header(file)
                 metadata["shapes"] = shapes
                 common = common or {k: v for k, v in metadata.items() if k not in ("caption", "source", "start", "hash", "win")}
@@ -525,7 +537,7 @@ class Records:
                     self.hashes[name], win_shape = metadata.get("hash"), shapes["win"]
                 elif metadata.get("win") != self.hashes[name] or shapes["lose"][1:] != win_shape:
                     raise UserError(f"{file}: was made for another encoding of its clip; delete it and run: "
-                                    f"python sample.py --data {folder}")
+                                    f"python sample.py --data {quote(str(folder))}")
         if scores:
             self.scores = self.read_scores(self.folder / "scores.json", shapes["lose"][0])
 
@@ -868,8 +880,9 @@ def main(options):
     if records - listed:
         say(f"{out}/win: {len(records - listed)} records are of clips that {options.videos} does not list, such as "
             f"{min(records - listed)}; training takes them too: delete them if that is not wanted")
-    say(f"{len(records)} clips in {out}/win; next: python "
-        f"{'train' if options.given_negatives else 'sample'}.py --model {quote(options.model)} --data {quote(str(out))}")
+    following = "train.py" if options.given_negatives else "sample.py"
+    say(f"{len(records)} clips in {out}/win; next: python {following} --model {quote(options.model)} "
+        f"--data {quote(str(out))}")
 
 
 if __name__ == "__main__":
