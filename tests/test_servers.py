@@ -586,7 +586,7 @@ def test_a_question_without_an_answer_is_asked_again(server, many, tmp_path, cap
     assert len(server.asked) == 4 and "0 to 10: none" in capsys.readouterr().out
 
 
-def test_a_mistaken_name_of_a_model_hinders_not_the_right_one(server, many, raw, names_for_pictures, tmp_path, capsys):
+def test_a_mistaken_model_hinders_not_the_right_one(server, many, raw, names_for_pictures, tmp_path, capsys):
     bench, methods = many
     server.answer = lambda text, pictures, body: five(5, 5, 5, 5, 5) if body["model"] == "judge" else (400, {}, "no model")
     for name in ("jugde", "judge"):

@@ -83,7 +83,7 @@ def telling(tmp_path_factory):
         "title=Secret chapter", ""]))
     pictures, sound = "gradients=d=2:s=64x48:r=10:seed=3:speed=0.1", "sine=d=2"
     ffmpeg("-itsoffset", "0.5", "-f", "lavfi", "-i", pictures, "-f", "lavfi", "-i", sound, "-i", folder / "more.txt",
-           "-map_metadata", "2", "-metadata:s:v", "handler_name=Secret-handler", "-metadata", "creation_time=2026-01-01",
+           "-map_metadata", "2", "-metadata", "creation_time=2026-01-01", "-metadata:s:v", "handler_name=Secret-name",
            "-c:v", "libx264", "-pix_fmt", "yuv420p", folder / "telling.mp4")
     return folder / "telling.mp4"
 
