@@ -587,8 +587,10 @@ def test_a_question_without_an_answer_is_asked_again(server, many, tmp_path, cap
 
 
 def test_a_mistaken_model_hinders_not_the_right_one(server, many, raw, names_for_pictures, tmp_path, capsys):
-    bench, methods = many
-    server.answer = lambda text, pictures, body: five(5, 5, 5, 5, 5) if body["model"] == "judge" else (400, {}, "no model")
+    def answer(text, pictures, body):
+        return five(5, 5, 5, 5, 5) if body["model"] == "judge" else (400, {}, "no model")
+
+    (bench, methods), server.answer = many, answer
     for name in ("jugde", "judge"):
         for ask_model in (lambda: curate_clips(raw, tmp_path / "out", server, vlm=name),
                           lambda: ask_for_verdicts(methods, bench, tmp_path / "verdict.jsonl", server, vlm=name)):

@@ -243,11 +243,11 @@ def test_agreement_is_krippendorffs_alpha(study, tmp_path, capsys):
 
 def test_intervals_come_from_both_raters_and_prompts(capsys):
     rng = np.random.default_rng(0)
-    raters, prompts = rng.normal(size=(100, 1)) / 10, rng.normal(size=(1, 25)) / 10
-    values = torch.from_numpy(np.stack([0.5 + raters + prompts, np.full((100, 25), np.nan)], axis=-1))
+    raters, prompts = rng.normal(size=(30, 1)) / 10, rng.normal(size=(1, 25)) / 10
+    values = torch.from_numpy(np.stack([0.5 + raters + prompts, np.full((30, 25), np.nan)], axis=-1))
     values[0, 0] = torch.nan                               # a missing value is left out
     judging.tally.print_table("", ["row"], ["column", "nothing"], values[:, None])
     found = re.search(r"\| row \| (\S+) \[(\S+), (\S+)\] \| nan \[nan, nan\] \|", capsys.readouterr().out)
     mean, low, high = map(float, found.groups())
     assert mean == pytest.approx(100 * np.nanmean(values[..., 0]), abs=0.005) and low < mean < high
-    assert (high - low) / 2 == pytest.approx(196 * 0.1 * (1 / 100 + 1 / 25) ** 0.5, rel=0.25)
+    assert (high - low) / 2 == pytest.approx(196 * (raters.var() / 30 + prompts.var() / 25) ** 0.5, rel=0.1)
