@@ -54,8 +54,8 @@ def run_ffmpeg(path, *arguments, options=()):
     if not Path(path).is_file():
         raise UserError(f"{path}: no such video")
     # A picture with a flaw is left out instead of patched up. One thread decodes, so that the log is in order.
-    done = subprocess.run([get_ffmpeg_exe(), "-nostdin", "-hide_banner", "-nostats", "-v", "level+info", "-debug_ts", "-dump",
-                           "-max_error_rate", "1", "-err_detect", "explode", "-threads", "1", *options,
+    done = subprocess.run([get_ffmpeg_exe(), "-nostdin", "-hide_banner", "-nostats", "-v", "level+info", "-debug_ts",
+                           "-dump", "-max_error_rate", "1", "-err_detect", "explode", "-threads", "1", *options,
                            "-i", f"file:{path}", *arguments], capture_output=True)
     return done.stdout, done.stderr.decode(errors="replace").replace(f"'file:{path}'", "it")
 
@@ -72,7 +72,7 @@ class Film(NamedTuple):
 
 
 def read_video_header(path):
-    """The Film in a file. Raises UserError for one that is missing, no video, or of colours that ffmpeg cannot turn."""
+    """The Film in a file. Raises UserError for one that is missing, not a video, or whose colours ffmpeg lacks."""
     log, films = run_ffmpeg(path)[1], []
     # ffmpeg's own line on each stream, with those below it that are indented. What a file says of itself, its titles and
     # comments, is indented too, so it cannot pass for a stream, and what is said of a cover or another stream is apart.
@@ -86,11 +86,11 @@ def read_video_header(path):
                                        f"is damaged or not a video ({reason})"))
     moving = [film for film in films if film[2] not in ("png", "mjpeg", "bmp", "webp")]        # covers without a mark
     about, stream, codec, pixels, width, height, _ = (moving or films)[0]
-    # Dolby Vision 5, and the others that are compatible with nothing, have a matrix of their own.
-    dolby = re.search(r"\n\[info\] +DOVI configuration record: .*profile: (5|\d+(?=,.*compatibility id: 0)),", about)
+    # Dolby Vision 5, and what else is compatible with nothing, has a matrix of its own.
+    dolby = re.search(r"\n\[info\] +DOVI configuration record: .*profile: (5|\d+(?=.*compatibility id: 0))", about)
     if dolby:
-        raise UserError(f"{path}: is Dolby Vision of profile {dolby[1]}, which ffmpeg shows in wrong colours; export it as "
-                        "SDR or HDR10, or leave it out")
+        raise UserError(f"{path}: is Dolby Vision of profile {dolby[1]}, which ffmpeg shows in wrong colours; export it "
+                        "as SDR or HDR10, or leave it out")
     alpha = re.match(r"yuva|gbrap|rgba|bgra|argb|abgr|pal8|ya\d|ayuv|vuya|uyva", pixels)
     alpha = alpha or re.search(r"^\[info\] +alpha_mode +: 1$", about, re.MULTILINE)              # of webm
     length = re.search(r"^\[info\]   Duration: (\d+):(\d+):([\d.]+)", log, re.MULTILINE)
@@ -99,8 +99,8 @@ def read_video_header(path):
 
 
 def picture_filters(film, size, instants=()):
-    """ffmpeg's filters from decoded pictures, upright already, to what a player shows: RGB with square pixels. `size` is
-    the filter that scales them, by `dar` and `sar`; `instants` are those that choose the moments, if not all."""
+    """ffmpeg's filters from decoded pictures, upright already, to what a player shows: RGB with square pixels. `size`
+    is the filter that scales them, by `dar` and `sar`; `instants` are those that choose the moments, if not all."""
     hdr = re.search("arib-std-b67|smpte2084", film.pixels)             # HLG or PQ
     tagged = re.search(r"\((\d+ bpc, )?(\w\w, )?(bt|smpte|gbr|fcc|ycgco|chroma|ictcp)", film.pixels)
     filters = ["bwdif=mode=send_frame:deint=interlaced"]   # two instants woven into one picture are taken apart
@@ -131,12 +131,12 @@ class Picture(NamedTuple):
 
 
 def read_log(log):
-    """What happened: the Pictures that were read, those that were decoded, and all that ffmpeg complained of, each a line
-    with the numbers of both before it."""
+    """What ffmpeg did: the Pictures that it read, those that it decoded, and what it complained of, each a line with
+    the numbers of both before it."""
     read, decoded, complaints, key = [], [], [], False
     looking, _, working = log.partition("\n[info] Stream mapping:")
-    # While it looks what there is, it tries the decoder on any packet: that counts only for the file itself.
-    lines = [line for line in looking.splitlines() if line.startswith("[in#") and "corrupt" not in line]
+    # While it looks what there is, it reads the first packets, and tries the decoder on them; the latter is no matter.
+    lines = [line for line in looking.splitlines() if re.match(r"\[in#0/.*\[error\]|\[in#.*CRC mismatch", line)]
     for line in lines + working.splitlines():
         line = line.replace("NOPTS", "nan")
         packet = re.search(r"demuxer\+ffmpeg -> .* pkt_pts_time:(\S+) .*duration_time:(\S+)", line)
@@ -168,14 +168,15 @@ def find_damage(read, decoded, complaints, begin, end):
         if line.startswith("[in#"):                        # about one of the next two packets
             since = read[packets - 1].time if packets else -math.inf
             suspect, behind = read[packets:packets + 2], read[packets + 2:packets + 3]
-            joined = "corrupt" in line and even and any(packet.key for packet in behind)
-            passed = joined or suspect and max(packet.time for packet in suspect) < whole
+            joined = even and any(packet.key for packet in behind)                 # it counts anew there
+            earlier = suspect and max(packet.time for packet in suspect) < whole
+            passed = "corrupt" in line and (joined or earlier)
         else:                                              # about a picture that is not out yet: they come out late
             since = times[pictures - 1] if pictures else -math.inf
             # An open group of H.264 refers to what precedes it, though its pictures are whole.
             lacking = re.search("mmco|co located|referenc|submitting", line)
             passed = since < whole and even and (others or lacking)
-            passed = passed and not re.search("corrupt dec|first frame|Reconf", line)
+            passed = passed and not re.search("corrupt dec|Reconf", line)
         if since < end and not passed:
             return re.sub(r".*\[(error|fatal|warning|info)\] ", "", line)
     return None
@@ -192,12 +193,16 @@ def decode(path, film, filters, *output, start=0.0, seconds=math.inf):
         seek = max(0, min(start, film.seconds) - margin)
         place = ["-noaccurate_seek", "-ss", str(seek)] if seek else []
         zero = f"max(STARTPTS,{start - seek}/TB)" if start else "STARTPTS"
-        made, log = run_ffmpeg(path, "-map", film.stream, "-vf", f"setpts='PTS-{zero}',{filters}",
+        made, log = run_ffmpeg(path, "-map", film.stream, "-vf", f"settb=AVTB,setpts='PTS-{zero}',{filters}",
                                "-fps_mode", "passthrough", "-map_metadata", "-1", *output, options=[*decoder, *place])
         read, decoded, complaints = read_log(log)
-        if not seek or decoded and decoded[0].key and decoded[0].time <= start - seek:
+        keys = [picture.time for picture in decoded if picture.key]
+        if seek and not (keys and keys[0] == decoded[0].time <= start - seek):
+            margin *= 4                                    # what is on show at `start` began earlier still
+        elif keys and not start and "first frame" in log:  # MPEG-4's decoder shows grey until there is a key
+            start = max(keys[0], 1e-6)
+        else:
             break
-        margin *= 4                                        # what is on show at `start` began earlier still
     if not decoded:
         raise UserError(f"{path}: is damaged ({complaints[0][0] if complaints else 'no picture'})")
     begin = max(decoded[0].time, start - seek) if start else decoded[0].time
@@ -210,10 +215,10 @@ def decode(path, film, filters, *output, start=0.0, seconds=math.inf):
 
 
 def read_video(path, frames, height, width, fps, start=0.0, film=None):
-    """A video as a player shows it, (3,F,height,width) fp32 in [-1,1]: frame k is what is seen k/fps s after `start`, or
-    after the first picture; upright, with square pixels, de-interlaced, in SDR, over white, resized to cover and cut at
-    the centre. Where it ends within a frame of the last instant, its last picture is held. `film` is its header, if that
-    has been read. Raises UserError for a file that is missing, not a video, damaged or too short."""
+    """A video as a player shows it, (3,F,height,width) fp32 in [-1,1]: frame k is what is seen k/fps s after `start`,
+    or after the first picture; upright, with square pixels, de-interlaced, in SDR, over white, resized to cover and cut
+    at the centre. Where it ends within a frame of the last instant, its last picture is held. `film` is its header, if
+    that has been read. Raises UserError for a file that is missing, not a video, damaged or too short."""
     film = film or read_video_header(path)
     flags = "area" if film.width * film.height > width * height else "bicubic"
     if (film.width, film.height) != (width, height):       # at the same size, ffmpeg's usual colours to the bit
@@ -221,7 +226,7 @@ def read_video(path, frames, height, width, fps, start=0.0, film=None):
     cover = f"scale=w='max({width},round({height}*dar))':h='max({height},round({width}/dar))':flags={flags}"
     # On show at k/fps is the last picture that began by then: begins are rounded up, less 1 ms, to which some formats
     # round them. A fine grid first, on which the last picture is held.
-    instants = ("settb=AVTB", "setpts=PTS-1000", f"fps={30 * fps}:start_time=0:round=up",
+    instants = ("setpts=PTS-1000", f"fps={30 * fps}:start_time=0:round=up",
                 "tpad=stop_mode=clone:stop_duration=2", f"fps={fps}:round=up")
     filters, needed = f"{picture_filters(film, cover, instants)},crop={width}:{height}:exact=1", (frames - 1) / fps
     pixels, pictures = decode(path, film, filters, "-frames:v", str(frames), "-f", "rawvideo", "-", start=start,

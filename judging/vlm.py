@@ -18,8 +18,8 @@ HERE = Path(__file__).parent                               # of the pages and qu
 
 @lru_cache(maxsize=64)                                     # the verdict asks about a video four times
 def frames_as_jpeg(video, count):
-    """`count` frames of a whole clip, evenly spaced in time, or a picture, as a record shows them: JPEG files of at most
-    768 pixels a side."""
+    """`count` frames of a whole clip, evenly spaced in time, or a picture, as a record shows them: JPEG files of at
+    most 768 pixels a side."""
     suffix = Path(video).suffix.lower()
     if count == 1 and (suffix in SUFFIXES["picture"] or suffix not in SUFFIXES["video"]):
         image, file = open_image(video), BytesIO()
@@ -33,7 +33,8 @@ def frames_as_jpeg(video, count):
     fit = f"scale=w='max(1,round(iw*sar*{smaller}))':h='max(1,round(ih*{smaller}))':flags=area"
     filters = picture_filters(film, fit, instants=[f"fps={count / seconds}"])
     filters += ",scale=out_color_matrix=bt601:out_range=pc,format=yuvj444p"                    # a JPEG's colours
-    made, _ = decode(video, film, filters, "-frames:v", str(count), "-c:v", "mjpeg", "-q:v", "3", "-f", "image2pipe", "-")
+    coding = "-c:v", "mjpeg", "-q:v", "3", "-f", "image2pipe"
+    made, _ = decode(video, film, filters, "-frames:v", str(count), *coding, "-")
     start = b"\xff\xd8\xff"                               # of a JPEG, and never inside one
     if start not in made:
         raise UserError(f"{video}: shows no picture")

@@ -50,7 +50,7 @@ FAULTS = {                                                 # a list of which a r
     "a missing cell": ({"metadata.csv": "file_name,text\na.mp4\nb.mp4,two\n"}, ["metadata.csv, row 2", "2 cells"]),
     "a stray quote": ({"metadata.csv": 'file_name,text\na.mp4,"one" more\nb.mp4,two\n'},
                       ["metadata.csv, row 2", "expected after"]),
-    "no text": (jsonl(dict(file_name="a.mp4", text=["one", 2]), TWO), ["jsonl, row 1", 'text is ["one", 2]', "expected text"]),
+    "no text": (jsonl(dict(file_name="a.mp4", text=["one", 2]), TWO), ["row 1", 'text is ["one", 2]', "expected text"]),
     "no name": (jsonl(dict(file_name=" ", text="one"), TWO), ["metadata.jsonl, row 1", "file_name is"]),
     "no JSON": ({"metadata.jsonl": '{"file_name": "a.mp4", "text": "one}\n' + json.dumps(TWO)},
                 ["metadata.jsonl, row 1", "Unterminated"]),
@@ -68,7 +68,7 @@ FAULTS = {                                                 # a list of which a r
                                  ["metadata.jsonl, row 1", "start is -0.5", "at least 0"]),
     "no start": ({"metadata.csv": "file_name,text,start\na.mp4,one,soon\nb.mp4,two,\n"},
                  ["metadata.csv, row 2", 'start is "soon"', "expected seconds"]),
-    "an endless start": ({"metadata.jsonl": '{"file_name": "a.mp4", "text": "one", "start": Infinity}\n' + json.dumps(TWO)},
+    "an endless start": (jsonl(dict(file_name="a.mp4", text="one", start=math.inf), TWO),
                          ["row 1", "start is Infinity"]),
     "several starts": (jsonl(dict(file_name="a.mp4", text="one", start=[1, 2]), TWO), ["row 1", "start is [1, 2]"]),
 }
@@ -153,16 +153,12 @@ def test_two_spans_of_a_film_are_two_records_and_know_where_they_begin(videos, t
         data.list_clips(folder)
 
 
-def test_a_file_is_opened_twice_to_check_it_and_to_read_it(videos, tmp_path, monkeypatch):
-    opened, run = [], data.run_ffmpeg
-    monkeypatch.setattr(data, "run_ffmpeg", lambda path, *rest, **options: opened.append(path) or run(path, *rest, **options))
-    encode(videos, tmp_path / "out")
-    assert Counter(opened) == {path: 2 for path in videos.glob("*.mp4")}
-
-
-def test_what_is_printed_to_be_typed_can_be_pasted(videos, tmp_path, capsys):
-    place = tmp_path / "it's a cache; $HOME"
+def test_a_file_is_opened_once_to_check_it_and_once_to_read_it_and_what_is_printed_can_be_pasted(
+        videos, tmp_path, monkeypatch, capsys):
+    opened, run, place = [], data.run_ffmpeg, tmp_path / "it's a cache; $HOME"
+    monkeypatch.setattr(data, "run_ffmpeg", lambda path, *rest, **how: opened.append(path) or run(path, *rest, **how))
     encode(videos, place)
+    assert Counter(opened) == {path: 2 for path in videos.glob("*.mp4")}
     command = shlex.split(capsys.readouterr().out.rsplit("next: ", 1)[1])
     assert command == ["python", "sample.py", "--model", "tiny", "--data", str(place)]
     with pytest.raises(model.UserError) as refused:
@@ -173,8 +169,10 @@ def test_what_is_printed_to_be_typed_can_be_pasted(videos, tmp_path, capsys):
     assert command == ["python", "train.py", "--model", "tiny", "--data", str(place)]
 
 
-@pytest.mark.parametrize("lists", [("images.txt", "prompts.txt"), ("image.txt", "prompt.txt"), ("images.txt", "i2v_test.txt"),
-                                   ("z_frames.txt", "captions.txt"), ("image.txt", "prompt.txt", "notes.txt")])
+@pytest.mark.parametrize("lists", [
+    ("images.txt", "prompts.txt"), ("image.txt", "prompt.txt"), ("images.txt", "i2v_test.txt"),
+    ("z_frames.txt", "captions.txt"), ("image.txt", "prompt.txt", "notes.txt"),
+])
 def test_any_list_of_pictures_and_of_captions_is_a_bench(lists, tmp_path):
     for name in ("b.png", "a.png"):
         Image.new("RGB", (32, 32)).save(tmp_path / name)

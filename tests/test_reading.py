@@ -1,5 +1,5 @@
 """Videos and pictures are read as a player and a viewer show them."""
-import os, random, struct, subprocess
+import os, random, shutil, struct, subprocess
 from io import BytesIO
 from pathlib import Path
 
@@ -62,8 +62,8 @@ def seen_times(video):
     return ((white * (np.arange(W) + 0.5)).sum(1) / white.sum(1) / W - 0.1) * 4
 
 
-def video(path, frames=17, fps=8):
-    return data.read_video(path, frames, H, W, fps)
+def video(path, frames=17, fps=8, **more):
+    return data.read_video(path, frames, H, W, fps, **more)
 
 
 PHONE = "-vf select='lt(mod(n*n*3,7),4)' -fps_mode passthrough -c:v libx264 -pix_fmt yuv420p"
@@ -156,8 +156,8 @@ def write_transparent(path, *encoding, height=48, width=64):
 
 
 @pytest.mark.parametrize("name, height, encoding", [
-    ("a.webm", 48, "-pix_fmt yuva420p -c:v libvpx-vp9"), ("a.webm", 48, "-pix_fmt yuva420p -c:v libvpx -auto-alt-ref 0"),
-    ("a.mov", 48, "-c:v png"), ("a.mkv", 48, "-pix_fmt yuva420p -c:v ffv1"),
+    ("a.webm", 48, "-pix_fmt yuva420p -c:v libvpx-vp9"), ("a.mov", 48, "-c:v png"),
+    ("a.webm", 48, "-pix_fmt yuva420p -c:v libvpx -auto-alt-ref 0"), ("a.mkv", 48, "-pix_fmt yuva420p -c:v ffv1"),
     ("a.mkv", 592, "-vf scale=out_color_matrix=bt709 -pix_fmt yuva420p -c:v ffv1"),            # HD, untagged
 ])
 def test_transparency_shows_white_and_not_what_lies_under_it(name, height, encoding, tmp_path):
@@ -182,9 +182,10 @@ def mark_dolby_vision(path, profile, compatible):
 
 
 def test_dolby_vision_is_shown_by_its_base_or_refused_by_name(tmp_path):
-    expected = video(write_hdr(tmp_path / "a.mp4", [0, 0], "smpte2084"), 1)
+    base = write_hdr(tmp_path / "a.mp4", [0, 0], "smpte2084")
+    expected = video(base, 1)
     for profile, compatible in ((8, 1), (7, 6), (5, 0), (10, 0)):
-        path = write_hdr(tmp_path / f"{profile}.mp4", [0, 0], "smpte2084")
+        path = Path(shutil.copy(base, tmp_path / f"{profile}.mp4"))
         mark_dolby_vision(path, profile, compatible)
         if compatible:
             assert torch.equal(video(path, 1), expected)
@@ -195,11 +196,7 @@ def test_dolby_vision_is_shown_by_its_base_or_refused_by_name(tmp_path):
 
 def test_a_language_model_is_shown_what_a_record_holds(tmp_path):
     vp9 = "-vf scale=out_color_matrix=bt709 -pix_fmt yuva420p -c:v libvpx-vp9 -deadline realtime -cpu-used 8".split()
-    turned = write_scene(tmp_path / "stored.mp4", [0, 0], "-vf", "transpose=1", "-c:v", "libx264")
-    ffmpeg("-display_rotation", 90, "-i", turned, "-c", "copy", tmp_path / "turned.mp4")
-    for path, height, width in ((tmp_path / "turned.mp4", H, W),
-                                (write_scene(tmp_path / "wide.mp4", [0, 0], "-vf", "setsar=64/45"), 64, 137),
-                                (write_scene(tmp_path / "tall.mp4", [0, 0], "-vf", "setsar=1/9", height=96), 96, 11),
+    for path, height, width in ((write_scene(tmp_path / "wide.mp4", [0, 0], "-vf", "setsar=64/45"), 64, 137),
                                 (write_hdr(tmp_path / "hdr.mp4", [0, 0], "smpte2084"), H, W),
                                 (write_transparent(tmp_path / "hd.webm", *vp9, height=720, width=960), 576, 768)):
         shown = np.array(Image.open(BytesIO(frames_as_jpeg(path, 2)[0]))).astype(int)
@@ -218,8 +215,9 @@ def test_a_large_picture_is_averaged_without_aliasing(tmp_path):
         assert np.abs(pixels.astype(int) - 127).max() <= 2
 
 
+X265 = "-c:v libx265 -x265-params log-level=0"
 ANY = {                                                    # encoders whose decoders differ in what they say of flaws
-    "h264.mp4": "-c:v libx264 -g 30", "h264.ts": "-c:v libx264 -g 30", "hevc.ts": "-c:v libx265 -x265-params log-level=0",
+    "h264.mp4": "-c:v libx264 -g 30", "h264.ts": "-c:v libx264 -g 30", "hevc.ts": X265,
     "mpeg2.ts": "-c:v mpeg2video -q:v 3 -bf 2", "vp9.webm": "-c:v libvpx-vp9 -deadline realtime -cpu-used 8",
     "av1.webm": "-c:v libaom-av1 -usage realtime -cpu-used 8", "mjpeg.mov": "-c:v mjpeg", "ffv1.mkv": "-c:v ffv1",
     "theora.ogv": "-c:v libtheora", "gif.gif": "",
@@ -241,13 +239,14 @@ def flipped(path, begin, end, flips=60, seed=0):
 def test_damage_inside_the_clip_is_refused_and_behind_it_does_not_matter(kind, tmp_path):
     path = tmp_path / f"a{Path(kind).suffix}"
     ffmpeg("-f", "lavfi", "-i", "testsrc2=s=96x64:r=15:d=5", *ANY[kind].split(), path)
-    flips = 600 if kind == "hevc.ts" else 60              # its decoder takes most for pictures
+    film, flips = data.read_video_header(path), 60
+    if kind == "hevc.ts":                                  # whose decoder takes most for pictures
+        flips = 600
     for seed in range(SEEDS):
-        for begin, end in ((0.05, 0.15), (0.2, 0.35)):     # the clip ends at 2 s of 5
-            with pytest.raises(model.UserError, match="flipped.*: (is damaged|lasts)"):
-                video(flipped(path, begin, end, flips, seed))
+        with pytest.raises(model.UserError, match="flipped.*: (is damaged|lasts)"):
+            video(flipped(path, 0.05, 0.35, flips, seed), film=film)       # the clip ends at 2 s of 5
         if kind != "theora.ogv":                           # of which ffmpeg reads 5 s before it begins
-            assert torch.equal(video(flipped(path, 0.6, 0.95, flips, seed)), video(path))
+            assert torch.equal(video(flipped(path, 0.6, 0.95, flips, seed), film=film), video(path, film=film))
     path.write_bytes(path.read_bytes()[:path.stat().st_size // 5])
     with pytest.raises(model.UserError, match="a.*: (is damaged|lasts)"):
         video(path)
@@ -255,21 +254,20 @@ def test_damage_inside_the_clip_is_refused_and_behind_it_does_not_matter(kind, t
 
 def test_packets_that_never_arrived_are_damage_though_a_decoder_passes_over_them(tmp_path):
     path = tmp_path / "a.ts"
-    ffmpeg("-f", "lavfi", "-i", "testsrc2=s=160x120:r=30:d=3,noise=alls=20", "-c:v", "libx265", "-x265-params",
-           "log-level=0:keyint=30", path)
-    content = path.read_bytes()
+    ffmpeg("-f", "lavfi", "-i", "testsrc2=s=96x64:r=30:d=3,noise=alls=20", *X265.split(), path)
+    content, film = path.read_bytes(), data.read_video_header(path)
     for place in range(10, 10 + 3 * SEEDS):
         gap = len(content) // 188 * place // (20 + 6 * SEEDS) * 188    # in the first half
         (tmp_path / "b.ts").write_bytes(content[:gap] + content[gap + 3 * 188:])
         with pytest.raises(model.UserError, match="b.ts: is damaged"):
-            video(tmp_path / "b.ts")
+            video(tmp_path / "b.ts", film=film)
 
 
-OPEN_GROUPS = "-bf 2 -x264-params open-gop=1:keyint=30:min-keyint=30:scenecut=0"
+OPEN = "-c:v libx264 -bf 2 -x264-params open-gop=1:keyint=30:min-keyint=30:scenecut=0"
 CUTS = {                                                   # an encoding, and how the beginning is cut off
-    "mpeg2.ts": ("-c:v mpeg2video -q:v 2 -bf 2 -g 15", "bytes"), "mpeg2.mpg": ("-c:v mpeg2video -q:v 2 -bf 2 -g 15", "bytes"),
-    "h264.ts": ("-c:v libx264 -bf 2 -g 15", "bytes"), "hevc.ts": ("-c:v libx265 -x265-params log-level=0:keyint=15", "bytes"),
-    "open.mp4": (f"-c:v libx264 {OPEN_GROUPS}", "1.1"), "open.mkv": (f"-c:v libx264 {OPEN_GROUPS}", "1.3"),
+    "mpeg2.ts": ("-c:v mpeg2video -q:v 2 -bf 2 -g 15", "bytes"), "hevc.ts": (X265 + ":keyint=15", "bytes"),
+    "mpeg2.mpg": ("-c:v mpeg2video -q:v 2 -bf 2 -g 15", "bytes"), "h264.ts": ("-c:v libx264 -bf 2 -g 15", "bytes"),
+    "mpeg4.ts": ("-c:v mpeg4 -q:v 2 -bf 2 -g 15", "bytes"), "open.mp4": (OPEN, "1.1"), "open.mkv": (OPEN, "1.3"),
 }
 
 
@@ -282,15 +280,16 @@ def test_a_recording_begins_with_its_first_whole_picture(kind, tmp_path):
         cut.write_bytes(path.read_bytes()[path.stat().st_size // 6:])
     else:
         ffmpeg("-ss", place, "-i", path, "-c", "copy", cut)
-    times = seen_times(video(cut))
+    film = data.read_video_header(cut)
+    times = seen_times(video(cut, film=film))
     assert times[0] > 0.4 and np.abs(times - times[0] - np.arange(17) / 8).max() < 0.04
     if kind != "hevc.ts":                                  # whose decoder takes most flips for pictures
         for seed in range(SEEDS):
             with pytest.raises(model.UserError, match="flipped.*: (is damaged|lasts)"):
-                video(flipped(cut, 0.3, 0.5, flips=20, seed=seed))
+                video(flipped(cut, 0.3, 0.5, 20, seed), film=film)
 
 
-@pytest.mark.parametrize("encoding", ["-c:v mpeg2video -q:v 2 -bf 2", "-c:v libx264", "-c:v libx265 -x265-params log-level=0"])
+@pytest.mark.parametrize("encoding", ["-c:v mpeg2video -q:v 2 -bf 2", X265])
 def test_two_recordings_that_are_joined(encoding, tmp_path):
     for name, begin in (("first", 0), ("second", 1)):
         write_scene(tmp_path / f"{name}.ts", begin + np.arange(45) / 30, *encoding.split())
@@ -303,30 +302,31 @@ def test_two_recordings_that_are_joined(encoding, tmp_path):
         video(tmp_path / "cut.ts")
 
 
-@pytest.mark.parametrize("kind", ["h264.mp4", "h264.mkv", "hevc.ts", "mpeg2.ts", "vp9.webm"])
-def test_a_clip_from_the_middle_of_a_film(kind, tmp_path):
-    encoding = {"h264": f"-c:v libx264 {OPEN_GROUPS}", "vp9": "-c:v libvpx-vp9 -deadline realtime -cpu-used 8 -g 100",
-                "hevc": "-c:v libx265 -x265-params log-level=0:keyint=20", "mpeg2": "-c:v mpeg2video -q:v 2 -bf 2 -g 300"}
-    name, suffix = kind.split(".")
-    path = write_scene(tmp_path / f"a.{suffix}", np.arange(345) / 30 - 8, *encoding[name].split())         # to 3.5 s
-    for start in (8.0, 8.3, 8.99, 9.27):
-        found = seen_times(data.read_video(path, 17, H, W, 8, start=start))
-        assert np.abs(found - (start - 8) - np.arange(17) / 8 + 0.017).max() < 0.035, start
-    for start in (9.6, 12, 5000):
-        message = rf"lasts 11.5\d s, but 17 frames at 8 fps from {start} s on need {start + 2:.2f} s"
+@pytest.mark.parametrize("name, encoding", [
+    ("a.mp4", OPEN), ("a.ts", X265 + ":keyint=20"), ("a.mpg", "-c:v mpeg2video -q:v 2 -bf 2 -g 300"),
+    ("a.webm", "-c:v libvpx-vp9 -deadline realtime -cpu-used 8 -g 100"),
+])
+def test_a_clip_from_the_middle_of_a_film(name, encoding, tmp_path):
+    path = write_scene(tmp_path / name, np.arange(240) / 30 - 4.5, *encoding.split())          # to 3.5 s
+    film = data.read_video_header(path)
+    for start in (4.5, 5.47, 5.77):
+        found = seen_times(video(path, start=start, film=film))
+        assert np.abs(found - (start - 4.5) - np.arange(17) / 8 + 0.017).max() < 0.035, start
+    for start in (6.1, 5000):
+        message = rf"lasts 8.0\d s, but 17 frames at 8 fps from {start} s on need {start + 2:.2f} s"
         with pytest.raises(model.UserError, match=message):
-            data.read_video(path, 17, H, W, 8, start=start)
+            video(path, start=start, film=film)
 
 
 def test_a_clip_starts_with_the_picture_that_is_on_show_then(tmp_path):
-    still = write_scene(tmp_path / "a.mp4", np.arange(75) / 30, "-vf", "select='eq(n,0)+eq(n,45)+gt(n,60)'", "-fps_mode",
-                        "passthrough", "-c:v", "libx264")
-    found = seen_times(data.read_video(still, 5, H, W, 8, start=1.2))                          # 1.2 to 1.7 s
+    few = "-vf select='eq(n,0)+eq(n,45)+gt(n,60)' -fps_mode passthrough -c:v libx264"
+    still = write_scene(tmp_path / "a.mp4", np.arange(75) / 30, *few.split())
+    found = seen_times(video(still, 5, start=1.2))         # to 1.7 s
     assert np.abs(found - (0, 0, 0, 1.5, 1.5)).max() < 0.02
-    late = write_scene(tmp_path / "b.mov", np.arange(75) / 30, *"-f lavfi -i sine=d=4 -map 0:v -map 1:a -vf".split(),
-                       "setpts=PTS+1/TB", "-c:v", "libx264")
-    assert torch.equal(data.read_video(late, 5, H, W, 8, start=0.5), video(late, 5))           # there is none before 1 s
-    assert abs(seen_times(data.read_video(late, 5, H, W, 8, start=1.5))[0] - 0.5) < 0.04
+    later = "-f lavfi -i sine=d=4 -map 0:v -map 1:a -vf setpts=PTS+1/TB -c:v libx264"
+    late = write_scene(tmp_path / "b.mov", np.arange(75) / 30, *later.split())
+    assert torch.equal(video(late, 5, start=0.5), video(late, 5))      # there is no picture before 1 s
+    assert abs(seen_times(video(late, 5, start=1.5))[0] - 0.5) < 0.04
 
 
 def test_odd_files(tmp_path, monkeypatch):
@@ -353,7 +353,7 @@ def test_odd_files(tmp_path, monkeypatch):
 
 
 WORDS = ["Vamos, ya es hora", "alpha_mode      : 1", "Duration: 00:00:00.10, start: 0.000000", "Stream mapping:",
-         "[h264 @ 0x1] [error] corrupt decoded frame", "[in#0 @ 0x1] [error] concealing 9 DC, first frame is no keyframe",
+         "[h264 @ 0x1] [error] corrupt decoded frame, Reconfiguring", "[in#0 @ 0x1] [error] concealing 9, first frame",
          "  Stream #0:0: Video: h264, yuva420p(tv, bt2020nc/bt2020/smpte2084), 96x64 (attached pic)",
          "      DOVI configuration record: version: 1.0, profile: 5, level: 6, compatibility id: 0, compression: 0",
          "decoder -> pts:9 pts_time:9 duration_time:9 keyframe:1", "demuxer+ffmpeg -> pkt_pts_time:-9"]
@@ -361,17 +361,16 @@ WORDS = ["Vamos, ya es hora", "alpha_mode      : 1", "Duration: 00:00:00.10, sta
 
 def test_nothing_that_a_file_says_of_itself_passes_for_what_ffmpeg_says(tmp_path):
     hd = ["-vf", "scale=out_color_matrix=bt709,format=yuv420p", "-c:v", "libx264", "-preset", "ultrafast"]
-    plain = write_scene(tmp_path / "plain.mkv", np.arange(17) / 8, *hd, rate=8, height=592, width=888)
+    plain = write_scene(tmp_path / "plain.mkv", [0, 0.1, 0.2], *hd, rate=8, height=592, width=888)
     Image.new("RGBA", (64, 64), (0, 255, 0, 0)).save(tmp_path / "cover.png")
     texts = [*WORDS, "\n".join(WORDS), "[info]" + "\n[info]".join(WORDS)]
     titles = [["-metadata", f"{key}={text}"] for key, text in zip(("title", "artist", "comment", *"abcdefghi"), texts)]
     titles += [["-metadata:s:v:0", f"{key}={text}"] for key, text in zip(("title", "comment", *"abcdefghij"), texts)]
-    name = " ".join(WORDS)[:200].replace("/", "")
-    told = tmp_path / f"{name}.mkv"
-    ffmpeg("-i", plain, "-i", tmp_path / "cover.png", "-i", tmp_path / "cover.png", "-map", 1, "-map", 0, "-map", 2, "-c",
-           "copy", *sum(titles, []), "-disposition:v:0", "0", "-disposition:v:2", "attached_pic", f"file:{told}")
+    told, cover = tmp_path / (" ".join(WORDS)[:200].replace("/", "") + ".mkv"), tmp_path / "cover.png"
+    ffmpeg("-i", plain, "-i", cover, "-i", cover, "-map", 1, "-map", 0, "-map", 2, "-c", "copy", *sum(titles, []),
+           "-disposition:v:0", "0", "-disposition:v:2", "attached_pic", f"file:{told}")
     assert data.read_video_header(told)._replace(stream="0:0") == data.read_video_header(plain)
-    assert torch.equal(video(told), video(plain))
+    assert torch.equal(video(told, 3), video(plain, 3))
     assert np.abs(data.to_uint8(video(plain, 1))[0, 4, 4].astype(int) - COLOURS["red"]).max() < 6
 
 
@@ -418,8 +417,11 @@ def test_pictures_and_videos_cover_the_target_and_are_cut_at_the_centre(size, tm
     picture[..., 0] = 255
     picture[:, (h - side) // 2:(h + side) // 2, (w - side) // 2:(w + side) // 2] = (0, 255, 0)
     Image.fromarray(picture[0]).save(tmp_path / "a.png")
-    ffmpeg("-i", tmp_path / "a.png", tmp_path / "a.apng")
-    for out in (data.read_image(tmp_path / "a.png", 32, 32), data.read_video(tmp_path / "a.apng", 1, 32, 32, 8)):
+    outs = [data.read_image(tmp_path / "a.png", 32, 32)]
+    if w > h or h > 64:                                    # a video is scaled by the same rule in ffmpeg's words
+        ffmpeg("-i", tmp_path / "a.png", tmp_path / "a.apng")
+        outs.append(data.read_video(tmp_path / "a.apng", 1, 32, 32, 8))
+    for out in outs:
         assert out.shape == (3, 1, 32, 32) and out.min() >= -1 and out.max() <= 1
         green = torch.tensor([-1.0, 1.0, -1.0])[:, None, None, None]
         torch.testing.assert_close(out[..., 2:-2, 2:-2], green.expand(3, 1, 28, 28), atol=0.02, rtol=0)
