@@ -68,14 +68,21 @@ def slept(monkeypatch):
     return seconds
 
 
-@pytest.fixture
-def server(slept, monkeypatch):
-    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
-        monkeypatch.delenv(name, raising=False)
-        monkeypatch.delenv(name.upper(), raising=False)
+@pytest.fixture(scope="session")
+def one_server():
     server = start_server()
     yield server
     stop_server(server)
+
+
+@pytest.fixture
+def server(one_server, slept, monkeypatch):
+    """The stub, which nobody has asked anything yet, in an environment without proxies."""
+    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    one_server.asked, one_server.answer = [], None
+    return one_server
 
 
 def judgement(**changes):

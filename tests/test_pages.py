@@ -114,7 +114,7 @@ def test_a_clip_that_does_not_play_says_so_and_cannot_be_rated(fault, browser, o
     if fault == "missing":
         file.unlink()
     else:                                                  # of MPEG-4 part 2, a browser plays the sound alone
-        subprocess.run([imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-y", "-f", "lavfi", "-i", "testsrc=d=1:s=64x48",
+        subprocess.run([imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-y", "-f", "lavfi", "-i", "testsrc=d=1",
                         "-f", "lavfi", "-i", "sine=d=1", "-c:v", "mpeg4", "-c:a", "aac", file], check=True)
     browser.open(folder / "study.html")
     browser.until("document.querySelector('.lost')")

@@ -265,9 +265,9 @@ def test_what_every_question_would_meet_ends_the_run(status, server, slept):
     assert len(server.asked) == 1 and not slept
 
 
-def test_a_server_that_is_not_there_is_named_and_one_that_goes_away_is_waited_for(server, slept):
-    client, read = Server(ServerOptions(**server.options)), judging.curate.read_judgement
-    server.answer = lambda *_: judgement()
+def test_a_server_that_is_not_there_is_named_and_one_that_goes_away_is_waited_for(slept):
+    server, read = start_server(lambda *_: judgement()), judging.curate.read_judgement
+    client = Server(ServerOptions(**server.options))
     assert client.ask("", [], read)[0]
     stop_server(server)
     with pytest.raises(UserError, match="ConnectionRefusedError"):
