@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from tests.helpers import (CONFIG, Count, DIT, FULL_DIT, FULL_T5, FULL_VAE, Known, NAMES, PREDICTIONS, PROMPTS,
-                           PUBLISHED_SHAPES, SCHEDULER, T5, Toy, VAE, add_negatives, as_a_process, carried, checkpoint,
+                           PUBLISHED_SHAPES, SCHEDULER, T5, Toy, VAE, add_negatives, carried, checkpoint,
                            contents, distances, encode, exported, inputs, make_video, metrics, posterior_mean,
                            preference, public, randn, relative, rewrite, rewrite_records, run_training, same_tensors,
                            scramble, solve, spy_on_losses)

@@ -7,7 +7,7 @@
 RUN afterwards holds transformer/ (opens here, --model RUN, and in diffusers), metrics.jsonl, checkpoints/ and, with
 --bench, videos/. The same command continues an interrupted run from its last checkpoint.
 """
-import dataclasses, json, math, os, re, shlex, shutil, signal, threading, time
+import dataclasses, json, math, os, re, shutil, signal, threading, time
 from collections import Counter
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
@@ -15,6 +15,7 @@ from functools import partial
 from itertools import product
 from operator import itemgetter
 from pathlib import Path
+from shlex import quote
 from typing import Literal, NamedTuple
 
 import data, model, sample                                 # before torch: see the top of model.py
@@ -755,7 +756,7 @@ def main(options):
     options.out = options.out or ("run-tiny" if options.model == "tiny" else "run")
     options.data = options.data or "cache"
     if not toy and not Path(options.data).is_dir():
-        cache, name = shlex.quote(options.data), shlex.quote(options.model)
+        cache, name = quote(options.data), quote(options.model)
         raise UserError(f"--data {options.data}: no such cache; "
                         f"make it with: python data.py --videos DIR --model {name} --out {cache}"
                         f" and: python sample.py --model {name} --data {cache}; "
@@ -770,7 +771,7 @@ def main(options):
             laptop.run(options, process, partial(train, process=process, mesh=mesh))
         elif train(options, process, mesh) and process.rank == 0:
             print(f"done: {options.out} holds the model and metrics.jsonl; try: python sample.py --model "
-                  f"{shlex.quote(options.out)} --image first.png --prompt \"…\"")
+                  f"{quote(options.out)} --image first.png --prompt \"…\"")
     dist.destroy_process_group()
 
 

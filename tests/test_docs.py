@@ -1,7 +1,6 @@
 """The READMEs and --help say what is true."""
 import dataclasses, re, shlex
 from functools import partial
-from pathlib import Path
 from typing import get_args
 
 from tests.helpers import REPO

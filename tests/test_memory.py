@@ -12,7 +12,7 @@ import data
 import model
 import train
 from model import UserError
-from tests.helpers import as_a_process, exported, refusal, run_training
+from tests.helpers import as_a_process, exported, run_training
 
 pytest_plugins = "tests.helpers"
 

@@ -5,7 +5,6 @@ from functools import partial
 from pathlib import Path
 
 import huggingface_hub
-import numpy as np
 import pytest
 import torch
 
@@ -15,8 +14,7 @@ import model
 import sample
 import train
 from model import UserError
-from tests.helpers import (NAMES, REPO, SHORT, add_negatives, checkpoint, contents, encode, generate_bench, make_video,
-                           metrics, refusal, rewrite_records, run_training, same_tensors, spy_on_losses)
+from tests.helpers import (REPO, add_negatives, checkpoint, contents, encode, generate_bench, metrics, refusal, run_training, same_tensors, spy_on_losses)
 
 pytest_plugins = "tests.helpers"
 
