@@ -12,7 +12,7 @@ a player shows it. A record is a safetensors file that holds all that training n
 
 Files are written whole or not at all, so every stage can be killed and started again, and does what is missing.
 """
-import argparse, csv, hashlib, json, math, os, re, signal, subprocess, sys, time, unicodedata
+import argparse, csv, errno, hashlib, json, math, os, platform, re, signal, subprocess, sys, time, unicodedata
 from collections import deque, namedtuple
 from contextlib import contextmanager, suppress
 from dataclasses import MISSING, dataclass, field, fields
@@ -24,7 +24,13 @@ from pathlib import Path
 from shlex import quote
 from statistics import mode
 from typing import NamedTuple, get_args
+try:
+    import fcntl
+except ImportError:                                        # on Windows
+    fcntl = None
 
+from model import (UserError, defaults_of, last_checkpoint, load_text_encoder, load_vae, read_config, read_dit_config,
+                   read_json, resolve)                     # before torch: see the top of model.py
 import imageio.v2 as imageio
 import numpy as np
 import torch
@@ -34,8 +40,6 @@ from PIL import Image, ImageCms, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
-
-from model import UserError, defaults_of, load_text_encoder, load_vae, read_config, read_dit_config, resolve
 
 # ---- Pixels: reading and writing pictures and videos ----------------------------------------------------------------
 
@@ -487,9 +491,10 @@ def list_clips(folder, given_negatives=False):
 
 # ---- Records: what training reads -----------------------------------------------------------------------------------
 
-def digest(folder):
-    """A short name for the weights in a folder: a hash of its small files and of the size and first MiB of others."""
-    sha = hashlib.sha256()
+def digest(folder, prefix=""):
+    """A short name for the weights in a folder, or for those whose names begin with `prefix`: a hash of its small files
+    and of the size and first MiB of others."""
+    sha = hashlib.sha256(prefix.encode())
     for file in sorted(p for p in folder.iterdir() if p.suffix in (".json", ".safetensors", ".model")):
         sha.update(f"{file.name} {file.stat().st_size}".encode())
         with open(file, "rb") as f:
@@ -540,7 +545,7 @@ class Records:
             raise UserError(f"{folder}: holds no records; make them with: python data.py --videos DIR --out {place}"
                             f" and: python sample.py --data {place}")
         self.kinds = ["win", "lose"] if negatives else ["win"]
-        self.hashes = {}                                   # {name: hash of the win's record}
+        self.hashes = {}                                   # {name: hashes of what it holds}, in order
         for kind in self.kinds:
             common = None                                  # what all records of a kind share
             for name in self.names:
@@ -555,11 +560,15 @@ class Records:
                 check_metadata(file, metadata, common, now="other records:")
                 if kind == "win":
                     self.hashes[name], win_shape = metadata.get("hash"), shapes["win"]
-                elif metadata.get("win") != self.hashes[name] or shapes["lose"][1:] != win_shape:
+                    continue
+                if metadata.get("win") != self.hashes[name] or shapes["lose"][1:] != win_shape:
                     raise UserError(f"{file}: was made for another encoding of its clip; delete it and run: "
                                     f"python sample.py --data {quote(str(folder))}")
+                self.hashes[name] += f" {metadata.get('hash')}"
         if scores:
             self.scores = self.read_scores(self.folder / "scores.json", shapes["lose"][0])
+            for name, row in zip(self.names, self.scores.tolist()):
+                self.hashes[name] += f" {row}"
 
     def read_scores(self, file, count):
         """Scores (records, count). Raises UserError where the file has not `count` finite numbers for each record."""
@@ -689,9 +698,10 @@ def default_model():
     return (HUB_MODEL, "a GPU is here") if torch.cuda.is_available() else ("tiny", "no GPU is here")
 
 
-def option(default=MISSING, help="", group=None):
-    """A field of an Options class; without a default, a positional argument. `group` heads a new section of --help."""
-    return field(default=default, metadata=dict(help=help, group=group))
+def option(default=MISSING, help="", group=None, either=False):
+    """A field of an Options class; without a default, a positional argument. `group` heads a new section of --help. Of
+    all that are `either`, only one may be given."""
+    return field(default=default, metadata=dict(help=help, group=group, either=either))
 
 
 def flag(name):
@@ -708,23 +718,26 @@ def parse(options, name, argv=None):
     style = partial(argparse.RawDescriptionHelpFormatter, max_help_position=28, width=118)
     parser = argparse.ArgumentParser(description=options.__doc__, allow_abbrev=False, formatter_class=style)
     parser.error = lambda message: sys.exit(f"error: {message}; {' '.join(parser.format_usage().split())}")
-    section = parser
-    for field in fields(options):
-        if field.metadata["group"]:
-            section = parser.add_argument_group(field.metadata["group"])
-        help = field.metadata["help"].replace("%", "%%")
-        if field.default is MISSING:
-            section.add_argument(field.name, type=field.type, help=help)
+    section, either = parser, None
+    for each in fields(options):
+        if each.metadata["group"]:
+            section = parser.add_argument_group(each.metadata["group"])
+        help = each.metadata["help"].replace("%", "%%")
+        if each.default is MISSING:
+            section.add_argument(each.name, type=each.type, help=help)
             continue
-        if field.default not in ("", 0, ()):
-            help += f" [{field.default}]"
-        kind = KINDS.get(field.type) or dict(choices=get_args(field.type))                     # else a Literal
-        section.add_argument(flag(field.name), default=field.default, help=help, **kind)
+        if each.default not in ("", 0, ()):
+            help += f" [{each.default}]"
+        kind = KINDS.get(each.type) or dict(choices=get_args(each.type))                       # else a Literal
+        if each.metadata["either"] and not either:
+            either = section.add_mutually_exclusive_group()
+        place = either if each.metadata["either"] else section
+        place.add_argument(flag(each.name), default=each.default, help=help, **kind)
     if hasattr(options, "model"):
         parser.set_defaults(model=default_model()[0])
         model = parser.parse_known_args(argv)[0].model
         defaults = defaults_of(model, name)
-        unknown = {*defaults} - {field.name for field in fields(options)}
+        unknown = {*defaults} - {each.name for each in fields(options)}
         if unknown:
             raise UserError(f"{model}: its defaults.json has {min(unknown)} for {name}, which is no option of it")
         parser.set_defaults(**defaults)
@@ -744,7 +757,17 @@ def this_process():
     if local >= gpus:
         raise UserError(f"--nproc_per_node needs {local + 1} GPUs or more, this machine has {gpus}")
     torch.cuda.set_device(local)
+    if torch.cuda.get_device_capability() < (8, 0):        # older ones compute bf16 as slow as fp32, fp16 overflows
+        raise UserError(f"{torch.cuda.get_device_name()}: has no bf16 arithmetic, which the networks need; "
+                        "use a GPU of 2020 or later (Ampere, compute capability 8.0), or the CPU: CUDA_VISIBLE_DEVICES=")
     return Process(rank, world_size, torch.device("cuda", local), torch.bfloat16)
+
+
+def free_host_memory():
+    """Bytes of CPU memory that can still be had; infinity where the system does not say."""
+    file = Path("/proc/meminfo")
+    found = re.search(r"MemAvailable: +(\d+) kB", file.read_text()) if file.exists() else None
+    return 1024 * int(found[1]) if found else math.inf
 
 
 def say(message):
@@ -762,6 +785,9 @@ def command(main, options, name):
         default, why = default_model()
         if hasattr(options, "model"):
             say(f"model: {options.model} ({why if options.model == default else '--model'})")
+            checkpoint = last_checkpoint(options.model)
+            if checkpoint:
+                say(f"{options.model}: training has not ended; taken as it was at its last checkpoint, {checkpoint}")
         main(options)
     except UserError as e:
         # Most mistakes are every rank's: rank 0 says so, and torchrun ends the others meanwhile.
@@ -786,11 +812,11 @@ def generator(*key):
 def whole_file(path):
     """Yield a temporary name beside `path` that takes its place once written and flushed, and vanishes otherwise."""
     path = Path(path)
-    part = path.with_name(f".{path.name}.{os.environ.get('RANK', 0)}.part")
+    part = path.with_name(f".{path.name}.{platform.node()[:20]}.{os.getpid()}.part")       # no other process's
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield part
-        with open(part, "rb") as f:
+        with open(part, "rb+") as f:                       # Windows flushes only what may be written to
             os.fsync(f.fileno())
         part.replace(path)
     except (OSError, SafetensorError) as e:
@@ -798,6 +824,50 @@ def whole_file(path):
     finally:
         with suppress(OSError):                            # there is none, or `path` lies under a file
             part.unlink()
+
+
+@contextmanager
+def sole_owner(folder):
+    """Hold `folder` for this process alone. Raises UserError, with who is at work there, where another does.
+
+    The lock is the operating system's and ends with the process, however that ends. Over NFS it is the server's: where
+    a whole machine dies, NFSv4 lets go after its lease, about 90 s. A file system that has no locks is named.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / ".owner", "ab+", buffering=0)
+    except OSError as e:
+        raise UserError(f"{folder}: cannot be written ({e}); choose another --out") from e
+    with file:
+        try:
+            if fcntl:                                      # Windows has none
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            file.truncate(0)
+            since = time.strftime("%Y-%m-%d %H:%M:%S")
+            file.write(f"process {os.getpid()} on {platform.node()}, since {since},".encode())
+        except BlockingIOError:
+            file.seek(0)
+            who = file.read().decode() or "another process"
+            raise UserError(f"{folder}: {who} is at work there; wait for it or choose another --out") from None
+        except OSError as e:
+            if e.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise UserError(f"{folder}: cannot be written ({e}); make room or choose another --out") from e
+            say(f"{folder}: this file system has no locks ({e}); see to it that no other job writes there")
+        yield
+
+
+def claim(note, made_by):
+    """Note in a file what the files beside it are made by, and remove what killed processes left unfinished a day ago.
+    Raises UserError where other settings are noted. So a second job with the same settings shares the work, and one
+    with others stops before it has loaded anything."""
+    if note.is_file():
+        check_metadata(note, read_json(note), made_by)
+    else:
+        write_json(note, made_by)
+    for part in note.parent.glob(".*.part"):
+        with suppress(OSError):                            # another job has removed it
+            if time.time() - part.stat().st_mtime > 86_400:
+                part.unlink()
 
 
 def write_json(path, *values):
@@ -875,6 +945,7 @@ def main(options):
     checked = tqdm(read_ahead(clips, check, faults), "checking clips", len(clips), disable=rank > 0)
     clips = [clip for clip, _ in checked]
     check_faults(faults, options)
+    claim(out / "win" / "made_by.json", made_by)
     if clips or not (out / "empty.safetensors").is_file():
         embeddings = encode_captions(clips, folder, out, device, dtype)     # then that network is gone: one at a time
     if clips:
@@ -885,8 +956,9 @@ def main(options):
         record["text"] = embeddings[clip.caption]
         record_hash = hash_of(record)
         if lose:
-            write_tensors(out / "lose" / f"{clip.name}.safetensors", {"lose": torch.stack(lose)}, model=folder,
-                          win=record_hash)
+            lose = {"lose": torch.stack(lose)}
+            write_tensors(out / "lose" / f"{clip.name}.safetensors", lose, model=folder, win=record_hash,
+                          hash=hash_of(lose))
         write_tensors(out / "win" / f"{clip.name}.safetensors", record, model=folder, hash=record_hash,
                       caption=clip.caption, source=str(clip.file), start=clip.start, **made_by)
     check_faults(faults, options)

@@ -7,15 +7,21 @@ Parameter names are the published checkpoint's, so loading needs no table and wh
     denoiser    = load_dit("zai-org/CogVideoX-5b-I2V")             denoiser(x_t, cond, t) -> the clean latents
     save_dit(denoiser, "my-model")                                 opens in diffusers
 
-A model is a folder in the published layout (transformer/ vae/ text_encoder/ tokenizer/ scheduler/), a hub id, or
-"tiny", whose transformer has 0.8 million weights: the one in assets/tiny that the tests and the laptop run use.
+A model is a folder in the published layout (transformer/ vae/ text_encoder/ tokenizer/ scheduler/), a hub id, a
+training run, one of its checkpoints (RUN/checkpoints/step-000200, or …/ref for its reference), or "tiny", whose
+transformer has 0.8 million weights: the one in assets/tiny that the tests and the laptop run use.
 
 Axes: B batch, C channels, F latent frames, H W latent height and width, L text tokens, S all tokens, D width.
 """
-import json, math, shutil, warnings
-from collections import OrderedDict
+import json, math, os, shutil, warnings
+from collections import Counter, OrderedDict
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import NamedTuple
+
+# OpenMP's threads spin for each other before they sleep: 300,000 times, in which a busy neighbour on the same cores
+# makes a step take fifty times as long. Read when torch is loaded, so whoever imports both imports this file first.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import huggingface_hub
 import torch
@@ -100,9 +106,10 @@ def chunks(length, size):
 
 
 class Norm(nn.GroupNorm):
-    """GroupNorm as scale and shift of x (B,C,F,H,W), each (B,C,F,1,1), fp32, which `affine` applies to pieces of x."""
+    """GroupNorm in two parts: what it makes of x as a whole, and `affine`, which applies that to pieces of x."""
 
-    def forward(self, x, z=None):                          # z: for SpatialNorm only
+    def scale_and_shift(self, x, z):
+        """Scale and shift of x (B,C,F,H,W), each (B,C,F,1,1), fp32. z is for SpatialNorm, which takes its place."""
         # Summed frame by frame, then in fp64: a single fp32 sum over a long chunk loses the variance beside the mean.
         sums = 0
         for frame in x.unbind(2):
@@ -118,8 +125,7 @@ class Norm(nn.GroupNorm):
 
 
 class SpatialNorm(nn.Module):
-    """GroupNorm with a further scale and shift read off the latents z (Zheng et al. 2022, MoVQ); the two together come
-    at z's height and width, (B,C,F,h,w), which `affine` stretches to x's."""
+    """GroupNorm with a further scale and shift, read off the latents z (Zheng et al. 2022, MoVQ)."""
 
     def __init__(self, groups, channels, latent_channels):
         super().__init__()
@@ -127,8 +133,9 @@ class SpatialNorm(nn.Module):
         self.conv_y = nn.ModuleDict({"conv": nn.Conv3d(latent_channels, channels, 1)})
         self.conv_b = nn.ModuleDict({"conv": nn.Conv3d(latent_channels, channels, 1)})
 
-    def forward(self, x, z):
-        scale, shift = self.norm_layer(x)
+    def scale_and_shift(self, x, z):
+        """Scale and shift of x (B,C,F,H,W) at z's height and width, (B,C,F,h,w), which `affine` stretches to x's."""
+        scale, shift = self.norm_layer.scale_and_shift(x, z)
         frames, odd = x.shape[2], x.shape[2] % 2           # frame 0 of an odd clip has a latent frame to itself
         source = [0] * odd + [odd + i * (z.shape[2] - odd) // (frames - odd) for i in range(frames - odd)]
         y, b = self.conv_y["conv"](z)[:, :, source], self.conv_b["conv"](z)[:, :, source]
@@ -155,7 +162,7 @@ class CausalConv3d(nn.Module):
         in_place = not torch.is_grad_enabled()
         out = x if overwrite and in_place else x.new_empty(len(x), self.conv.out_channels, *x.shape[2:])
         before = past.pop(self, None)                      # taken, so that it goes once the first piece has used it
-        size = max(1, self.piece_size // (len(x) * max(self.conv.weight.shape[:2]) * x[0, 0, 0].numel()))
+        size = self.frames_at_once(x)
         for i in range(0, x.shape[2], size):
             frames = slice(i, i + size)
             piece = x[:, :, frames]
@@ -172,6 +179,12 @@ class CausalConv3d(nn.Module):
         past[self] = before
         return out
 
+    def frames_at_once(self, x):
+        """Frames of x (B,C,F,H,W) that hold about `piece_size` numbers where the convolution is widest, or one."""
+        channels = max(self.conv.in_channels, self.conv.out_channels)
+        numbers_a_frame = len(x) * channels * x.shape[3] * x.shape[4]
+        return max(1, self.piece_size // numbers_a_frame)
+
 
 class Resnet(nn.Module):
     """norm → SiLU → conv, twice, plus a shortcut. `norm(channels)` makes a norm."""
@@ -183,8 +196,8 @@ class Resnet(nn.Module):
         self.conv_shortcut = nn.Conv3d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
     def forward(self, x, past, z):
-        h = self.conv1(x, past, self.norm1(x, z))
-        h = self.conv2(h, past, self.norm2(h, z), overwrite=True)
+        h = self.conv1(x, past, self.norm1.scale_and_shift(x, z))
+        h = self.conv2(h, past, self.norm2.scale_and_shift(h, z), overwrite=True)
         return h.add_(self.conv_shortcut(x))
 
 
@@ -245,7 +258,7 @@ class Coder(nn.Module):
                 x = resnet(x, past, z)
             if f"{self.direction}samplers" in level:
                 x = level[f"{self.direction}samplers"][0](x)
-        return self.conv_out(x, past, self.norm_out(x, z))
+        return self.conv_out(x, past, self.norm_out.scale_and_shift(x, z))
 
 
 class VAE(nn.Module):
@@ -342,9 +355,11 @@ class Attention(nn.Module):
         return self.to_out(rearrange(nnf.scaled_dot_product_attention(q, k, v), "b h s d -> b s (h d)"))
 
 
-# What "selective" checkpointing keeps: attention's output, half of a 5B block's work for one activation more.
-KEPT = [getattr(torch.ops.aten, f"_scaled_dot_product_{kind}").default
-        for kind in ("flash_attention", "flash_attention_for_cpu", "efficient_attention", "cudnn_attention")]
+def attention_operators():
+    """What "selective" checkpointing keeps the output of: half of a 5B block's work for one activation more. Looked up
+    when first needed, so that a torch with other names stops only what needs them."""
+    kinds = "flash_attention", "flash_attention_for_cpu", "efficient_attention", "cudnn_attention"
+    return [getattr(torch.ops.aten, f"_scaled_dot_product_{kind}").default for kind in kinds]
 
 
 class Block(nn.Module):
@@ -359,11 +374,11 @@ class Block(nn.Module):
 
     def forward(self, text, video, time, rope, checkpointing=False):
         """text (B,L,D) and video (B,FHW,D) after the block. `checkpointing`: see Denoiser."""
-        if checkpointing in (False, "none"):
+        if not checkpointing:
             return self.layers(text, video, time, rope)
         recompute = partial(checkpoint, self.layers, text, video, time, rope, use_reentrant=False)
         if checkpointing == "selective":
-            return recompute(context_fn=partial(create_selective_checkpoint_contexts, KEPT))
+            return recompute(context_fn=partial(create_selective_checkpoint_contexts, attention_operators()))
         return recompute()
 
     def layers(self, text, video, time, rope):
@@ -499,8 +514,8 @@ class Denoiser(nn.Module):
 
     x̂₀ = c_skip·x_t + c_out·F(c_in·x_t, c, c_noise)   (form of Karras et al. 2022, Eq. 7; ψ∘θ of the paper's Eq. 4–5)
 
-    `net` is F and the only part that runs in bf16. `checkpointing` True or "full" recomputes each block in the backward
-    pass, "selective" all of it but its attention. `time_grid(steps)` gives the times of a sampler with so many
+    `net` is F and the only part that runs in bf16. `checkpointing` True recomputes each block in the backward pass,
+    "selective" all of it but its attention, False nothing. `time_grid(steps)` gives the times of a sampler with so many
     evaluations, steps + 1 numbers falling from 1 to 0, fp64; `t_min` is the smallest t the network was trained at.
     """
     checkpointing = False
@@ -556,15 +571,34 @@ def read_json(file):
     return config
 
 
+def is_checkpoint(folder):
+    """Whether a folder is a checkpoint of a training run."""
+    return (folder / "options.json").is_file()
+
+
+def folder_of(path):
+    """The folder of a model on this disk; of a checkpoint's `ref`, the checkpoint."""
+    folder = TINY if str(path) == "tiny" else Path(path)
+    return folder.parent if folder.name == "ref" and is_checkpoint(folder.parent) else folder
+
+
+def last_checkpoint(path):
+    """The newest checkpoint of a training run that has not ended; of any other model None."""
+    folder = folder_of(path)
+    return None if (folder / "transformer").exists() else max(folder.glob("checkpoints/step-??????"), default=None)
+
+
 def base_of(path):
-    """The model a training run started from, by the note in its folder; any other model as it is."""
-    note = Path(path) / "base.json"
-    return read_json(note)["model"] if note.is_file() else str(path)
+    """The model that a training run or its checkpoint started from, by the note in its folder; any other as it is."""
+    for folder in (folder_of(path), last_checkpoint(path)):
+        if folder and (folder / "base.json").is_file():
+            return read_json(folder / "base.json")["model"]
+    return str(path)
 
 
 def local_folders(path):
     """Where the parts of a model may lie on this disk: its own folder or, where it is a training run, its base's."""
-    return [TINY if model == "tiny" else Path(model) for model in (str(path), base_of(path))]
+    return [folder_of(path), folder_of(base_of(path))]
 
 
 def defaults_of(path, command):
@@ -582,19 +616,42 @@ def defaults_of(path, command):
 
 def resolve(path, *parts):
     """The local folder that holds the named parts of a model: the model's own, its base's where it is a training run
-    that does not have them, or the hub's, downloaded once. Raises UserError where there is none."""
+    that does not have them, or the hub's, downloaded once. Raises UserError where there is none or a part is missing.
+    """
     for folder in local_folders(path):
-        missing = [part for part in parts if not (folder / part).exists()]
-        if not missing:
+        if all((folder / part).exists() for part in parts):
             return folder
-    if folder.is_dir():
-        raise UserError(f"{folder}: has no {missing[0]}; "
-                        "a model folder holds transformer/ vae/ text_encoder/ tokenizer/ scheduler/")
-    try:
-        return Path(huggingface_hub.snapshot_download(base_of(path), allow_patterns=[part + "*" for part in parts]))
-    except (OSError, ValueError) as e:                     # ValueError: no model on the hub can have such a name
-        reason = str(e).splitlines()[0]
-        raise UserError(f"{base_of(path)}: no such model folder, and the hub gave no such model ({reason})") from e
+    base = base_of(path)
+    folder = folder_of(base)
+    if not folder.is_dir():
+        try:
+            patterns = [part + "*" for part in parts]
+            folder = Path(huggingface_hub.snapshot_download(base, allow_patterns=patterns))
+        except (OSError, ValueError) as e:                 # ValueError: no model on the hub can have such a name
+            reason = str(e).splitlines()[0]
+            raise UserError(f"{base}: no such model folder, and the hub gave no such model ({reason})") from e
+    for part in parts:
+        if not (folder / part).exists():
+            raise UserError(f"{base}: {folder} has no {part}; a model folder holds transformer/ vae/ text_encoder/ "
+                            "tokenizer/ scheduler/, and a download that was cut off can be continued online")
+    return folder
+
+
+class Stored(NamedTuple):
+    """Where a transformer's tensors are: in a folder's .safetensors files, under names that begin with `prefix`."""
+    folder: Path
+    prefix: str = ""
+
+
+def find_transformer(path):
+    """A model's weights, as Stored: those of a checkpoint, of its reference, or a run's that has not ended, too."""
+    folder = folder_of(path)
+    if is_checkpoint(folder):
+        return Stored(folder, "ref." if Path(path).name == "ref" else "model.")
+    checkpoint = last_checkpoint(path)
+    if checkpoint:
+        return Stored(checkpoint, "model.")
+    return Stored(resolve(path, "transformer") / "transformer")
 
 
 def read_config(folder, part, *class_names):
@@ -636,31 +693,40 @@ def dcp_reason(error):
     return next(iter(error.failures.values()))[0]
 
 
-def read_weights(net, where):
-    """Fill `net` from all .safetensors files in `where`, each rank only its own shards, and return it. Names and shapes
-    must match exactly: the loop refuses a tensor that is unexpected or in two files, torch's reader one that is missing
-    or has another shape. An index could add nothing, so none is read."""
-    target, found = net.state_dict(), {}
-    for file in sorted(where.glob("*.safetensors")):
+def fill(target, folder, prefix=""):
+    """Fill the tensors of `target` {name: tensor}, which may be sharded, from all .safetensors files in a folder, each
+    rank only its own shards. Names and shapes must match exactly; names without `prefix` are passed over. A checkpoint
+    has a tensor in several files, each rank's part in one. An index could add nothing, so none is read."""
+    files, numbers = {}, Counter()
+    for file in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(file, "pt") as f:
-                names = f.keys()
+                sizes = {name: math.prod(f.get_slice(name).get_shape()) for name in f.keys() if name.startswith(prefix)}
         except (OSError, SafetensorError) as e:
             raise UserError(f"{file}: not a whole safetensors file ({e}); download or copy it again") from e
-        for name in names:
+        for name, size in sizes.items():
             if name not in target:
                 raise UserError(f"{file}: tensor {name} is not expected")
-            if name in found:
-                raise UserError(f"{file}: tensor {name} is in {found[name]} as well; delete the older file")
-            found[name] = file.name
-    if not found:
-        raise UserError(f"{where}: holds no .safetensors weights (pickled weights are not read)")
+            numbers[name] += size
+            if name in files and numbers[name] > target[name].numel():
+                raise UserError(f"{file}: tensor {name} is in {files[name]} as well; delete the older file")
+            files[name] = file.name
+    if not files:
+        raise UserError(f"{folder}: holds no .safetensors weights (pickled weights are not read)")
+    for name, tensor in target.items():
+        if numbers[name] != tensor.numel():
+            raise UserError(f"{folder}: cannot be read into this network: tensor {name} has {numbers[name]} numbers, "
+                            f"expected {tensor.numel()} ({len(target)} tensors expected, {len(files)} found)")
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")           # no_dist: each reads alone
     try:
-        dcp.load(target, storage_reader=dcp.HuggingFaceStorageReader(str(where)), no_dist=True)
+        dcp.load(target, storage_reader=dcp.HuggingFaceStorageReader(str(folder)), no_dist=True)
     except dcp.api.CheckpointException as e:
-        raise UserError(f"{where}: cannot be read into this network ({dcp_reason(e)}; "
-                        f"{len(target)} tensors expected, {len(found)} found)") from e
+        raise UserError(f"{folder}: cannot be read into this network ({dcp_reason(e)})") from e
+
+
+def read_weights(net, folder, prefix=""):
+    """`fill` a network, and return it."""
+    fill({prefix + name: tensor for name, tensor in net.state_dict().items()}, folder, prefix)
     return net
 
 
@@ -733,10 +799,10 @@ def load_vae(path, device="cpu", dtype=torch.float32):
 
 
 def load_dit(path, device="cpu", dtype=torch.float32, shard=lambda net: None):
-    """Load the diffusion transformer of a model folder or hub id as a `Denoiser`. `shard(net)` may distribute the still
-    empty network; each rank then reads only its own slices of the files. Raises UserError for a checkpoint that is
-    missing, broken or of another kind."""
-    folder = resolve(path, "transformer", "scheduler")
+    """Load the diffusion transformer of a model folder, hub id, run or checkpoint as a `Denoiser`. `shard(net)` may
+    distribute the still empty network; each rank then reads only its own slices of the files. Raises UserError for one
+    that is missing, broken or of another kind."""
+    stored, folder = find_transformer(path), resolve(path, "transformer/config.json", "scheduler")
     config = read_dit_config(folder)
     refuse(config, use_rotary_positional_embeddings=True, patch_size_t=None, ofs_embed_dim=None,
            in_channels=2 * config["out_channels"], activation_fn="gelu-approximate", timestep_activation_fn="silu",
@@ -748,7 +814,7 @@ def load_dit(path, device="cpu", dtype=torch.float32, shard=lambda net: None):
     else:
         refuse(scheduler, prediction_type="v_prediction", beta_schedule="scaled_linear", rescale_betas_zero_snr=True)
         prediction = VPrediction(scheduler)
-    net = read_weights(empty(DiT, config, dtype, device, shard), folder / "transformer")
+    net = read_weights(empty(DiT, config, dtype, device, shard), *stored)
     return Denoiser(net, prediction, scheduler)
 
 

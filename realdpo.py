@@ -53,8 +53,8 @@ def weight(t, weighting):
     return torch.ones_like(t) if weighting == "x0" else t.float() ** -2
 
 
-def error(denoiser, x0, noise, t, cond, weighting):
-    """w(t) · the mean over elements of (x₀ − D(x_t, c, t))², fp32 (B,).
+def denoising_error(denoiser, x0, noise, t, cond, weighting):
+    """ℓ(x₀) = w(t) · the mean over elements of (x₀ − D(x_t, c, t))², fp32 (B,).
 
     weighting "x0" (w = 1) is the paper's App. C; "velocity" (w = 1/t²) is the squared error of the flow velocity
     ε − x₀, the same as the authors' 1/(1−ᾱ) up to (1−t)² + t².
@@ -64,12 +64,12 @@ def error(denoiser, x0, noise, t, cond, weighting):
     return weight(t, weighting) * difference.square().flatten(1).mean(1)
 
 
-def errors_of_each(denoiser, videos, noise, t, cond, weighting):
-    """`error` of K videos a sample (B,K,C,F,H,W), in one batch, at the sample's one t and ε: (B,K)."""
+def denoising_errors(denoiser, videos, noise, t, cond, weighting):
+    """`denoising_error` of K videos a sample (B,K,C,F,H,W), in one batch, at the sample's one t and ε: (B,K)."""
     k = videos.shape[1]
     videos = rearrange(videos, "b k ... -> (b k) ...")
     noise = repeat(noise, "b ... -> (b k) ...", k=k)
-    errors = error(denoiser, videos, noise, t.repeat_interleave(k), cond.repeat(k), weighting)
+    errors = denoising_error(denoiser, videos, noise, t.repeat_interleave(k), cond.repeat(k), weighting)
     return rearrange(errors, "(b k) -> b k", k=k)
 
 
@@ -84,71 +84,83 @@ def draw(win, t, noise, generator=None):
 
 # ---- The losses -----------------------------------------------------------------------------------------------------
 
-def streamed_errors(policy, errors, videos, ref, objective, anchor):
-    """Policy errors (B,1), (B,N), detached, their gradients already in the parameters; two graphs alive at a time.
-
-    The loss reaches the win's graph through one number a sample: a stand-in collects that number's gradient from every
-    negative, and the win's own backward pass comes last.
-    """
-    n = videos.shape[1] - 1
-    win_error = errors(policy, videos[:, :1])
-    stand_in = win_error.detach().requires_grad_()
-    lose_errors = []
-    for k in range(1, n + 1):
-        lose_error = errors(policy, videos[:, k:k + 1])
-        _, part = objective(stand_in, lose_error, ref[:, :1], ref[:, k:k + 1])
-        (part / n).backward()                              # frees this negative's graph
-        lose_errors.append(lose_error.detach())
-    win_error.backward(stand_in.grad + anchor / len(win_error))
-    return win_error.detach(), torch.cat(lose_errors, dim=1)
+def win_and_lose(win, lose):
+    """Win (B,C,F,H,W) and lose (B,N,C,F,H,W) in one tensor (B,1+N,C,F,H,W), fp32. Raises ValueError for others."""
+    if lose.ndim != win.ndim + 1 or lose.shape[:1] + lose.shape[2:] != win.shape:
+        raise ValueError(f"win {tuple(win.shape)} and lose {tuple(lose.shape)}; expected (B,C,F,H,W) and (B,N,C,F,H,W)")
+    return torch.cat([win[:, None].float(), lose.float()], dim=1)
 
 
-def realdpo_loss(policy, reference, *, win, lose, cond, beta, t=None, noise=None,
-                 weighting="x0", anchor=0.0, stream=False):
+def preference_loss(win, lose, ref_win, ref_lose, beta, anchor):
+    """Eq. 6 of denoising errors: the policy's `win` (B,1) and `lose` (B,N), the reference's likewise.
+    Returns (loss, metrics) as `realdpo_loss` does."""
+    z = -beta / 2 * ((win - ref_win) - (lose - ref_lose))                               # (B,N), Eq. 6
+    preference = -nnf.logsigmoid(z).mean()
+    loss = preference + anchor * win.mean()
+    metrics = dict(preference=preference, win=win, lose=lose, ref_win=ref_win, ref_lose=ref_lose,
+                   margin=z, accuracy=(z > 0).float())
+    return loss, {name: value.detach().mean() for name, value in metrics.items()}
+
+
+def realdpo_loss(policy, reference, *, win, lose, cond, beta, t=None, noise=None, weighting="x0", anchor=0.0):
     """The RealDPO loss (Eq. 6, App. C), averaged over samples and negatives.
 
         z = −β/2 · [ (ℓ_θ(win) − ℓ_ref(win)) − (ℓ_θ(lose) − ℓ_ref(lose)) ]        L = −log σ(z)
 
     win (B,C,F,H,W), lose (B,N,C,F,H,W), t (B,), noise (B,C,F,H,W): one t and one ε a sample, shared by the win and its
-    negatives, drawn where not given. ℓ is `error`, a mean over elements, so that β does not depend on the latents'
-    size; on the paper's sum it would be β / numel (the authors' 5000 at 16×13×60×90 is 0.00445 on the sum).
+    negatives, drawn where not given. ℓ is `denoising_error`, a mean over elements, so that β does not depend on the
+    latents' size; on the paper's sum it would be β / numel (the authors' 5000 at 16×13×60×90 is 0.00445 on the sum).
     `anchor` adds anchor · ℓ_θ(win), the supervised loss (the paper has none).
-    `stream` runs the backward pass here, negative by negative, so that two graphs are alive instead of N + 1; the
-    gradients are the same, and the loss returned is only to be read.
 
     Returns (loss, metrics): a scalar, and scalars `preference` (the loss without the anchor, log 2 while policy and
     reference agree), `win`, `lose`, `ref_win`, `ref_lose` (the four errors), `margin` (mean z) and `accuracy` (how
     often z > 0: the policy prefers the real video more than the reference does).
     """
-    if lose.ndim != win.ndim + 1 or lose.shape[:1] + lose.shape[2:] != win.shape:
-        raise ValueError(f"win {tuple(win.shape)} and lose {tuple(lose.shape)}; expected (B,C,F,H,W) and (B,N,C,F,H,W)")
+    videos = win_and_lose(win, lose)
     t, noise = draw(win, t, noise)
-    n = lose.shape[1]
-    videos = torch.cat([win[:, None].float(), lose.float()], dim=1)                     # (B,1+N,C,F,H,W)
-    errors = partial(errors_of_each, noise=noise, t=t, cond=cond, weighting=weighting)
+    sizes = [1, lose.shape[1]]                             # the win once, for all its negatives
+    win_error, lose_error = denoising_errors(policy, videos, noise, t, cond, weighting).split(sizes, dim=1)
+    with torch.no_grad():
+        ref_win, ref_lose = denoising_errors(reference, videos, noise, t, cond, weighting).split(sizes, dim=1)
+    return preference_loss(win_error, lose_error, ref_win, ref_lose, beta, anchor)
 
-    def objective(win_error, lose_error, ref_win, ref_lose):
-        z = -beta / 2 * ((win_error - ref_win) - (lose_error - ref_lose))               # (B,K), Eq. 6
-        return z, (-nnf.logsigmoid(z)).mean()
 
-    with torch.no_grad():                                  # in the policy's batches: equal weights then give equal bits
-        parts = videos.split(1 if stream else n + 1, dim=1)
-        ref = torch.cat([errors(reference, part) for part in parts], dim=1)             # (B,1+N)
-    if stream:
-        win_error, lose_error = streamed_errors(policy, errors, videos, ref, objective, anchor)
-    else:
-        win_error, lose_error = errors(policy, videos).split([1, n], dim=1)             # the win once, for all N
-    z, preference = objective(win_error, lose_error, ref[:, :1], ref[:, 1:])
-    loss = preference + anchor * win_error.mean()
-    metrics = dict(preference=preference, win=win_error, lose=lose_error, ref_win=ref[:, :1], ref_lose=ref[:, 1:],
-                   margin=z, accuracy=(z > 0).float())
-    return loss, {name: value.detach().mean() for name, value in metrics.items()}
+def streamed_realdpo_loss(policy, reference, *, win, lose, cond, beta, t=None, noise=None, weighting="x0", anchor=0.0,
+                          graphs="two"):
+    """`realdpo_loss` with less memory: the same numbers and gradients, a video at a time.
+
+    The backward passes of the negatives run in here; that of the returned loss, to be called as ever, is the win's.
+    A pair's loss depends on the win by one number a sample. So a stand-in takes that number's place and collects its
+    gradient from every negative. graphs "two": the win's graph is kept meanwhile, and one negative's beside it.
+    "one": the win's error is computed first without a graph, and again at the end, for one more forward pass.
+    """
+    videos = win_and_lose(win, lose)
+    t, noise = draw(win, t, noise)
+    errors = partial(denoising_errors, noise=noise, t=t, cond=cond, weighting=weighting)
+    first, *others = videos.split(1, dim=1)
+    with torch.no_grad():      # the same batch shapes as the policy's, so that equal weights give bit-equal errors
+        ref_win, *ref_lose = [errors(reference, video) for video in [first, *others]]
+    with torch.set_grad_enabled(graphs == "two"):
+        win_error = errors(policy, first)
+    stand_in = win_error.detach().requires_grad_()
+    lose_errors = []
+    for video, ref in zip(others, ref_lose):
+        lose_error = errors(policy, video)
+        loss, _ = preference_loss(stand_in, lose_error, ref_win, ref, beta, anchor)
+        (loss / len(others)).backward()                    # frees this negative's graph
+        lose_errors.append(lose_error.detach())
+    if graphs == "one":
+        win_error = errors(policy, first)
+    rest = (win_error * stand_in.grad).sum()               # its gradient is what is left of the loss's
+    loss, metrics = preference_loss(win_error.detach(), torch.cat(lose_errors, 1), ref_win, torch.cat(ref_lose, 1),
+                                    beta, anchor)
+    return loss + (rest - rest.detach()), metrics
 
 
 def sft_loss(policy, *, win, cond, t=None, noise=None, weighting="x0"):
     """Supervised fine-tuning, the paper's baseline: the mean error on real videos, in (loss, metrics) as `win`."""
     t, noise = draw(win, t, noise)
-    loss = error(policy, win, noise, t, cond, weighting).mean()
+    loss = denoising_error(policy, win, noise, t, cond, weighting).mean()
     return loss, {"win": loss.detach()}
 
 
@@ -165,7 +177,7 @@ def rwr_loss(policy, *, videos, scores, cond, temperature=1.0, t=None, noise=Non
     """
     t, noise = draw(videos[:, 0], t, noise)
     share = (scores.float() / temperature).softmax(1)                                   # (B,N)
-    loss = (share * errors_of_each(policy, videos, noise, t, cond, weighting)).sum(1).mean()
+    loss = (share * denoising_errors(policy, videos, noise, t, cond, weighting)).sum(1).mean()
     return loss, {"win": loss.detach()}
 
 
@@ -181,6 +193,14 @@ def ema_update(reference, policy, decay):
 
 
 # ---- The sampler ----------------------------------------------------------------------------------------------------
+
+class Visited(NamedTuple):
+    """Where the multistep solver has been."""
+    x: torch.Tensor                                        # latents, after the correction
+    v: torch.Tensor                                        # the velocity that the denoiser gave there
+    t: torch.Tensor
+
+
 
 @torch.no_grad()
 def sample(denoiser, noise, cond, *, steps, guidance, uncond=None, solver="euler", progress=True):
@@ -206,15 +226,15 @@ def sample(denoiser, noise, cond, *, steps, guidance, uncond=None, solver="euler
         without, with_caption = denoiser(torch.cat([x, x]), both, t.expand(2 * len(x))).chunk(2)
         return without + guidance * (with_caption - without)
 
-    x, before = noise.float(), None
+    x, last = noise.float(), None
     times = denoiser.time_grid(steps).to(noise.device)
     for t, t_next in tqdm(list(zip(times, times[1:])), desc="sampling", disable=not progress, leave=False):
-        v = slope = (x - denoise(x, t)) / t
-        if solver == "multistep":
-            if before:
-                x_last, v_last, t_last = before
-                x = x_last + (t - t_last) * (v_last + v) / 2                            # the step that led here, again
-                slope = v + (t_next - t) / (t - t_last) / 2 * (v - v_last)
-            before = x, v, t
+        v = (x - denoise(x, t)) / t
+        slope = v
+        if solver == "multistep" and last:
+            # The step that led here is done again, now that v at its end is known; v is not computed again.
+            x = last.x + (t - last.t) * (last.v + v) / 2
+            slope = v + (t_next - t) / (t - last.t) / 2 * (v - last.v)
+        last = Visited(x, v, t)
         x = x + (t_next - t) * slope
     return x

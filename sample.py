@@ -6,54 +6,134 @@
 """
 import hashlib, os, re
 from dataclasses import dataclass
-from functools import partial
-from itertools import product
 from pathlib import Path
 from shlex import quote
-from typing import Literal
+from typing import Literal, NamedTuple
 
+from data import (Clip, Records, claim, clip_shape, command, digest, generator, hash_of, is_made, option, read_image,
+                  read_lines, read_list, say, this_process, to_uint8, write_tensors, write_video)
+from model import UserError, find_transformer, load_dit, load_text_encoder, load_vae, resolve
+from realdpo import Condition, sample
 import torch
 from tqdm import tqdm
 
-from data import (Clip, Records, check_metadata, clip_shape, command, digest, generator, is_made, option, read_image,
-                  read_lines, read_list, say, this_process, to_uint8, write_json, write_tensors, write_video)
-from model import UserError, load_dit, load_text_encoder, load_vae, read_json, resolve
-from realdpo import Condition, sample
+
+# ---- One video after the other --------------------------------------------------------------------------------------
+
+class Scenes:
+    """Pictures and captions, encoded for the transformer, and the autoencoder that makes pixels of its latents.
+
+    `prompts` are Clips whose file is a picture of any size. The text encoder, the largest network, has gone again when
+    this is made; the autoencoder stays. Raises UserError for a picture that cannot be read, before anything is loaded.
+    """
+
+    def __init__(self, prompts, options, device, dtype):
+        self.prompts, self.options = prompts, options
+        folder = resolve(options.model, "transformer/config.json", "vae/config.json")
+        frames, height, width = clip_shape(options, folder)
+        self.latent_frames = (frames - 1) // 4 + 1
+        pictures = {prompt.file: read_image(prompt.file, height, width) for prompt in prompts}
+        encode_text = load_text_encoder(options.model, device, dtype)
+        self.texts = {text: encode_text([text]) for text in {"", *(prompt.caption for prompt in prompts)}}  # (1,L,D)
+        del encode_text
+        self.vae, self.images = load_vae(options.model, device, dtype), {}
+        for file, picture in pictures.items():             # each once, however many prompts show it: (1,C,1,H,W)
+            self.images[file] = self.vae.encode(picture[None].to(device), generator("image", options.seed))
+
+    def sample(self, denoiser, prompt, number=0):
+        """Latents (1,C,F,H,W) of a prompt's video, from noise that depends on seed, name and number alone."""
+        image, options = self.images[prompt.file], self.options
+        shape = 1, image.shape[1], self.latent_frames, *image.shape[3:]
+        noise = torch.randn(shape, generator=generator("video", options.seed, prompt.name, number, 0))
+        return sample(denoiser, noise.to(image.device), Condition(self.texts[prompt.caption], image),
+                      steps=options.steps, guidance=options.guidance, solver=options.solver, uncond=self.texts[""],
+                      progress=bool(options.image))
+
+    def write(self, latents, file):
+        """Decode a video's latents into an mp4."""
+        video = self.vae.to(latents.device).decode(latents)[0]
+        write_video(file, to_uint8(video), self.options.fps)
 
 
-def load_sampler(options, empty, device, dtype):
-    """`realdpo.sample` with the model's transformer and these options; `empty` (1,L,D) is the text of no caption."""
+DECODING = 7 * 2 ** 30                                     # bytes that 49×480×720 take beside the networks, computed
+
+
+def make_videos(options):
+    """Generate this rank's share of the videos that are not there yet."""
+    rank, world, device, dtype = this_process()
+    shots = [shot for shot in list_shots(options)[rank::world] if options.image or not shot.file.exists()]
+    if not shots:
+        return say("nothing is missing")
+    scenes = Scenes([shot.prompt for shot in shots], options, device, dtype)
+    denoiser = load_denoiser(options, device, dtype)
+    for shot in tqdm(shots, desc="videos", disable=rank > 0 or bool(options.image)):
+        latents = scenes.sample(denoiser.to(device), shot.prompt, shot.number)
+        if free_memory(device) < DECODING:                 # a card of 16 GB
+            denoiser.cpu()
+        scenes.write(latents, shot.file)
+    say(f"videos made: {len(shots)}, the last in {shot.file}")
+
+
+def load_denoiser(options, device, dtype):
+    """The model's transformer, compiled where that is asked for."""
     denoiser = load_dit(options.model, device, dtype)
     if options.compile:
         denoiser.net.compile_blocks()
-    return partial(sample, denoiser, steps=options.steps, guidance=options.guidance, solver=options.solver,
-                   uncond=empty.to(device), progress=bool(options.image))
+    return denoiser
+
+
+def free_memory(device):
+    """Bytes that can still be had on a GPU; on a CPU as many as anybody wants."""
+    if device.type == "cpu":
+        return float("inf")
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info()[0]
+
+
+# ---- The negatives of every record (Sec. 4.2) -----------------------------------------------------------------------
+
+THREE_AT_ONCE = 12 * 2 ** 30                               # bytes; 10.7 for three 49×480×720 with guidance, computed
 
 
 def negatives(options):
-    """The offline stage of Sec. 4.2: `lose` latents for this rank's share of the records that have none yet, stored as
-    they leave the sampler, never decoded. Ranks never wait for each other."""
+    """The offline stage: `lose` latents for this rank's share of the records that have none yet, stored as they leave
+    the sampler, never decoded. Ranks never wait for each other."""
     rank, world, device, dtype = this_process()
     records, lose_folder = Records(options.data, negatives=False), Path(options.data) / "lose"
     made_by = {name: getattr(options, name) for name in ("negatives", "steps", "guidance", "solver", "seed")}
-    made_by["transformer"] = digest(resolve(options.model, "transformer", "scheduler") / "transformer")
+    made_by["transformer"] = digest(*find_transformer(options.model))
+    claim(lose_folder / "made_by.json", made_by)
     todo = []
-    for name in records.names[rank::world]:
+    for index, name in list(enumerate(records.names))[rank::world]:
         if not is_made(lose_folder / f"{name}.safetensors", dict(made_by, win=records.hashes[name])):
-            todo.append(name)
+            todo.append((index, name))
     if todo:
-        generate = load_sampler(options, records.empty_text()[None], device, dtype)
-    for name in tqdm(todo, desc="sampling negatives", disable=rank > 0):
-        record = records[records.names.index(name)]
+        empty = records.empty_text()[None].to(device)
+        denoiser = load_denoiser(options, device, dtype)
+    at_once = options.negatives if free_memory(device) > THREE_AT_ONCE else 1
+    for index, name in tqdm(todo, desc="sampling negatives", disable=rank > 0):
+        record = records[index]
         noise = [torch.randn(record["win"].shape, generator=generator("negative", options.seed, name, k))
                  for k in range(options.negatives)]
-        cond = Condition(record["text"][None].to(device), record["image"][None].to(device)).repeat(options.negatives)
-        lose = generate(torch.stack(noise).to(device), cond).bfloat16()                         # (N,C,F,H,W)
-        write_tensors(lose_folder / f"{name}.safetensors", {"lose": lose}, model=options.model,
-                      win=records.hashes[name], **made_by)
+        cond, lose = Condition(record["text"][None].to(device), record["image"][None].to(device)), []
+        for part in torch.stack(noise).to(device).split(at_once):
+            lose.append(sample(denoiser, part, cond.repeat(len(part)), steps=options.steps, guidance=options.guidance,
+                               solver=options.solver, uncond=empty, progress=False).bfloat16())
+        lose = {"lose": torch.cat(lose)}                                                        # (N,C,F,H,W)
+        write_tensors(lose_folder / f"{name}.safetensors", lose, model=options.model, win=records.hashes[name],
+                      hash=hash_of(lose), **made_by)
     done = len(list(lose_folder.glob("*.safetensors")))    # other ranks may still be at work
     say(f"{done} of {len(records)} records have {options.negatives} negatives in {lose_folder}; "
         f"next: python train.py --model {quote(options.model)} --data {quote(options.data)}")
+
+
+# ---- A bench: pictures with captions --------------------------------------------------------------------------------
+
+class Shot(NamedTuple):
+    """A video to be made."""
+    file: Path                                             # where it goes
+    prompt: Clip                                           # its picture and caption
+    number: int                                            # among several of one picture
 
 
 def hashed(value, *files):
@@ -92,53 +172,35 @@ def read_bench(folder):
     return prompts, hashed(texts, *[prompt.file for prompt in prompts])
 
 
+def shots_of(prompts, folder, samples=0):
+    """`samples` Shots of each prompt, as NAME-0.mp4 …, or one, as NAME.mp4."""
+    shots = []
+    for prompt in prompts:
+        for number in range(samples or 1):
+            # VBench drops a number at the end of a video's name to find its picture: a name that has one gets another.
+            ending = f"-{number}" if samples or re.search(r"-\d+$", prompt.name) else ""
+            shots.append(Shot(folder / f"{prompt.name}{ending}.mp4", prompt, number))
+    return shots
+
+
 def list_shots(options):
-    """[(file, Clip, number)]: the video of --image, or `samples` of each picture of --bench, beside which bench.json
-    says what makes them. Raises UserError for an --out that is no .mp4 or whose bench.json says otherwise."""
+    """The Shots of --image, or of --bench, beside which bench.json says what makes them. Raises UserError for an
+    --out that is no .mp4, or where bench.json says otherwise."""
     if options.image:
         out = Path(options.out or "video.mp4")
         if out.suffix != ".mp4":
             raise UserError(f"--out {out}: expected a name that ends in .mp4")
-        return [(out, Clip("", Path(options.image), options.prompt, "--image", {}), 0)]
+        return [Shot(out, Clip("", Path(options.image), options.prompt, "--image", {}), 0)]
     out = Path(options.out or "videos")
     prompts, bench = read_bench(options.bench)
+    claim(out / "bench.json", bench_settings(options, bench) | dict(transformer=digest(*find_transformer(options.model))))
+    return shots_of(prompts, out, options.samples)
+
+
+def bench_settings(options, bench):
+    """What decides how the videos of a bench with this hash look, but for the model."""
     names = "steps", "guidance", "solver", "frames", "height", "width", "fps", "seed"
-    made_by = {name: getattr(options, name) for name in names} | dict(bench=bench)
-    made_by["transformer"] = digest(resolve(options.model, "transformer", "scheduler") / "transformer")
-    if (out / "bench.json").is_file():
-        check_metadata(out / "bench.json", read_json(out / "bench.json"), made_by)
-    write_json(out / "bench.json", made_by)
-    shots = []
-    for prompt, number in product(prompts, range(options.samples or 1)):
-        # VBench drops a number at the end of a video's name to find its picture: a name that has one gets another.
-        ending = f"-{number}" if options.samples or re.search(r"-\d+$", prompt.name) else ""
-        shots.append((out / f"{prompt.name}{ending}.mp4", prompt, number))
-    return shots
-
-
-def make_videos(options):
-    """Generate this rank's share of the videos that are not there yet; noise depends on seed, name and number alone."""
-    rank, world, device, dtype = this_process()
-    shots = [shot for shot in list_shots(options)[rank::world] if options.image or not shot[0].exists()]
-    if not shots:
-        return say("nothing is missing")
-    frames, height, width = clip_shape(options, resolve(options.model, "transformer/config.json", "vae/config.json"))
-    files = dict.fromkeys(prompt.file for _, prompt, _ in shots)                               # each picture once
-    pixels = {file: read_image(file, height, width) for file in files}                         # all, to fail early
-    encode_text = load_text_encoder(options.model, device, dtype)
-    texts = {text: encode_text([text]) for text in {"", *(prompt.caption for _, prompt, _ in shots)}}       # (1,L,D)
-    del encode_text                                        # the largest network: it leaves before the others come
-    vae, images = load_vae(options.model, device, dtype), {}
-    for file, picture in pixels.items():
-        images[file] = vae.encode(picture[None].to(device), generator("image", options.seed))            # (1,C,1,h,w)
-    generate = load_sampler(options, texts[""], device, dtype)
-    for file, prompt, number in tqdm(shots, desc="videos", disable=rank > 0 or bool(options.image)):
-        image = images[prompt.file]
-        shape = 1, image.shape[1], (frames - 1) // 4 + 1, *image.shape[3:]
-        noise = torch.randn(shape, generator=generator("video", options.seed, prompt.name, number, 0)).to(device)
-        latents = generate(noise, Condition(texts[prompt.caption], image))
-        write_video(file, to_uint8(vae.decode(latents)[0]), options.fps)
-    say(f"videos made: {len(shots)}, the last in {file}")
+    return {name: getattr(options, name) for name in names} | dict(bench=bench)
 
 
 # ---- The command ----------------------------------------------------------------------------------------------------
@@ -146,15 +208,15 @@ def make_videos(options):
 @dataclass
 class Options:
     """Generate videos: one, the negatives of a cache, or one of each picture of a bench."""
-    model: str = option("", "model folder, hub id, run or tiny; default: CogVideoX-5B-I2V with a GPU, else tiny")
+    model: str = option("", "model folder, hub id, run, checkpoint or tiny; default: 5B-I2V with a GPU, else tiny")
     out: str = option("", "the video, or the folder for those of a bench; default: video.mp4, videos")
     image: str = option("", "one video: its first frame, a picture of any size", "What to do")
     data: str = option("", "negatives: the cache of records to make them for")
     bench: str = option("", "a video of each picture in a folder of pictures with captions")
     prompt: str = option("", "what happens; may be empty", "Sampling")
-    negatives: int = option(3, "generated videos per record")
+    negatives: int = option(3, "generated videos per record (paper: 3)")
     samples: int = option(0, "videos per picture, as NAME-0.mp4 …; default: one, as NAME.mp4")
-    steps: int = option(0, "evaluations of the transformer; default: 50 with euler, 25 with multistep")
+    steps: int = option(0, "evaluations of the transformer; default: 50 (release) with euler, 25 with multistep")
     guidance: float = option(6.0, "scale of classifier-free guidance; 1: none (release: 6)")
     solver: Literal["euler", "multistep"] = option("", "default: multistep for --data, else euler (on CogVideoX: DDIM)")
     frames: int = option(0, "of the video, 8k + 1; default: the model's")
@@ -165,17 +227,23 @@ class Options:
     compile: bool = option(False, "compile the transformer's blocks: slow to start, then faster")
 
 
-def main(options):
-    """Do the one thing that is asked for."""
+def settle(options):
+    """Fill in what the options leave to what is asked for, and return them. Raises UserError for one out of range."""
     # Multistep is as close to the exact path in half the evaluations; single videos keep the published sampler.
     options.solver = options.solver or ("multistep" if options.data else "euler")
     options.steps = options.steps or {"euler": 50, "multistep": 25}[options.solver]
     if not 1 <= options.steps <= 1000 or options.negatives < 1 or options.samples < 0:
         raise UserError(f"--steps {options.steps} --negatives {options.negatives} --samples {options.samples}: "
                         "expected 1 to 1000 steps, at least 1 negative and 0 samples")
+    return options
+
+
+def main(options):
+    """Do the one thing that is asked for."""
     given = [name for name in ("data", "image", "bench") if getattr(options, name)]
     if len(given) != 1:
         raise UserError("give one of --data, --image and --bench")
+    settle(options)
     if options.data:
         negatives(options)
     else:

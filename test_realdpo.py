@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from tests.helpers import (CONFIG, Count, DIT, FULL_DIT, FULL_T5, FULL_VAE, Known, NAMES, PREDICTIONS, PROMPTS,
-                           PUBLISHED_SHAPES, SCHEDULER, T5, Toy, VAE, add_negatives, as_a_process, carried, checkpoint,
+                           PUBLISHED_SHAPES, SCHEDULER, T5, Toy, VAE, add_negatives, carried, checkpoint,
                            contents, distances, encode, exported, inputs, make_video, metrics, posterior_mean,
                            preference, public, randn, relative, rewrite, rewrite_records, run_training, same_tensors,
                            scramble, solve, spy_on_losses)
@@ -156,7 +156,7 @@ def test_vae_equals_diffusers(vaes, batch, frames):
 @torch.no_grad()
 def test_the_norm_in_two_parts_is_group_norm_even_of_a_constant():
     ours, theirs = scramble(model.Norm(4, 8, eps=1e-6)), scramble(nn.GroupNorm(4, 8, eps=1e-6))
-    difference = lambda x: (model.affine(x, *ours(x)) - theirs(x)).abs().max()
+    difference = lambda x: (model.affine(x, *ours.scale_and_shift(x, None)) - theirs(x)).abs().max()
     assert difference(randn(2, 8, 9, 40, 60) + 3) <= 1e-5
     assert all(difference(torch.full((1, 8, 9, 40, 60), float(value))) <= 1e-3 for value in range(1, 10))
 
@@ -210,6 +210,11 @@ def test_published_names_shapes_and_counts(network, config, names, parameters, b
     assert {name: shapes.get(name) for name in PUBLISHED_SHAPES[network]} == PUBLISHED_SHAPES[network]
 
 
+def loss_by(graphs):
+    """The loss in one of its three ways."""
+    return realdpo.realdpo_loss if graphs == "all" else partial(realdpo.streamed_realdpo_loss, graphs=graphs)
+
+
 def appendix_c(model, ref_model, x_w, x_l, c, timestep_k, noise, beta, weight):
     """The paper's listing for one pair, line by line, where `weight` is 1. Returns the alignment term and the four
     errors."""
@@ -223,11 +228,11 @@ def appendix_c(model, ref_model, x_w, x_l, c, timestep_k, noise, beta, weight):
     return torch.stack([alignment_term, model_w_loss, model_l_loss, ref_w_loss, ref_l_loss])
 
 
-@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("graphs", ["all", "two", "one"])
 @pytest.mark.parametrize("anchor", [0.0, 0.7])
 @pytest.mark.parametrize("weighting", ["x0", "velocity"])
 @pytest.mark.parametrize("batch, n", [(1, 1), (2, 3), (3, 1)])
-def test_loss_and_gradient_equal_appendix_c(batch, n, weighting, anchor, stream):
+def test_loss_and_gradient_equal_appendix_c(batch, n, weighting, anchor, graphs):
     policy, reference, given, beta = Toy(1), Toy(2), preference(batch, n), 3.0
     numel, (win, lose, cond, t, noise) = given["win"][0].numel(), given.values()
     pairs = []
@@ -241,10 +246,8 @@ def test_loss_and_gradient_equal_appendix_c(batch, n, weighting, anchor, stream)
     expected = -torch.log(torch.sigmoid(z)).mean() + anchor * errors[0]
     gradient = parameters_to_vector(torch.autograd.grad(expected, list(policy.parameters())))
 
-    loss, metrics = realdpo.realdpo_loss(policy, reference, **given, beta=beta, weighting=weighting, anchor=anchor,
-                                         stream=stream)
-    if not stream:
-        loss.backward()
+    loss, metrics = loss_by(graphs)(policy, reference, **given, beta=beta, weighting=weighting, anchor=anchor)
+    loss.backward()
     torch.testing.assert_close(loss, expected)
     assert relative(parameters_to_vector(p.grad for p in policy.parameters()), gradient) <= 2e-5
     assert all(p.grad is None for p in reference.parameters())
@@ -253,10 +256,9 @@ def test_loss_and_gradient_equal_appendix_c(batch, n, weighting, anchor, stream)
         torch.testing.assert_close(metrics[name], value.detach(), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("stream", [False, True])
-def test_first_loss_is_exactly_log_2(denoiser, stream):
-    loss, metrics = realdpo.realdpo_loss(denoiser, copy.deepcopy(denoiser), **preference(2, 3), beta=5000.0,
-                                         stream=stream)
+@pytest.mark.parametrize("graphs", ["all", "two", "one"])
+def test_first_loss_is_exactly_log_2(denoiser, graphs):
+    loss, metrics = loss_by(graphs)(denoiser, copy.deepcopy(denoiser), **preference(2, 3), beta=5000.0)
     assert loss.item() == torch.tensor(2.0).log().item()
     assert metrics["margin"] == 0 and metrics["win"] == metrics["ref_win"] > 0
 
@@ -577,7 +579,8 @@ def test_drawn_negatives_depend_on_seed_step_and_place_alone(cache, tmp_path, mo
     assert max(len(negatives) for negatives in seen.values()) == 2                      # not always the same one
 
 
-@pytest.mark.parametrize("options", [dict(micro_batch=1), dict(micro_batch=2, stream=True), dict(micro_batch=6),
+@pytest.mark.parametrize("options", [dict(micro_batch=1), dict(micro_batch=2, graphs="two"),
+                                     dict(micro_batch=1, graphs="one"),
                                      dict(checkpointing="full"), dict(checkpointing="selective")], ids=str)
 def test_how_a_batch_is_computed_changes_no_gradient(options, straight, cache, tmp_path):
     # Adam's first update divides every gradient by itself, those too that are only rounding.
@@ -621,31 +624,10 @@ def test_reward_weighted_regression_is_a_weighted_mean_of_errors():
     t, noise, scores = (torch.tensor([0.3, 0.8]), randn(2, 4, 1, 2, 2, seed=1),
                         torch.tensor([[0.0, 1.0, -2.0], [5.0, 5.0, 5.0]]))
     half = lambda x, cond, t: 0.5 * x
-    errors = torch.stack([realdpo.error(half, videos[:, k], noise, t, cond, "x0") for k in range(3)], dim=1)
+    errors = torch.stack([realdpo.denoising_error(half, videos[:, k], noise, t, cond, "x0") for k in range(3)], dim=1)
     share = torch.exp(scores / 0.5) / torch.exp(scores / 0.5).sum(1, keepdim=True)
     loss, _ = realdpo.rwr_loss(half, videos=videos, scores=scores, temperature=0.5, cond=cond, t=t, noise=noise)
     assert loss.item() == pytest.approx((share * errors).sum(1).mean().item(), rel=1e-6)
-
-
-@pytest.mark.parametrize("method, gpus", [("realdpo", 16), pytest.param("sft", 1, marks=pytest.mark.slow),
-                                          pytest.param("rwr", 1, marks=pytest.mark.slow)])
-def test_the_dry_run_counts_parameters_and_memory(method, gpus, monkeypatch, capsys):
-    measure, found = train.measure_memory, {}
-
-    def spy(*arguments):
-        memory, parameters = measure(*arguments)
-        found.update(memory)
-        assert arguments[3] == (3 if method == "rwr" else 1)           # negatives at once
-        return memory, parameters
-
-    monkeypatch.setattr(train, "measure_memory", spy)
-    with as_a_process():
-        train.main(train.Options(model="tiny", dry_run=gpus, batch=gpus, method=method, stream=False))
-    count = sum(v.numel() for k, v in exported(model.TINY).items() if k != "patch_embed.pos_embedding")   # a buffer
-    assert f"{count:,} parameters, {gpus} ranks, {gpus} samples" in capsys.readouterr().out
-    part = count / min(gpus, 8)                            # sharded over the eight GPUs of a machine
-    assert found["Adam"] == pytest.approx(8 * part, rel=0.01) and found["parameters"] >= 4 * part
-    assert all(size > 0 for size in found.values()), found
 
 
 def test_two_and_two_steps_are_four_bit_for_bit(half, straight, cache, looks, tmp_path):
@@ -658,6 +640,28 @@ def test_two_and_two_steps_are_four_bit_for_bit(half, straight, cache, looks, tm
     for run in ("run", "other"):
         assert (same_tensors(checkpoint(tmp_path / run, 4), checkpoint(straight, 4))
                 and same_tensors(exported(tmp_path / run), exported(straight)))
+
+
+def test_with_offload_a_run_is_the_same_to_the_bit(straight, cache, looks, tmp_path):
+    assert run_training(tmp_path / "run", cache, offload=True, steps=2, **looks) == metrics(straight)[:2]
+    assert run_training(tmp_path / "run", cache, **looks) == metrics(straight)           # and may go on without
+    assert same_tensors(checkpoint(tmp_path / "run", 4), checkpoint(straight, 4))
+
+
+@pytest.mark.parametrize("ranks_a_machine, world, shards", [
+    (8, 8, 8), (8, 16, 8), (1, 1, 1), (2, 2, 2), (4, 8, 8), (1, 8, 8), (1, 16, 8), (2, 6, 6), (4, 12, 12), (16, 32, 16),
+    (3, 24, 12), (1, 9, 9)])
+def test_parameters_are_sharded_over_eight_gpus_or_the_next_number_that_divides(ranks_a_machine, world, shards):
+    assert train.shards_of(world, ranks_a_machine) == shards
+
+
+def test_rank_0_chooses_the_checkpoint_to_go_on_from(half, cache, tmp_path, monkeypatch):
+    """Here as a rank whose view of the folder is stale: rank 0 says step 1."""
+    run, loaded = shutil.copytree(half, tmp_path / "run"), []
+    monkeypatch.setattr(dist, "broadcast", lambda step, src: step.fill_(1))
+    monkeypatch.setattr(train, "load_checkpoint", lambda state, optimizer, folder, step: loaded.append((folder, step)))
+    run_training(run, cache, steps=2)
+    assert loaded == [(run / "checkpoints" / "step-000001", 1)]
 
 
 def watched(function, file):
@@ -676,6 +680,7 @@ def one_rank(rank, runs, folder, world_size, ranks_a_machine, dtype):
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank % ranks_a_machine),
                       LOCAL_WORLD_SIZE=str(ranks_a_machine))
     torch.set_num_threads(1)                               # as torchrun does
+    train.LEAST_SHARDS = ranks_a_machine                   # two machines of two ranks are to behave like two of eight
     process = data.this_process()._replace(dtype=dtype)
     train.this_process = lambda: process
     for name in "train_step", "ema_update":
@@ -725,35 +730,40 @@ def test_two_ranks_compute_what_one_does_and_may_alternate_with_it(half, straigh
         assert step["_reduce_scatter_base_ default_pg"] == weights / 2
     assert len(traffic["ema_update"]) == len(traffic["train_step"]) and not any(traffic["ema_update"])
     next((tmp_path / "two" / "checkpoints" / "step-000004").glob("shard-00001-*")).unlink()  # a copy that was cut off
-    with pytest.raises(UserError, match="not a whole checkpoint"):
+    with pytest.raises(UserError, match="has 16 numbers, expected 32.*delete .*step-000004 to continue from an earlier"):
         run_training(tmp_path / "two", cache, steps=5)
 
 
 @pytest.mark.slow
 def test_two_machines_of_two_ranks_compute_what_one_rank_does(half, straight, cache, tmp_path):
     shutil.copytree(half, tmp_path / "from-one")
-    runs = [dict(out=tmp_path / "four", cache=cache, save_every=2), dict(out=tmp_path / "from-one", cache=cache)]
+    runs = [dict(out=tmp_path / "four", cache=cache, save_every=2), dict(out=tmp_path / "from-one", cache=cache),
+            dict(out=tmp_path / "often", cache=cache, batch=8, micro_batch=1, graphs="two", steps=1),
+            dict(out=tmp_path / "offload", cache=cache, offload=True, graphs="one", micro_batch=1)]
     traffic = run_on_ranks(runs, tmp_path, world_size=4)
-    same_to_rounding(tmp_path / "four", metrics(tmp_path / "four"), straight)
-    same_to_rounding(tmp_path / "from-one", metrics(tmp_path / "from-one"), straight)
+    for name in ("four", "from-one", "offload"):
+        same_to_rounding(tmp_path / name, metrics(tmp_path / name), straight)
     shutil.rmtree(tmp_path / "four" / "checkpoints" / "step-000004")
     same_to_rounding(tmp_path / "four", run_training(tmp_path / "four", cache), straight)     # the rest on one rank
     weights = 4 * sum(p.numel() for p in model.load_dit("tiny").parameters())
-    for step in traffic["train_step"]:                     # between machines: each rank's half of the gradient
+    *steps, often = traffic["train_step"][:7]
+    for step in steps:                                     # between machines: each rank's half of the gradient
         assert step.pop("allreduce_ default_pg") < 100     # the metrics
         assert step == {"_allgather_base_ mesh_shard": 3 * weights, "_reduce_scatter_base_ mesh_shard": weights / 2,
                         "allreduce_ mesh_replicate": weights / 2}
+    assert often["_reduce_scatter_base_ mesh_shard"] == 2 * 2 * weights / 2    # of two samples' two videos each,
+    assert often["allreduce_ mesh_replicate"] == weights / 2                   # but across machines once a step
     assert not any(traffic["ema_update"])
 
 
 # torchrun's default: two ranks that compute in bf16, stream, take a sample at a time and checkpoint selectively.
 @pytest.mark.slow
 def test_the_default_of_a_run_on_gpus(cache, tmp_path):
-    default = dict(cache=cache, batch=2, stream=True, checkpointing="selective", micro_batch=1, lose_per_step=1)
+    default = dict(cache=cache, batch=2, graphs="two", checkpointing="selective", micro_batch=1, lose_per_step=1)
     runs = {"straight": {}, "halves": dict(steps=2), "halves again": {}, "full": dict(checkpointing="full", steps=1),
-            "whole": dict(stream=False, steps=1), "ema": dict(ema_decay=0.0, steps=2),
+            "whole": dict(graphs="all", steps=1), "ema": dict(ema_decay=0.0, steps=2),
             "anchor": dict(anchor=2.0, batch=4, lose_per_step=0, steps=1),
-            "anchor, whole": dict(anchor=2.0, batch=4, lose_per_step=0, steps=1, stream=False)}
+            "anchor, whole": dict(anchor=2.0, batch=4, lose_per_step=0, steps=1, graphs="all")}
     run_on_ranks([default | options | dict(out=tmp_path / name.removesuffix(" again"))
                   for name, options in runs.items()], tmp_path, dtype=torch.bfloat16)
     lines = {name: metrics(tmp_path / name) for name in runs if name != "halves again"}

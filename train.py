@@ -1,38 +1,42 @@
-"""RealDPO, the training run: one code path for a laptop, two CPU processes, eight GPUs and several machines.
+"""RealDPO, the training run: one code path for a laptop, two CPU processes, one GPU, eight, and several machines.
 
     python train.py                                                    laptop: everything, on the tiny model, in minutes
     python train.py --model MODEL --data CACHE --out RUN               one process
     torchrun --nproc_per_node 8 train.py                               CogVideoX-5B-I2V on the records in cache/
 
-RUN afterwards holds transformer/ (opens here, --model RUN, and in diffusers), metrics.jsonl and checkpoints/.
-The same command continues an interrupted run from its last checkpoint.
+RUN afterwards holds transformer/ (opens here, --model RUN, and in diffusers), metrics.jsonl, checkpoints/ and, with
+--bench, videos/. The same command continues an interrupted run from its last checkpoint.
 """
-import dataclasses, json, math, os, shutil, signal, threading, time
+import dataclasses, json, math, os, re, shutil, signal, threading, time
 from collections import Counter
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
+from itertools import product
+from operator import itemgetter
 from pathlib import Path
-from typing import Literal
+from shlex import quote
+from typing import Literal, NamedTuple
 
+import data, model, sample                                 # before torch: see the top of model.py
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from tqdm import tqdm
 
-import data, model
-from data import Records, flag, generator, option, this_process, write_json
-from model import FlowPrediction, UserError
-from realdpo import Condition, best_and_worst, ema_update, realdpo_loss, rwr_loss, sft_loss
+from data import Records, check_metadata, flag, generator, option, this_process, write_json
+from model import UserError
+from realdpo import (Condition, best_and_worst, ema_update, realdpo_loss, rwr_loss, sft_loss, streamed_realdpo_loss)
 
 
 @dataclasses.dataclass
 class Options:
     """Align an image-to-video transformer with real videos."""
     model: str = option("", "model folder, hub id, run or tiny; default: 5B-I2V with a GPU, else tiny", "files")
-    data: str = option("cache", "cache of records, from data.py and sample.py")
-    out: str = option("run", "folder for the trained transformer, checkpoints and logs")
+    data: str = option("", "cache of records, from data.py and sample.py; default: cache, and for tiny a toy world's")
+    out: str = option("", "folder for the trained transformer, checkpoints and logs; default: run, for tiny run-tiny")
     resume: str = option("", "the checkpoint to start from; default, and always where there is one: the last in --out")
     method: Literal["realdpo", "sft", "dpo", "rwr"] = option("realdpo", "dpo and rwr: on scored negatives", "the loss")
     beta: float = option(5000.0, "strength of the preference, on the mean squared error (release: 5000)")
@@ -43,87 +47,29 @@ class Options:
     ema_decay: float = option(0.996, "ω of the reference (Eq. 7, paper: 0.996, release: 0.999); 1: frozen")
     ema_every: int = option(1, "steps between two updates of the reference (paper: not given; release: 100)")
     lr: float = option(1e-5, "learning rate after warm-up (paper: 1e-5; release: 1e-6)", "the optimizer")
-    warmup: int = option(20, "steps of linear warm-up")
-    weight_decay: float = option(1e-4, "of AdamW")
-    clip: float = option(1.0, "largest gradient norm")
-    epochs: int = option(0, "passes over the records, in place of --steps; default: 10 (paper)")
-    steps: int = option(0, "training steps; default: what the epochs come to")
+    warmup: int = option(20, "steps of linear warm-up (release: 100)")
+    epochs: int = option(0, "passes over the records; default: 10 (paper)", either=True)
+    steps: int = option(0, "training steps, in place of --epochs", either=True)
     batch: int = option(8, "samples per step over all GPUs (paper: 8); each a win with its lose")
-    micro_batch: int = option(1, "samples a GPU takes at once, if that divides its share", "the hardware")
+    micro_batch: int = option(1, "samples a GPU takes at once, at most its share of a batch", "the hardware")
     checkpointing: Literal["none", "full", "selective"] = option("selective", "what backward computes again")
-    stream: bool = option(True, "back-propagate a sample's videos one by one: less memory, same gradient")
+    graphs: Literal["all", "two", "one"] = option("", "alive at a time, of a sample's 1 + negatives: fewer take less "
+                                                  "memory for the same gradient; default: as many as fit")
+    offload: bool = option(False, "keep the weights in CPU memory, a block at a time on the GPU: for one or two GPUs")
     compile: bool = option(False, "torch.compile each block")
-    dry_run: int = option(0, "only compute what so many GPUs, 8 a machine, would need: memory, hours")
-    save_every: int = option(200, "steps between checkpoints, and between looks at --eval-data", "the run")
+    dry_run: list = option((), "only compute what GPUs need, in memory and hours: 1 2 8, or 2x8 for two machines of 8")
+    save_every: int = option(200, "steps between checkpoints, and between looks at --eval-data and --bench", "the run")
     max_minutes: float = option(0.0, "stop with a checkpoint after this long; 0: never")
-    eval_data: str = option("", "cache of held-out records with negatives")
+    eval_data: str = option("", "cache of held-out records with negatives; the first 16 are looked at")
+    bench: str = option("", "folder of pictures with captions, of which to make videos at every checkpoint")
     seed: int = option(0, "of order, noise, t and drawn negatives")
 
 
+WEIGHT_DECAY, CLIP = 1e-4, 1.0          # of AdamW; the largest gradient norm. The paper gives neither
 PREFERENCE = ("realdpo", "dpo")         # the methods that compare with a reference
 SCORED = ("dpo", "rwr")                 # the methods that learn from scored generated videos, not from real ones
+CHECKPOINTING = {"none": False, "full": True, "selective": "selective"}
 KEEP = 2                                # checkpoints
-
-
-# ---- Processes and sharding: the networks know nothing of it --------------------------------------------------------
-
-def make_mesh(device_type, world_size, ranks_a_node):
-    """The mesh of all ranks. On several machines, parameters are sharded over the GPUs of a machine and replicated
-    across machines, so that only gradients cross the network."""
-    shape = (world_size // ranks_a_node, ranks_a_node)
-    mesh = init_device_mesh(device_type, shape, mesh_dim_names=("replicate", "shard"))
-    return mesh if world_size > ranks_a_node else mesh["shard"]
-
-
-def init_distributed():
-    """Join the process group, of one process where torchrun did not start this. Returns this Process and the mesh."""
-    process = this_process()
-    cuda = process.device.type == "cuda"
-    backend = "cuda:nccl,cpu:gloo" if cuda else "gloo"
-    alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
-    # Ranks wait while rank 0 writes an export (11 GB at 5B) and the slowest its part of a checkpoint (89 GB in all).
-    dist.init_process_group(backend, timeout=timedelta(hours=3), device_id=process.device if cuda else None, **alone)
-    ranks_a_node = int(os.environ.get("LOCAL_WORLD_SIZE", process.world_size))
-    return process, make_mesh(process.device.type, process.world_size, ranks_a_node)
-
-
-def shard(net, mesh, dtype, compile=False):
-    """Split every block's parameters over the ranks (FSDP2), gathered in `dtype`, gradients reduced in fp32."""
-    precision = dict(param_dtype=dtype, reduce_dtype=torch.float32)
-    if compile:
-        net.compile_blocks()
-    for block in net.transformer_blocks:
-        fully_shard(block, mesh=mesh,
-                    mp_policy=MixedPrecisionPolicy(**precision, cast_forward_inputs=False))    # rope stays fp32
-    # Resharding the root too: else its parameters stay gathered after a forward and hide the EMA's updates.
-    fully_shard(net, mesh=mesh, mp_policy=MixedPrecisionPolicy(**precision, output_dtype=torch.float32),
-                reshard_after_forward=True)
-
-
-def load_models(options, process, mesh):
-    """Policy and reference, sharded, fp32; they compute in the process's dtype. Raises UserError unless every shard of
-    one is that of the other, bit for bit."""
-    split = partial(shard, mesh=mesh, dtype=process.dtype, compile=options.compile)
-    policy = model.load_dit(options.model, process.device, torch.float32, split)
-    reference = model.load_dit(options.model, process.device, torch.float32, split)
-    different = torch.zeros((), device=process.device)
-    for p, r in zip(policy.parameters(), reference.parameters(), strict=True):
-        different += not torch.equal(p.to_local(), r.to_local())
-    dist.all_reduce(different)
-    if different > 0:
-        raise UserError(f"{different:.0f} shards of the reference are not the policy's; both must start from one model")
-    policy.checkpointing = options.checkpointing
-    return policy.train(), reference.requires_grad_(False)
-
-
-def make_optimizer(policy, options):
-    """AdamW whose moments exist from the start, so that a checkpoint can be read into them."""
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=options.lr, betas=(0.9, 0.95),
-                                  weight_decay=options.weight_decay, fused=True)
-    for p in policy.parameters():
-        optimizer.state[p] = dict(step=torch.zeros((), device=p.device),
-                                  exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
-    return optimizer
 
 
 # ---- One step, from the records to the updated reference ------------------------------------------------------------
@@ -154,7 +100,8 @@ def draw_sample(record, options, step, place, t_min):
 
 
 def loss_of(policy, reference, batch, options):
-    """Loss and metrics of a micro-batch (a dict of stacked records) by the chosen method."""
+    """Loss and metrics of a micro-batch (a dict of stacked records) by the chosen method. The backward pass is the
+    caller's; that of negatives, where not all graphs are to be alive at a time, has been made."""
     common = dict(cond=Condition(batch["text"], batch["image"]), t=batch["t"], noise=batch["noise"],
                   weighting=options.weighting)
     if options.method == "sft":
@@ -165,30 +112,39 @@ def loss_of(policy, reference, batch, options):
     if options.method == "dpo":                            # the baseline is as published, without an anchor
         win, lose = best_and_worst(lose, batch["scores"])
         anchor = 0.0
-    return realdpo_loss(policy, reference, win=win, lose=lose, beta=options.beta, anchor=anchor,
-                        stream=options.stream, **common)
+    common |= dict(win=win, lose=lose, beta=options.beta, anchor=anchor)
+    if options.graphs == "all":
+        return realdpo_loss(policy, reference, **common)
+    return streamed_realdpo_loss(policy, reference, graphs=options.graphs, **common)
 
 
 def accumulate_gradients(policy, reference, records, samples, options, step, device):
     """Forward and backward of this rank's (place in the batch, record index) pairs, a micro-batch at a time. Returns
     the mean of their metrics. The parts are equal, so the mean of their gradients is the batch's."""
-    parts = len(samples) // math.gcd(len(samples), options.micro_batch)
-    total = Counter()
+    size = min(options.micro_batch, len(samples))
+    parts, total = len(samples) // size, Counter()
     for part in range(parts):
-        rows = [draw_sample(records[index], options, step, place, policy.t_min)
-                for place, index in samples[part::parts]]
+        rows = []
+        for place, index in samples[part * size:(part + 1) * size]:
+            rows.append(draw_sample(records[index], options, step, place, policy.t_min))
         batch = {name: torch.stack([row[name] for row in rows]).to(device).float() for name in rows[0]}
+        send_gradients(policy, False)
         loss, metrics = loss_of(policy, reference, batch, options)
-        if loss.requires_grad:                             # else it was streamed, and is back-propagated already
-            loss.backward()
+        send_gradients(policy, part == parts - 1)
+        loss.backward()
         for name, value in {"loss": loss.detach(), **metrics}.items():
             total[name] += value.double() / parts
     torch._foreach_div_([p.grad.to_local() for p in policy.parameters()], parts)
     return dict(total)
 
 
-def train_step(policy, reference, optimizer, records, options, step, process):
-    """One optimizer step. Returns the metrics, averaged over all ranks, and whether some rank was asked to stop."""
+def learning_rate(options, step):
+    """The rate of a step: a linear warm-up, then constant."""
+    return options.lr * min(1, (step + 1) / max(1, options.warmup))
+
+
+def train_step(policy, reference, optimizer, records, options, step, process, stop):
+    """One optimizer step. Returns the metrics, averaged over all ranks, and whether the Event `stop` is set on any."""
     samples = list(enumerate(batch_indices(options, len(records), step)))
     mine = samples[process.rank::process.world_size]
     metrics = accumulate_gradients(policy, reference, records, mine, options, step, process.device)
@@ -197,9 +153,9 @@ def train_step(policy, reference, optimizer, records, options, step, process):
     dist.all_reduce(numbers)
     metrics = dict(zip(metrics, numbers.tolist()))
     asked = metrics.pop("asked") > 0
-    metrics["grad_norm"] = torch.nn.utils.clip_grad_norm_(policy.parameters(), options.clip).full_tensor().item()
+    metrics["grad_norm"] = torch.nn.utils.clip_grad_norm_(policy.parameters(), CLIP).full_tensor().item()
     check_health(metrics, options, step, [records.names[index] for _, index in samples])
-    metrics["lr"] = options.lr * min(1, (step + 1) / max(1, options.warmup))
+    metrics["lr"] = learning_rate(options, step)
     optimizer.param_groups[0]["lr"] = metrics["lr"]
     optimizer.step()
     optimizer.zero_grad()
@@ -217,96 +173,22 @@ def check_health(metrics, options, step, names):
                         "go on from one with --resume, a lower --lr or --beta and another --out")
 
 
-# ---- Checkpoints: tensors only, in safetensors; a folder has its name only once it is whole -------------------------
-
-def checkpoints(options):
-    """The whole checkpoints under --out, oldest first."""
-    return sorted((Path(options.out) / "checkpoints").glob("step-??????"))
-
-
-def training_state(policy, reference, optimizer):
-    """Everything that training changes, as one flat dict of (sharded) tensors."""
-    state = {}
-    for name, p in policy.net.named_parameters():
-        state[f"model.{name}"] = p.detach()
-        state[f"exp_avg.{name}"] = optimizer.state[p]["exp_avg"]
-        state[f"exp_avg_sq.{name}"] = optimizer.state[p]["exp_avg_sq"]
-    for name, p in reference.net.named_parameters():
-        state[f"ref.{name}"] = p.detach()
-    return state
-
-
-def save_checkpoint(state, options, step, rank):
-    """Write checkpoints/step-N, then forget all but the last KEEP."""
-    folder = Path(options.out) / "checkpoints"
-    part, final = folder / f"step-{step:06d}.part", folder / f"step-{step:06d}"
-    if rank == 0:
-        for left in folder.glob("step-*.*"):               # by runs that were killed in here
-            shutil.rmtree(left, ignore_errors=True)
-        write_json(part / "options.json", {"step": step, **dataclasses.asdict(options)})
-    dist.barrier()
-    files = {name: 1 + i // 200 for i, name in enumerate(state)}         # a file is in CPU memory thrice as it is made
-    # One process needs no collectives, and gloo's threads would make every later step on a CPU half as slow again.
-    writer = dcp.HuggingFaceStorageWriter(str(part), files, save_distributed=True)
-    try:
-        dcp.save(state, storage_writer=writer, no_dist=dist.get_world_size() == 1)
-    except dcp.api.CheckpointException as e:
-        shutil.rmtree(part, ignore_errors=True)
-        raise UserError(f"{part}: cannot be written ({model.dcp_reason(e)!r}); "
-                        "earlier checkpoints are whole: make room and start again") from None
-    if rank == 0:
-        model.replace_folder(part, final)
-        for old in checkpoints(options)[:-KEEP]:
-            shutil.rmtree(old, ignore_errors=True)         # in use by another: the next save tries again
-    dist.barrier()
-
-
-# Options that may change when a run goes on: they decide where, how and how long it runs, not what a step does.
-MAY_CHANGE = {"out", "steps", "epochs", "save_every", "resume", "max_minutes", "checkpointing", "stream", "micro_batch",
-              "compile", "eval_data", "dry_run"}
-
-
-def load_checkpoint(state, optimizer, folder, options):
-    """Read a checkpoint into the models and the optimizer. Returns its step. Raises UserError where it is missing or
-    not whole, or is of this --out and was made with options that make it another run."""
-    saved = model.read_json(folder / "options.json")
-    different = [f"{flag(name)} {saved.get(name)} (now {value})" for name, value in dataclasses.asdict(options).items()
-                 if name not in MAY_CHANGE and saved.get(name) != value]
-    if different and folder.parent == Path(options.out) / "checkpoints":
-        raise UserError(f"{folder}: was made with {', '.join(different)}; use the same options or another --out")
-    numbers = Counter()                                    # each rank's file has its part of each tensor
-    for file in folder.glob("*.safetensors"):
-        for name, shape in data.read_header(file)[0].items():
-            numbers[name] += math.prod(shape)
-    wrong = [name for name in {*numbers, *state} if name not in state or numbers[name] != state[name].numel()]
-    if wrong:
-        raise UserError(f"{folder}: not a whole checkpoint of this model (tensor {min(wrong)}); "
-                        "delete it to continue from an earlier one")
-    try:
-        dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(str(folder)), no_dist=dist.get_world_size() == 1)
-    except dcp.api.CheckpointException as e:
-        raise UserError(f"{folder}: not a whole checkpoint ({model.dcp_reason(e)!r}); "
-                        "delete it to continue from an earlier one") from None
-    for moments in optimizer.state.values():
-        moments["step"].fill_(saved["step"])
-    return saved["step"]
-
-
-# ---- Looking at it: held-out records, FLOP, the log -----------------------------------------------------------------
+# ---- Looking at it: held-out records, videos, FLOP, the log ---------------------------------------------------------
 
 EVAL_T = (0.1, 0.3, 0.5, 0.7, 0.9)
-PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}    # dense bf16 FLOP/s, by what the device's name contains
+EVAL_RECORDS = 16                       # so many take 4.4 % of the time of the 200 steps between two looks
 
 
 @torch.no_grad()
 def evaluate(policy, reference, records, options, process):
-    """Preference loss, margin, accuracy and the four errors on held-out records at fixed t and fixed noise: their means
-    over t, {"eval_margin": …}, and at each t, {"eval_margin_t0.1": …}."""
-    options, sums = dataclasses.replace(options, method="realdpo", stream=False), Counter()
-    for i in range(math.ceil(len(records) / process.world_size)):      # as many on every rank: they are collectives
+    """Preference loss, margin, accuracy and the four errors on the first held-out records at fixed t and fixed noise:
+    their means over t, {"eval_margin": …}, and at each t, {"eval_margin_t0.1": …}."""
+    options, sums = dataclasses.replace(options, method="realdpo", graphs="all"), Counter()
+    count = min(len(records), EVAL_RECORDS)
+    for i in range(math.ceil(count / process.world_size)):             # as many on every rank: they are collectives
         number = process.rank + i * process.world_size
-        index = number % len(records)
-        share = (number < len(records)) / len(records)     # a record that only pads the last round has weight 0
+        index = number % count
+        share = (number < count) / count                   # a record that only pads the last round has weight 0
         for t in EVAL_T:
             record = records[index] | {"t": torch.tensor(t)}
             record["noise"] = torch.randn(record["win"].shape, generator=generator("eval", records.names[index], t))
@@ -319,17 +201,51 @@ def evaluate(policy, reference, records, options, process):
     return dict(zip(sums, numbers.tolist()))
 
 
-def step_flops(config, shape, options, n_lose):
-    """(FLOP, tokens) of one step over all ranks; latents of shape (C,F,H,W), n_lose negatives a record."""
-    products, attention, tokens = model.forward_flops(config, shape[1:])
-    forward = products + attention
-    again = {"none": 0, "full": forward, "selective": products}[options.checkpointing]
-    passes = 3 * forward + again                           # the policy's: backward takes twice as much as forward
-    if options.method in PREFERENCE:
-        passes += forward                                  # the reference's
-    drawn = min(n_lose, options.lose_per_step or n_lose)
-    sequences = options.batch * {"realdpo": 1 + drawn, "sft": 1, "dpo": 2, "rwr": n_lose}[options.method]
-    return passes * sequences, tokens * sequences
+def prepare_previews(options, process):
+    """The pictures and captions of --bench, encoded before the networks to be trained take the memory. Returns this
+    rank's prompts, their sample.Scenes and what bench.json says of them. Raises UserError where this run has videos of
+    another bench."""
+    settings = sample.Options(model=options.model, seed=options.seed, solver="multistep")
+    for name, value in model.defaults_of(options.model, "sample").items():
+        setattr(settings, name, value)
+    prompts, bench = sample.read_bench(options.bench)
+    made_by = sample.bench_settings(sample.settle(settings), bench)
+    for note in Path(options.out).glob("videos/*/bench.json"):
+        check_metadata(note, model.read_json(note), made_by)
+    mine = prompts[process.rank::process.world_size]
+    scenes = sample.Scenes(mine or prompts[:1], settings, process.device, process.dtype)
+    scenes.vae.cpu()                                       # where it waits while steps run
+    return mine, scenes, made_by
+
+
+def make_previews(previews, policy, folder, process):
+    """Make what is missing in `folder` of this rank's videos, from the same noise at every checkpoint. A rank that has
+    fewer left makes the last one again for nothing: the policy's forwards are collectives."""
+    prompts, scenes, made_by = previews
+    if process.rank == 0:
+        write_json(folder / "bench.json", made_by)
+    missing = [shot for shot in sample.shots_of(prompts, folder) if not shot.file.exists()]
+    rounds = torch.tensor(len(missing), device=process.device)
+    dist.all_reduce(rounds, dist.ReduceOp.MAX)
+    stand_in = sample.Shot(None, scenes.prompts[0], 0)
+    shots = missing + [stand_in] * (int(rounds) - len(missing))
+    for shot in tqdm(shots, desc=f"videos of {folder.name}", leave=False, disable=process.rank > 0):
+        latents = scenes.sample(policy, shot.prompt)
+        if shot.file:
+            scenes.write(latents, shot.file)
+    scenes.vae.cpu()
+
+
+def speed(work, setting, seconds, process):
+    """Metrics of a step that took so long. mfu counts the useful FLOP, hfu also those done twice to save memory."""
+    useful, done = work.flops(setting)
+    metrics = {"seconds": seconds, "tokens_per_second": work.options.batch * work.videos * work.tokens / seconds}
+    gpu = torch.cuda.get_device_name() if process.device.type == "cuda" else ""
+    for name, rate in PEAK.items():
+        if name in gpu:
+            peak = seconds * process.world_size * rate
+            return metrics | {"mfu": useful / peak, "hfu": done / peak}
+    return metrics
 
 
 def console_line(step, metrics):
@@ -369,6 +285,343 @@ def log_step(file, step, metrics):
         raise UserError(f"{file.name}: cannot be written ({e}); make room, then start again") from e
 
 
+# ---- Checkpoints: tensors only, in safetensors; a folder has its name only once it is whole -------------------------
+
+def checkpoints(options):
+    """The whole checkpoints under --out, oldest first."""
+    return sorted((Path(options.out) / "checkpoints").glob("step-??????"))
+
+
+def training_state(policy, reference, optimizer):
+    """Everything that training changes, as one flat dict of (sharded) tensors, and what makes a model of it."""
+    state = {}
+    for name, tensor in policy.net.state_dict().items():   # parameters, and the table of positions
+        state[f"model.{name}"] = tensor
+    for name, tensor in reference.net.state_dict().items():
+        state[f"ref.{name}"] = tensor
+    for name, p in policy.net.named_parameters():
+        state[f"exp_avg.{name}"] = optimizer.state[p]["exp_avg"]
+        state[f"exp_avg_sq.{name}"] = optimizer.state[p]["exp_avg_sq"]
+    return state
+
+
+def note_base(folder, options):
+    """base.json in a folder with weights: the model that has what the folder lacks, such as the autoencoder."""
+    base = Path(model.base_of(options.model))
+    write_json(folder / "base.json", {"model": str(base.resolve() if base.is_dir() else base)})
+
+
+def save_checkpoint(state, options, records, step, rank):
+    """Write checkpoints/step-N, a model in itself, then forget all but the last KEEP."""
+    folder = Path(options.out) / "checkpoints"
+    part, final = folder / f"step-{step:06d}.part", folder / f"step-{step:06d}"
+    if rank == 0:
+        for left in folder.glob("step-*.*"):               # by runs that were killed in here
+            shutil.rmtree(left, ignore_errors=True)
+        note_base(part, options)
+        write_json(part / "records.json", records.hashes)
+        write_json(part / "options.json", {"step": step, **dataclasses.asdict(options)})
+    dist.barrier()
+    files = {name: 1 + i // 200 for i, name in enumerate(state)}         # a file is in CPU memory thrice as it is made
+    # One process needs no collectives, and gloo's threads would make every later step on a CPU half as slow again.
+    writer = dcp.HuggingFaceStorageWriter(str(part), files, save_distributed=True)
+    try:
+        dcp.save(state, storage_writer=writer, no_dist=dist.get_world_size() == 1)
+    except dcp.api.CheckpointException as e:
+        shutil.rmtree(part, ignore_errors=True)
+        raise UserError(f"{part}: cannot be written ({model.dcp_reason(e)!r}); "
+                        "earlier checkpoints are whole: make room and start again") from None
+    if rank == 0:
+        model.replace_folder(part, final)
+        for old in checkpoints(options)[:-KEEP]:
+            shutil.rmtree(old, ignore_errors=True)         # in use by another: the next save tries again
+    dist.barrier()
+
+
+# Options that may change when a run goes on: they decide where, how and how long it runs, not what a step does.
+MAY_CHANGE = {"data", "out", "steps", "epochs", "save_every", "resume", "max_minutes", "checkpointing", "graphs",
+              "micro_batch", "offload", "compile", "eval_data", "bench", "dry_run"}
+
+
+def choose_checkpoint(options, process):
+    """The checkpoint to go on from: the last in --out, else --resume, else None. Rank 0 chooses and tells the others,
+    which may have a stale view of a network's file system and would load another."""
+    newest = max(checkpoints(options), default=Path("step--1"))
+    step = torch.tensor(int(newest.name.removeprefix("step-")), device=process.device)
+    dist.broadcast(step, src=0)
+    if step >= 0:
+        return Path(options.out) / "checkpoints" / f"step-{int(step):06d}"
+    return Path(options.resume) if options.resume else None
+
+
+def check_checkpoint(folder, options, records):
+    """The step of a checkpoint. Raises UserError where it is of this --out and was made with options or records that
+    make it another run."""
+    saved = model.read_json(folder / "options.json")
+    if folder.parent != Path(options.out) / "checkpoints":
+        return saved["step"]
+    different = [f"{flag(name)} {saved.get(name)} (now {value})" for name, value in dataclasses.asdict(options).items()
+                 if name not in MAY_CHANGE and saved.get(name) != value]
+    if different:
+        raise UserError(f"{folder}: was made with {', '.join(different)}; use the same options or another --out")
+    trained_on = model.read_json(folder / "records.json")
+    for name in sorted({*trained_on, *records.hashes}):
+        if trained_on.get(name) != records.hashes.get(name):
+            changed = "is gone" if name not in records.hashes else "is new" if name not in trained_on else "has changed"
+            raise UserError(f"{records.folder}: record {name} {changed} since {folder} was written; give the same "
+                            "records, or start another --out")
+    return saved["step"]
+
+
+def load_checkpoint(state, optimizer, folder, step):
+    """Read a checkpoint into the models and the optimizer. Raises UserError where it is not whole or of another model.
+    """
+    try:
+        model.fill(state, folder)
+    except UserError as e:
+        raise UserError(f"{e}; delete {folder} to continue from an earlier checkpoint") from e
+    for moments in optimizer.state.values():
+        moments["step"].fill_(step)
+
+
+# ---- Processes and sharding: the networks know nothing of it --------------------------------------------------------
+
+LEAST_SHARDS = 8                        # where there are so many GPUs
+TIMEOUT = timedelta(minutes=60)         # of a collective: the others wait while rank 0 writes an export
+
+
+def shards_of(world_size, ranks_a_machine):
+    """Over how many ranks to shard parameters: those of a machine or, where it has few, of the fewest machines that
+    have enough and divide the world, else all."""
+    shards = ranks_a_machine
+    while shards < world_size and (shards < LEAST_SHARDS or world_size % shards):
+        shards += ranks_a_machine
+    return min(shards, world_size)
+
+
+def make_mesh(device_type, world_size, ranks_a_machine):
+    """The mesh of all ranks: parameters are sharded over neighbours and replicated across such groups, between which
+    only gradients pass."""
+    size = shards_of(world_size, ranks_a_machine)
+    mesh = init_device_mesh(device_type, (world_size // size, size), mesh_dim_names=("replicate", "shard"))
+    return mesh if world_size > size else mesh["shard"]
+
+
+def init_distributed():
+    """Join the process group, of one process where torchrun did not start this. Returns this Process and the mesh."""
+    process = this_process()
+    cuda = process.device.type == "cuda"
+    backend = "cuda:nccl,cpu:gloo" if cuda else "gloo"
+    alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group(backend, timeout=TIMEOUT, device_id=process.device if cuda else None, **alone)
+    ranks_a_machine = int(os.environ.get("LOCAL_WORLD_SIZE", process.world_size))
+    mesh = make_mesh(process.device.type, process.world_size, ranks_a_machine)
+    for group in mesh.get_all_groups():
+        group.set_timeout(TIMEOUT)                         # which a group of its own does not take from the default
+    return process, mesh
+
+
+def shard(net, mesh, dtype, compile=False, offload=False):
+    """Split every block's parameters over the ranks (FSDP2), gathered in `dtype`, gradients reduced in fp32. With
+    `offload`, each rank's part stays in CPU memory, and so do its gradients and what the optimizer keeps."""
+    precision = dict(param_dtype=dtype, reduce_dtype=torch.float32)
+    where = dict(mesh=mesh, offload_policy=OffloadPolicy())
+    if offload:
+        where["offload_policy"] = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda")
+    if compile:
+        net.compile_blocks()
+    for block in net.transformer_blocks:
+        fully_shard(block, **where,
+                    mp_policy=MixedPrecisionPolicy(**precision, cast_forward_inputs=False))    # rope stays fp32
+    # Resharding the root too: else its parameters stay gathered after a forward and hide the EMA's updates.
+    fully_shard(net, **where, mp_policy=MixedPrecisionPolicy(**precision, output_dtype=torch.float32),
+                reshard_after_forward=True)
+
+
+def send_gradients(policy, last):
+    """Whether the next backward passes are a step's `last`. Only then do gradients cross the network between machines,
+    and only then do they leave for CPU memory, where the GPU can hold them until then."""
+    if policy.holds_gradients:
+        policy.net.set_requires_gradient_sync(last)
+    policy.net.set_requires_all_reduce(last)
+
+
+def load_models(options, process, mesh):
+    """Policy and reference, sharded, fp32; they compute in the process's dtype. Raises UserError unless every shard of
+    one is that of the other, bit for bit."""
+    split = partial(shard, mesh=mesh, dtype=process.dtype, compile=options.compile, offload=options.offload)
+    where = "cpu" if options.offload else process.device
+    policy = model.load_dit(options.model, where, torch.float32, split)
+    reference = model.load_dit(options.model, where, torch.float32, split)
+    different = torch.zeros((), device=process.device)
+    for p, r in zip(policy.parameters(), reference.parameters(), strict=True):
+        different += not torch.equal(p.to_local(), r.to_local())
+    dist.all_reduce(different)
+    if different > 0:
+        raise UserError(f"{different:.0f} shards of the reference are not the policy's; both must start from one model")
+    policy.checkpointing = CHECKPOINTING[options.checkpointing]
+    return policy.train(), reference.requires_grad_(False)
+
+
+def make_optimizer(policy, options):
+    """AdamW whose moments exist from the start, so that a checkpoint can be read into them."""
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=options.lr, betas=(0.9, 0.95),
+                                  weight_decay=WEIGHT_DECAY, fused=True)
+    for p in policy.parameters():
+        optimizer.state[p] = dict(step=torch.zeros((), device=p.device),
+                                  exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+    return optimizer
+
+
+# ---- What it takes: memory and time, computed -----------------------------------------------------------------------
+
+GIB = 2 ** 30
+# Dense bf16 FLOP/s, by what a GPU's name contains, the first that fits; and which has so many GB.
+PEAK = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H200 NVL": 835e12, "H100": 989e12, "H200": 989e12, "A100": 312e12,
+        "L40S": 362e12, "4090": 165e12}
+CARDS = {24: "4090", 48: "L40S", 80: "H100", 141: "H200"}
+UTILISATION = 0.4                       # of these FLOP/s; others measured 38 % compiled and 30 % eager
+COPY, HOST = 25e9, 80e9                 # bytes a second between CPU and GPU, and through a server's CPU memory
+# Activations of all tokens, in bf16, that a block's graph keeps, and those that are there while the block is
+# back-propagated: counted on the real code with tensors without data, to which the tests hold `Work.memory`.
+KEPT, BACKWARD = {"none": 25, "full": 1, "selective": 2}, 25
+
+
+class Setting(NamedTuple):
+    """What trades time for memory: the options of these names, and with `offload`, whether gradients are held on the
+    GPU until a step's end."""
+    offload: bool
+    checkpointing: str
+    graphs: str
+    held: bool
+
+
+class Work:
+    """What a step costs. `config` is the transformer's; latents (C,F,H,W) of `shape`, n_lose negatives a record."""
+
+    def __init__(self, options, config, shape, n_lose):
+        drawn = min(n_lose, options.lose_per_step or n_lose)
+        self.videos = {"realdpo": 1 + drawn, "sft": 1, "dpo": 2, "rwr": n_lose}[options.method]      # of a sample
+        self.options, self.compared, self.layers = options, options.method in PREFERENCE, config["num_layers"]
+        self.products, self.attention, self.tokens = model.forward_flops(config, shape[1:])
+        self.forward = self.products + self.attention      # FLOP of one video
+        width = config["num_attention_heads"] * config["attention_head_dim"]
+        self.activation = 2 * self.tokens * width * options.micro_batch                 # bytes of one, of all tokens
+        with torch.device("meta"):
+            self.parameters = sum(p.numel() for p in model.DiT(config).parameters())
+
+    def flops(self, setting):
+        """FLOP of a step over all ranks, without and with what is done twice to save memory."""
+        again = {"none": 0, "full": self.forward, "selective": self.products}[setting.checkpointing]
+        useful = self.videos * (3 + self.compared) * self.forward      # backward is twice forward; the reference's
+        done = useful + self.videos * again
+        if self.compared and setting.graphs == "one":
+            done += self.forward                           # the win's error, before its graph
+        return self.options.batch * useful, self.options.batch * done
+
+    def memory(self, setting, shards):
+        """Bytes on a GPU at a step's peak, {kind: bytes}, with parameters sharded over so many GPUs."""
+        at_once = graphs = self.videos
+        if self.compared and setting.graphs != "all":
+            at_once, graphs = 1, {"one": 1, "two": 2}[setting.graphs]
+        part = 0 if setting.offload else 4 * self.parameters // shards
+        return {"parameters": part, "gradients": 4 * self.parameters if setting.held else part,
+                "Adam": 2 * part, "reference": part,
+                "graphs": graphs * self.layers * KEPT[setting.checkpointing] * self.activation,
+                "a block's backward pass": at_once * BACKWARD * self.activation,
+                "gathered blocks": 14 * self.parameters // self.layers,
+                "context, NCCL, fragments (guessed)": (2 if shards == 1 else 5) * GIB}
+
+    def host_memory(self, shards, gpus):
+        """Bytes of CPU memory that --offload takes on a machine with so many GPUs: parameters, gradients, Adam's
+        moments and the reference."""
+        return 20 * self.parameters // shards * gpus
+
+    def seconds(self, setting, gpus, shards, rate):
+        """Of a step on GPUs of so many FLOP/s; with --offload, copies and the CPU's work come on top."""
+        seconds = self.flops(setting)[1] / (gpus * rate * UTILISATION)
+        if not setting.offload:
+            return seconds
+        part, samples = 4 * self.parameters / shards, self.options.batch / gpus
+        backwards = 1 if setting.graphs == "all" else self.videos
+        passes = 3 * backwards + (setting.graphs == "one")             # policy forward, backward; reference forward
+        sums = 0 if setting.held else samples * backwards              # gradients copied out and added on the CPU
+        copied = (samples * passes + sums) * part
+        touched = (3 * sums + 13) * part                   # 3 a sum; AdamW 7, clipping 3, the EMA 3
+        return seconds + copied / COPY + touched / HOST
+
+    def fitting(self, settings, room, gpus, shards, rate):
+        """[(seconds a step, Setting)] of those that take no more than `room` bytes of a GPU, the fastest first."""
+        found = []
+        for setting in settings:
+            if sum(self.memory(setting, shards).values()) <= room:
+                found.append((self.seconds(setting, gpus, shards, rate), setting))
+        return sorted(found, key=itemgetter(0))
+
+
+def choose_setting(work, options, process, mesh):
+    """The Setting of a run: the options, and where these leave it open, what is fastest of what fits the GPU. Raises
+    UserError where nothing fits, before anything is loaded."""
+    shards, room = mesh.size(-1), math.inf
+    if process.device.type == "cuda":
+        room = torch.cuda.get_device_properties(process.device).total_memory
+    if options.offload:
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", process.world_size))
+        needed, free = work.host_memory(shards, here), data.free_host_memory()
+        if needed > free:
+            raise UserError(f"--offload: {here} processes take {needed / GIB:.0f} GiB of this machine's memory, of which "
+                            f"{free / GIB:.0f} are free; use more machines, or GPUs without --offload")
+    ways = [options.graphs] if options.graphs else ["all", "two", "one"]
+    held = [True, False] if options.offload and process.device.type == "cuda" else [False]
+    settings = [Setting(options.offload, options.checkpointing, *way) for way in product(ways, held)]
+    fitting = work.fitting(settings, room, process.world_size, shards, PEAK["H100"])
+    if not fitting:
+        least = min(sum(work.memory(setting, shards).values()) for setting in settings)
+        raise UserError(f"a step takes {least / GIB:.0f} GiB on each GPU, which has {room / GIB:.0f}; "
+                        f"python train.py --dry-run {process.world_size} lists what fits")
+    return fitting[0][1]
+
+
+def dry_run(options, clips=5000, n_lose=3):
+    """Print what fits GPUs of each kind, the fastest first, and how long it takes."""
+    config = model.PUBLISHED_DIT if options.model == data.HUB_MODEL else model.read_dit_config(options.model)
+    frames = (config["sample_frames"] - 1) // config["temporal_compression_ratio"] + 1
+    shape = (config["out_channels"], frames, config["sample_height"], config["sample_width"])
+    check_options(options, 1)
+    work, steps = Work(options, config, shape, n_lose), number_of_steps(options, clips)
+    without = product([False], ["selective", "full"], ["all", "two", "one"], [False])
+    offload = product([True], ["selective", "full"], ["all", "two", "one"], [True, False])
+    settings = [Setting(*each) for each in [*without, *offload]]
+    between = options.save_every * work.flops(settings[1])[1]          # FLOP of the steps between two checkpoints
+    look, video = EVAL_RECORDS * len(EVAL_T) * 2 * (1 + n_lose) * work.forward, 25 * 2 * work.forward
+    print(f"computed, not measured, at {UTILISATION:.0%} of a GPU's peak: {work.parameters:,} parameters, "
+          f"{work.videos} videos a sample, {work.tokens:,} tokens a video; of the time of {options.save_every} steps, "
+          f"a look at {EVAL_RECORDS} held-out records takes {look / between:.1%}, a video of --bench "
+          f"{video / between:.2%}\n{'GPUs':>9}  {'GiB':>5}  {'host':>5}  "
+          f"{'s/step':>6}  {'h/1000 samples':>14}  {f'h/{steps} steps':>12}  {'h, negatives':>12}  options")
+    for place in options.dry_run:
+        machines, here = machines_and_gpus(place)
+        gpus, shards = machines * here, shards_of(machines * here, here)
+        check_options(options, gpus)
+        for memory, card in CARDS.items():
+            sampling = clips * n_lose * 25 * 2 * work.forward / (gpus * PEAK[card] * UTILISATION)
+            for seconds, setting in work.fitting(settings, 0.97 * memory * GIB, gpus, shards, PEAK[card])[:3]:
+                gib = sum(work.memory(setting, shards).values()) / GIB
+                host = setting.offload * work.host_memory(shards, here) / GIB
+                words = "--offload " * setting.offload + f"--checkpointing {setting.checkpointing}"
+                print(f"{place:>4} × {memory:<3} {gib:5.1f}  {host:5.0f}  {seconds:6.1f}  "
+                      f"{1000 * seconds / options.batch / 3600:14.1f}  {steps * seconds / 3600:12.1f}  "
+                      f"{sampling / 3600:12.1f}  {words} --graphs {setting.graphs}")
+
+
+def machines_and_gpus(text):
+    """(2, 8) of "2x8", (1, 4) of "4". Raises UserError for anything else."""
+    found = re.fullmatch(r"(?:([1-9]\d*)x)?([1-9]\d*)", text)
+    if not found:
+        raise UserError(f"--dry-run {text}: expected a number of GPUs, such as 8, or of machines and GPUs, such as 2x8")
+    return int(found[1] or 1), int(found[2])
+
+
 # ---- The run --------------------------------------------------------------------------------------------------------
 
 def number_of_steps(options, count):
@@ -386,152 +639,111 @@ def check_options(options, world_size):
             raise UserError(f"{flag(name)} {getattr(options, name)}: expected at least {smallest}")
     if options.batch % world_size:
         raise UserError(f"--batch {options.batch}: expected a multiple of the {world_size} processes")
+    share = options.batch // world_size
+    if share % min(options.micro_batch, share):
+        raise UserError(f"--micro-batch {options.micro_batch}: does not divide the {share} samples that each of the "
+                        f"{world_size} processes takes of --batch {options.batch}")
     if not 0.1 <= options.t_max <= 1:
         raise UserError(f"--t-max {options.t_max}: expected 0.1 to 1")
 
 
-def check_records(records, config):
-    """Raise UserError for records that are not of the model with this config."""
-    shapes = {name: tuple(tensor.shape) for name, tensor in records[0].items()}
-    found = shapes["win"][0], *shapes["text"]
+def read_records(options, config):
+    """The records to train on and the held-out ones, or None. Raises UserError for records that are not of the model
+    with this config, or have fewer negatives than a step draws."""
+    records = Records(options.data, negatives=options.method != "sft", scores=options.method in SCORED)
+    held_out = Records(options.eval_data) if options.eval_data else None
     expected = config["out_channels"], config["max_text_seq_length"], config["text_embed_dim"]
-    if found != expected:
-        raise UserError(f"{records.folder}: (channels, tokens, text width) are {found}, this model's {expected}; "
-                        "encode the videos with the model to be trained")
+    for each in filter(None, (records, held_out)):
+        shapes = {name: tuple(tensor.shape) for name, tensor in each[0].items()}
+        found = shapes["win"][0], *shapes["text"]
+        if found != expected:
+            raise UserError(f"{each.folder}: (channels, tokens, text width) are {found}, this model's {expected}; "
+                            "encode the videos with the model to be trained")
+    n_lose = len(records[0].get("lose", ()))
+    if options.method == "realdpo" and options.lose_per_step > n_lose:
+        raise UserError(f"--lose-per-step {options.lose_per_step}: the records of {options.data} have {n_lose}")
+    return records, held_out
 
 
-stop = threading.Event()                                   # set when this process is to finish its step, save and exit
+@contextmanager
+def stop_signals():
+    """Yield an Event that is set when this process is to finish its step, save and exit: by SIGTERM (pre-emption;
+    launchers repeat it), by SIGUSR1 or SIGUSR2 (SLURM's --signal) or by Ctrl-C; a second Ctrl-C ends it at once."""
+    stop, before = threading.Event(), {}
 
+    def finish_step(number, _):
+        stop.set()
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
-def finish_step(number, _):
-    """On SIGTERM (pre-emption; launchers repeat it) and Ctrl-C the run ends after its step; Ctrl-C twice: at once."""
-    stop.set()
-    if number == signal.SIGINT:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2"):
+        if hasattr(signal, name):                          # Windows has the first two
+            number = getattr(signal, name)
+            before[number] = signal.signal(number, finish_step)
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def train(options, process, mesh):
     """Steps until done or asked to stop, checkpoints on the way, the trained transformer at the end. Returns whether
     training is complete."""
-    begin, main_rank = time.time(), process.rank == 0
+    begin, main_rank, out = time.time(), process.rank == 0, Path(options.out)
     check_options(options, process.world_size)
     config = model.read_dit_config(options.model)
-    records = Records(options.data, negatives=options.method != "sft", scores=options.method in SCORED)
-    held_out = Records(options.eval_data) if options.eval_data else None
-    check_records(records, config)
-    if held_out:
-        check_records(held_out, config)
-    n_lose = len(records[0].get("lose", ()))
-    if options.method == "realdpo" and options.lose_per_step > n_lose:
-        raise UserError(f"--lose-per-step {options.lose_per_step}: the records of {options.data} have {n_lose}")
+    records, held_out = read_records(options, config)
+    checkpoint, first = choose_checkpoint(options, process), 0
+    if checkpoint:                                         # what can be refused is refused before anything is loaded
+        first = check_checkpoint(checkpoint, options, records)
+        data.say(f"continuing from {checkpoint}")
+    work = Work(options, config, records[0]["win"].shape, len(records[0].get("lose", ())))
+    setting = choose_setting(work, options, process, mesh)
+    options.graphs = setting.graphs
+    previews = prepare_previews(options, process) if options.bench else None
     policy, reference = load_models(options, process, mesh)
     optimizer = make_optimizer(policy, options)
     state = training_state(policy, reference, optimizer)
-    first, steps = 0, number_of_steps(options, len(records))
-    checkpoint = max(checkpoints(options), default=options.resume)
     if checkpoint:
-        first = load_checkpoint(state, optimizer, Path(checkpoint), options)
-        data.say(f"continuing from {checkpoint}")
-    flops, tokens = step_flops(config, records[0]["win"].shape, options, n_lose)
-    gpu = torch.cuda.get_device_name() if process.device.type == "cuda" else ""
-    peak = next((rate for name, rate in PEAK.items() if name in gpu), None)
-    log = open_log(Path(options.out) / "metrics.jsonl", first) if main_rank else None
+        load_checkpoint(state, optimizer, checkpoint, first)
+    steps = number_of_steps(options, len(records))
+    policy.holds_gradients = setting.held
+    log = open_log(out / "metrics.jsonl", first) if main_rank else None
     bar = tqdm(range(first, steps), initial=first, total=steps, desc=options.out, disable=not main_rank)
-    stop.clear()
-    signal.signal(signal.SIGTERM, finish_step)
-    signal.signal(signal.SIGINT, finish_step)
-    for step in bar:
-        tick = time.time()
-        if options.max_minutes and tick - begin > 60 * options.max_minutes:
-            stop.set()
-        metrics, asked = train_step(policy, reference, optimizer, records, options, step, process)
-        metrics["seconds"] = time.time() - tick
-        metrics["tokens_per_second"] = tokens / metrics["seconds"]
-        if peak:
-            metrics["mfu"] = flops / metrics["seconds"] / process.world_size / peak
-        due = step + 1 == steps or (step + 1) % options.save_every == 0
-        if held_out and due:
-            metrics |= evaluate(policy, reference, held_out, options, process)
-        if main_rank:
-            log_step(log, step, metrics)
-        if asked or due:
-            save_checkpoint(state, options, step + 1, process.rank)
-        if asked and step + 1 < steps:
-            bar.close()                                    # so that what follows is the last line
-            data.say(f"stopped after {step + 1} steps; checkpoint saved in {options.out}/checkpoints, "
-                     "and the same command continues")
-            return False
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    model.save_dit(policy, options.out, torch.bfloat16)    # in the precision it will run in
+    with stop_signals() as stop:
+        if previews and is_due(options, first, steps):     # of the start, or what a killed run did not get to
+            make_previews(previews, policy, out / "videos" / f"step-{first:06d}", process)
+        for step in bar:
+            tick = time.time()
+            if options.max_minutes and tick - begin > 60 * options.max_minutes:
+                stop.set()
+            metrics, asked = train_step(policy, reference, optimizer, records, options, step, process, stop)
+            metrics |= speed(work, setting, time.time() - tick, process)
+            done = step + 1
+            due = is_due(options, done, steps)
+            if held_out and due:
+                metrics |= evaluate(policy, reference, held_out, options, process)
+            if main_rank:
+                log_step(log, step, metrics)
+            if asked or due:
+                save_checkpoint(state, options, records, done, process.rank)
+            if asked and done < steps:
+                bar.close()                                # so that what follows is the last line
+                data.say(f"stopped after {done} steps; checkpoint saved in {options.out}/checkpoints, "
+                         "and the same command continues")
+                return False
+            if previews and due:
+                make_previews(previews, policy, out / "videos" / f"step-{done:06d}", process)
+    model.save_dit(policy, out, torch.bfloat16)            # in the precision it will run in
     if main_rank:
-        base = Path(model.base_of(options.model))
-        write_json(Path(options.out) / "base.json", {"model": str(base.resolve() if base.is_dir() else base)})
+        note_base(out, options)
     return True
 
 
-# ---- The dry run: the real code on tensors without data -------------------------------------------------------------
-
-def measure_memory(options, config, shape, n_lose, mesh):
-    """The peak bytes of a step on one rank, {kind: bytes}, and the number of parameters: the real code on tensors
-    without data, watched by torch's FSDP tracker. Latents of shape (C,F,H,W), n_lose negatives in a step."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
-    split = partial(shard, mesh=mesh, dtype=torch.bfloat16)
-    model.rope_table.cache_clear()                         # here and below: no fake tensors among the real ones
-    with FakeTensorMode():
-        policy = model.Denoiser(model.empty(model.DiT, config, torch.float32, "cpu", split), FlowPrediction(), None)
-        reference = model.Denoiser(model.empty(model.DiT, config, torch.float32, "cpu", split), FlowPrediction(), None)
-        policy.checkpointing = options.checkpointing
-        tracker = FSDPMemTracker(policy.net, make_optimizer(policy, options))
-        reference.requires_grad_(False)
-        n = math.gcd(options.micro_batch, options.batch // mesh.size())
-        batch = dict(win=torch.randn(n, *shape), lose=torch.randn(n, n_lose, *shape), t=torch.rand(n),
-                     noise=torch.randn(n, *shape), scores=torch.rand(n, n_lose),
-                     image=torch.randn(n, shape[0], 1, *shape[2:]),
-                     text=torch.randn(n, config["max_text_seq_length"], config["text_embed_dim"]))
-        with tracker:
-            for _ in range(2):                             # the second meets the first's gradients, as later ones do
-                loss, _ = loss_of(policy, reference, batch, options)
-                if loss.requires_grad:
-                    loss.backward()
-    model.rope_table.cache_clear()
-    held = sum(p.to_local().nbytes for p in policy.parameters())           # a rank's part of a network
-    memory = {"parameters": held, "gradients": held, "Adam": 2 * held, "reference": held}
-    peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
-    if options.method not in PREFERENCE:                   # the reference is loaded, but took no part
-        peak += held
-    memory["activations, gathered blocks"] = peak - sum(memory.values())
-    memory["context, NCCL …"] = 5 * 2 ** 30                # a guess, 4 to 6
-    return memory, sum(p.numel() for p in policy.parameters())
-
-
-def dry_run(options, clips=5000, n_lose=3, utilisation=0.4):
-    """Print what a run on --dry-run GPUs needs, and how long the paper's 5,000 clips take at `utilisation`."""
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-    gpus = options.dry_run
-    if gpus < 1 or gpus > 8 and gpus % 8:
-        raise UserError(f"--dry-run {gpus}: expected up to 8 GPUs, or a multiple of 8")
-    check_options(options, gpus)
-    print("two steps on tensors without data; at 5B this takes some minutes")
-    config = model.PUBLISHED_DIT if options.model == data.HUB_MODEL else model.read_dit_config(options.model)
-    frames = (config["sample_frames"] - 1) // config["temporal_compression_ratio"] + 1
-    shape = (config["out_channels"], frames, config["sample_height"], config["sample_width"])
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=gpus)
-    drawn = n_lose if options.method in SCORED else min(n_lose, options.lose_per_step or n_lose)
-    memory, parameters = measure_memory(options, config, shape, drawn, make_mesh("cpu", gpus, min(gpus, 8)))
-    dist.destroy_process_group()
-    memory["at the peak; an 80 GB GPU gives 78"] = sum(memory.values())
-    flops, tokens = step_flops(config, shape, options, n_lose)
-    steps, per_hour = number_of_steps(options, clips), gpus * utilisation * PEAK["H100"] * 3600
-    sampling = clips * n_lose * 25 * 2 * sum(model.forward_flops(config, shape[1:])[:2])
-    print(f"{parameters:,} parameters, {gpus} ranks, {options.batch} samples and {tokens:,} tokens a step, "
-          f"{flops / options.batch / 1e15:.3g} PFLOP a sample")
-    for kind, size in memory.items():
-        print(f"{size / 2 ** 30:7.2f} GiB a rank  {kind}")
-    print(f"at {utilisation:.0%} of an H100's {PEAK['H100'] / 1e12:.0f} TFLOP/s, {clips} clips: {steps} steps of "
-          f"{3600 * flops / per_hour:.3g} s, {steps * flops / per_hour:.3g} h;\n"
-          f"before that, {n_lose} negatives a clip, 25 evaluations with guidance: {sampling / per_hour:.3g} h")
+def is_due(options, done, steps):
+    """Whether a checkpoint, and looks at held-out records and videos, are due after so many steps."""
+    return done == steps or done % options.save_every == 0
 
 
 # ---- The command ----------------------------------------------------------------------------------------------------
@@ -540,19 +752,26 @@ def main(options):
     """Train on a cache of records; without one, on the tiny model, the whole story on the toy world."""
     if options.dry_run:
         return dry_run(options)
-    process, mesh = init_distributed()
-    if Path(options.data).is_dir():
-        if train(options, process, mesh) and process.rank == 0:
-            print(f"done: {options.out} holds the model and metrics.jsonl; try: python sample.py --model {options.out} "
-                  "--image first.png --prompt \"…\"")
-    elif options.model == "tiny" and options.data == Options.data:
-        from toy import laptop
-        laptop.run(options, process, partial(train, process=process, mesh=mesh))
-    else:
+    toy = options.model == "tiny" and not options.data
+    options.out = options.out or ("run-tiny" if options.model == "tiny" else "run")
+    options.data = options.data or "cache"
+    if not toy and not Path(options.data).is_dir():
+        cache, name = quote(options.data), quote(options.model)
         raise UserError(f"--data {options.data}: no such cache; "
-                        f"make it with: python data.py --videos DIR --model {options.model} --out {options.data}"
-                        f" and: python sample.py --model {options.model} --data {options.data}; "
+                        f"make it with: python data.py --videos DIR --model {name} --out {cache}"
+                        f" and: python sample.py --model {name} --data {cache}; "
                         "or watch it on the toy world: python train.py --model tiny")
+    if options.offload:                                    # pinned memory in the sizes asked for, not in powers of two
+        settings = os.environ.get("PYTORCH_ALLOC_CONF", "").split(",") + ["pinned_max_round_threshold_mb:1"]
+        os.environ["PYTORCH_ALLOC_CONF"] = ",".join(filter(None, settings))
+    process, mesh = init_distributed()
+    with data.sole_owner(Path(options.out)) if process.rank == 0 else nullcontext():
+        if toy:
+            from toy import laptop
+            laptop.run(options, process, partial(train, process=process, mesh=mesh))
+        elif train(options, process, mesh) and process.rank == 0:
+            print(f"done: {options.out} holds the model and metrics.jsonl; try: python sample.py --model "
+                  f"{quote(options.out)} --image first.png --prompt \"…\"")
     dist.destroy_process_group()
 
 

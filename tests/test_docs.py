@@ -1,7 +1,6 @@
 """The READMEs and --help say what is true."""
 import dataclasses, re, shlex
 from functools import partial
-from pathlib import Path
 from typing import get_args
 
 from tests.helpers import REPO
@@ -24,9 +23,9 @@ def test_a_models_own_defaults_apply_to_what_was_not_given(straight):
     assert parse(other) == train.Options(model="owner/name")
     assert parse(["--model", "tiny"]) == train.Options(model="tiny", **tiny)
     assert parse(["--model", str(straight)]).beta == tiny["beta"] != train.Options.beta
-    given = parse(["--model", "tiny", "--beta", "7", "--stream", "--method", "sft"])
-    assert given == train.Options(**{**tiny, "model": "tiny", "beta": 7.0, "stream": True, "method": "sft"})
-    assert parse([*other, "--stream", "--no-stream"]).stream is False
+    given = parse(["--model", "tiny", "--beta", "7", "--offload", "--method", "sft"])
+    assert given == train.Options(**{**tiny, "model": "tiny", "beta": 7.0, "offload": True, "method": "sft"})
+    assert parse([*other, "--offload", "--no-offload"]).offload is False
     steps = [train.number_of_steps(parse(args), 20) for args in (other, ["--epochs", "3"], ["--steps", "5"])]
     assert steps == [25, 8, 5]                             # of 8 samples: ten epochs of 20 records, three, as told
 

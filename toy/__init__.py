@@ -1,1 +1,2 @@
-"""Stick figures on which RealDPO can be watched on a laptop. Nothing in here is RealDPO itself."""
+"""The toy world: stick figures in motion. Nothing in here is RealDPO."""
+import model                                               # before torch: see the top of model.py

@@ -2,10 +2,10 @@
 
     python -m toy.judge FOLDER             mp4s of any source, NUMBER.mp4 showing the held-out figure of that number
 """
-from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
+from dataclasses import dataclass
 import numpy as np
 import torch
 from tqdm import tqdm

@@ -19,9 +19,10 @@ import sample
 from data import Records, flag, generator, write_json
 from realdpo import Condition
 from toy.judge import continuations, judge, judge_all, mean_line
-from toy.world import COUNTS, FPS, draw_figure, enlarge, toy_video, world_of, write_toy_video, write_toy_videos
+from toy.world import (COUNTS, FPS, draw_figure, enlarge, read_toy_video, toy_video, world_of, write_toy_video,
+                       write_toy_videos)
 
-
+SHOWN = 4                                                             # figures in the picture
 NEGATIVES = dict(solver="multistep", steps=8, guidance=1.0)           # half the evaluations of the tiny model's Euler
 
 
@@ -69,11 +70,21 @@ def label_of(options):
     return f"{name} + anchor" if options.anchor and options.method == "realdpo" else name
 
 
+def write_bench(folder, world):
+    """First frames of the figures in the picture, with captions: what train.py --bench makes videos of."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(SHOWN):
+        video, caption = toy_video(world, i)
+        Image.fromarray(video[0]).save(folder / f"{i:05d}.png")
+        (folder / f"{i:05d}.txt").write_text(caption + "\n")
+
+
 def runs_to_compare(options):
     """The runs to compare: RealDPO, and supervised training on the same records, steps and noise at the same rate."""
     if options.method != "realdpo":
         return [options]
-    return [dataclasses.replace(options, method="sft", out=f"{options.out}/sft"), options]
+    sft = dataclasses.replace(options, method="sft", out=f"{options.out}/sft", save_every=options.steps)
+    return [sft, options]
 
 
 def generate_held_out(denoiser, path, records, batch=16):
@@ -100,47 +111,68 @@ def title(labels, width, height=14):
 
 
 def side_by_side(columns, times=3):
-    """A video of eight figures, two to a row: first frame, then each of `columns` {label: [video (F,H,W,3) a figure]},
-    the last of which is the real one. Every pixel `times` as wide and high, labels on top."""
+    """A video with a row a figure: first frame, then each of `columns` {label: [video (F,H,W,3) a figure]}, the last of
+    which is the real one. Every pixel `times` as wide and high, labels on top."""
     frames, size = columns["real"][0].shape[0], columns["real"][0].shape[2]
-    strips = []                                            # a figure's videos beside each other
+    rows = []                                              # a figure's videos beside each other
     for videos in zip(*columns.values()):
         first = videos[-1][:1].repeat(frames, axis=0)
-        strips.append(np.concatenate([first, *videos], axis=2))
-    halves = [np.concatenate(strips[start:start + 4], axis=1) for start in (0, 4)]
-    grid = enlarge(np.concatenate(halves, axis=2), times)
-    labels = title(["first frame", *columns] * 2, size * times)
+        rows.append(np.concatenate([first, *videos], axis=2))
+    grid = enlarge(np.concatenate(rows, axis=1), times)
+    labels = title(["first frame", *columns], size * times)
     return np.concatenate([labels[None].repeat(frames, axis=0), grid], axis=1)
 
 
 def compare_on_held_out(options, runs):
-    """Held-out figures of the base and of `runs` (Options each): what they score, and a picture."""
+    """Held-out figures of the base and of `runs` (Options each): what they score."""
     records, out = Records(f"{options.out}/cache/held-out", negatives=False), Path(options.out)
-    world, columns = world_of(options.seed, "held-out"), {}
+    world = world_of(options.seed, "held-out")
     models = [("base", "base", "tiny"), *((label_of(each), each.method, each.out) for each in runs)]
     print(f"{len(records)} held-out figures (mean):")
     for name, folder, path in models:
-        columns[name] = list(generate_held_out(model.load_dit(path), path, records))
-        print(f"  {name:16}  {mean_line(judge_all(enumerate(columns[name]), world, out / 'continuations'))}")
-        for i, video in enumerate(columns[name]):
+        videos = list(generate_held_out(model.load_dit(path), path, records))
+        print(f"  {name:16}  {mean_line(judge_all(enumerate(videos), world, out / 'continuations'))}")
+        for i, video in enumerate(videos):
             write_toy_video(out / "held-out" / folder / f"{i:05d}.mp4", video)
-    columns["real"] = [toy_video(world, i)[0] for i in range(8)]
-    picture = side_by_side(columns)
-    for file in (out / "held-out.gif", out / "held-out.mp4"):
-        data.write_video(file, picture, FPS)
-    first = enlarge(columns["real"][0][:1], 8)[0]
-    Image.fromarray(first).save(out / "first.png")
+    Image.fromarray(enlarge(toy_video(world, 0)[0][:1], 8)[0]).save(out / "first.png")
     print(f"side by side: {out}/held-out.gif and .mp4; one by one: {out}/held-out/\n"
           f"try: python sample.py --model {out} --image {out}/first.png --prompt \"{draw_figure(world, 0).caption}\"")
+
+
+def draw_progress(options, runs):
+    """held-out.gif and .mp4: figures as the last run's model made them at its start, on the way and at its end, beside
+    the other run's and the real ones. The videos are those that --bench asked for."""
+    out, columns = Path(options.out), {}
+    start, *on_the_way, end = sorted(out.glob("videos/step-??????"))
+    columns["base"] = read_shown(start)
+    for folder in on_the_way:
+        step = int(folder.name.removeprefix("step-"))
+        columns[f"step {step}"] = read_shown(folder)
+    columns[label_of(runs[-1])] = read_shown(end)
+    for other in runs[:-1]:
+        columns[label_of(other)] = read_shown(max(Path(other.out).glob("videos/step-??????")))
+    columns["real"] = [toy_video(world_of(options.seed, "held-out"), i)[0] for i in range(SHOWN)]
+    for file in (out / "held-out.gif", out / "held-out.mp4"):
+        data.write_video(file, side_by_side(columns), FPS)
+
+
+def read_shown(folder):
+    """The videos (F,H,W,3) of the bench in a folder."""
+    return [read_toy_video(file) for file in sorted(folder.glob("*.mp4"))]
 
 
 def run(options, process, train):
     """Make the records, train every run with `train(options) -> whether it is complete`, show what came out."""
     scored = options.method in ("dpo", "rwr")
     options.data = prepare(options.out, "tiny", options.seed, COUNTS, process.rank, scored)
+    options.bench = f"{options.out}/bench"
+    if process.rank == 0:
+        write_bench(Path(options.bench), world_of(options.seed, "held-out"))
+    dist.barrier()
     runs = runs_to_compare(options)
     for each in runs:
         if not train(each):                                # asked to stop: the same command goes on from here
             return
     if process.rank == 0:
         compare_on_held_out(options, runs)
+        draw_progress(options, runs)

@@ -3,9 +3,9 @@
     python -m toy.make_model --out DIR     an hour on two cores; put DIR in the place of assets/tiny to use it
 """
 import json, math
-from dataclasses import dataclass
 from pathlib import Path
 
+from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn as nn
