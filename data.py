@@ -138,67 +138,6 @@ class Picture(NamedTuple):
     key: bool                                              # decoded without others
 
 
-def read_log(log):
-    """What ffmpeg did: the times of the packets that it read, in seconds or nan, the Pictures that it decoded, and what
-    it complained of, each a line with the numbers of packets and Pictures before it."""
-    packets, pictures, complaints = [], [], []
-    looking, _, working = log.partition("\n[info] Stream mapping:")
-    # While it looks what there is, it reads the first packets, and tries the decoder on them; the latter is no matter.
-    lines = [line for line in looking.splitlines() if re.match(r"\[in#0/.*\[error\]|\[in#.*CRC mismatch", line)]
-    for line in lines + working.splitlines():
-        line = line.replace("NOPTS", "nan")
-        packet = re.search(r"demuxer\+ffmpeg -> .* pkt_pts_time:(\S+)", line)
-        picture = re.search(r"decoder -> .* pts_time:(\S+) .*duration_time:(\S+)", line)
-        if packet:
-            packets.append(float(packet[1]))
-        elif picture:
-            key = re.search("keyframe:1|dec:libvpx", line)             # libvpx does not say, and begins with a key
-            pictures.append(Picture(float(picture[1]), float(picture[2]), bool(key)))
-        elif re.search(r" @ .*(\[error\]|\[fatal\]|corrupt|concealing|first frame)", line):
-            complaints.append((line, len(packets), len(pictures)))
-        elif "Reconfiguring" in line:                      # the filters, which at most 20 pictures wait for
-            complaints.append((line, len(packets), max(0, len(pictures) - 20)))
-    return packets, pictures, complaints
-
-
-def begins_with_key(path, film, options):
-    """Whether the first picture of a film can do without others, by its own bytes or by what the file says of it."""
-    for reading in ["-dump"], ["-dump", "-fflags", "+noparse+nofillin"]:
-        log = run_ffmpeg(path, "-map", film.stream, "-c", "copy", "-copyinkf", "-frames:v", "1", "-f", "null", "-",
-                         options=[*options, *reading])[1]
-        if re.findall(r"^\[info\]   keyframe=(\d)", log, re.MULTILINE)[:1] == ["1"]:
-            return True
-    return False
-
-
-def find_damage(packets, pictures, complaints, begin, end, cut):
-    """The first complaint about what is shown from `begin` to `end`, or None. A recording may begin anywhere (`cut`:
-    without a key), and two may be joined: what precedes a whole picture and cannot be decoded is no damage."""
-    times = [picture.time for picture in pictures]
-    keys = [picture.time for picture in pictures if picture.key]
-    before = [time for time in keys if time <= begin]
-    whole = max(before, default=begin)                     # from here on all is needed
-    steps = np.diff([time for time in times if whole <= time <= end])
-    even = len(steps) == 0 or max(steps) < 1.8 * np.median(steps)                  # no picture is missing
-    others = before and (cut or packets[0] in times and packets[0] < whole)        # precede it
-    for line, read, decoded in complaints:
-        if line.startswith("[in#"):                        # about one of the next two packets
-            since = packets[read - 1] if read else -math.inf
-            suspect, behind = packets[read:read + 2], packets[read + 2:read + 3]
-            joined = even and behind and behind[0] in keys                         # where numbers begin anew
-            earlier = suspect and max(suspect) < whole
-            passed = "corrupt" in line and (joined or earlier)
-        else:                                              # about a picture that is not out yet: they come out late
-            since = times[decoded - 1] if decoded else -math.inf
-            # An open group of H.264 refers to what precedes it, though its pictures can do without.
-            lacking = re.search("mmco|co located|referenc|submitting", line)
-            passed = since < whole and even and (others or lacking)
-            passed = passed and not re.search("corrupt dec|Reconf", line)
-        if since < end and not passed:
-            return re.sub(r".*\[(error|fatal|warning|info)\] ", "", line)
-    return None
-
-
 def decode(path, film, filters, *output, start=0.0, seconds=math.inf):
     """What ffmpeg's `filters` make of a film from `start` on, or from its first whole picture if that comes later, and
     its Pictures, with times from there on. Raises UserError where less than `seconds` of that are whole."""
@@ -664,6 +603,15 @@ def check_faults(faults, options):
         raise UserError(f"{faults[0]} (clips with a fault: {len(faults)}; --skip-bad leaves them out)")
 
 
+def report_left_out(file, faults):
+    """Write what is wrong with the clips that were left out, and nothing where all are in."""
+    file.unlink(missing_ok=True)                           # of an earlier run
+    if faults:
+        with whole_file(file) as part:
+            part.write_text("\n".join(faults) + "\n", encoding="utf-8", errors="replace")
+        print(f"{len(faults)} clips left out; {file} says why")
+
+
 def encode_clip(clip, pixels, vae, options, device):
     """Tensors of one record, without the text; and the negatives', where the folder brings them."""
     def encode(video, *key):
@@ -686,6 +634,69 @@ def encode_captions(clips, folder, out, device, dtype):
     embeddings = {text: encode_text([text])[0].bfloat16().cpu() for text in tqdm(captions, desc="encoding captions")}
     write_tensors(out / "empty.safetensors", {"text": embeddings[""]}, model=folder)
     return embeddings
+
+
+# ---- Damage: what ffmpeg says of it, and what of that lies inside a clip --------------------------------------------
+
+def read_log(log):
+    """What ffmpeg did: the times of the packets that it read, in seconds or nan, the Pictures that it decoded, and what
+    it complained of, each a line with the numbers of packets and Pictures before it."""
+    packets, pictures, complaints = [], [], []
+    looking, _, working = log.partition("\n[info] Stream mapping:")
+    # While it looks what there is, it reads the first packets, and tries the decoder on them; the latter is no matter.
+    lines = [line for line in looking.splitlines() if re.match(r"\[in#0/.*\[error\]|\[in#.*CRC mismatch", line)]
+    for line in lines + working.splitlines():
+        line = line.replace("NOPTS", "nan")
+        packet = re.search(r"demuxer\+ffmpeg -> .* pkt_pts_time:(\S+)", line)
+        picture = re.search(r"decoder -> .* pts_time:(\S+) .*duration_time:(\S+)", line)
+        if packet:
+            packets.append(float(packet[1]))
+        elif picture:
+            key = re.search("keyframe:1|dec:libvpx", line)             # libvpx does not say, and begins with a key
+            pictures.append(Picture(float(picture[1]), float(picture[2]), bool(key)))
+        elif re.search(r" @ .*(\[error\]|\[fatal\]|corrupt|concealing|first frame)", line):
+            complaints.append((line, len(packets), len(pictures)))
+        elif "Reconfiguring" in line:                      # the filters, which at most 20 pictures wait for
+            complaints.append((line, len(packets), max(0, len(pictures) - 20)))
+    return packets, pictures, complaints
+
+
+def begins_with_key(path, film, options):
+    """Whether the first picture of a film can do without others, by its own bytes or by what the file says of it."""
+    for reading in ["-dump"], ["-dump", "-fflags", "+noparse+nofillin"]:
+        log = run_ffmpeg(path, "-map", film.stream, "-c", "copy", "-copyinkf", "-frames:v", "1", "-f", "null", "-",
+                         options=[*options, *reading])[1]
+        if re.findall(r"^\[info\]   keyframe=(\d)", log, re.MULTILINE)[:1] == ["1"]:
+            return True
+    return False
+
+
+def find_damage(packets, pictures, complaints, begin, end, cut):
+    """The first complaint about what is shown from `begin` to `end`, or None. A recording may begin anywhere (`cut`:
+    without a key), and two may be joined: what precedes a whole picture and cannot be decoded is no damage."""
+    times = [picture.time for picture in pictures]
+    keys = [picture.time for picture in pictures if picture.key]
+    before = [time for time in keys if time <= begin]
+    whole = max(before, default=begin)                     # from here on all is needed
+    steps = np.diff([time for time in times if whole <= time <= end])
+    even = len(steps) == 0 or max(steps) < 1.8 * np.median(steps)                  # no picture is missing
+    others = before and (cut or packets[0] in times and packets[0] < whole)        # precede it
+    for line, read, decoded in complaints:
+        if line.startswith("[in#"):                        # about one of the next two packets
+            since = packets[read - 1] if read else -math.inf
+            suspect, behind = packets[read:read + 2], packets[read + 2:read + 3]
+            joined = even and behind and behind[0] in keys                         # where numbers begin anew
+            earlier = suspect and max(suspect) < whole
+            passed = "corrupt" in line and (joined or earlier)
+        else:                                              # about a picture that is not out yet: they come out late
+            since = times[decoded - 1] if decoded else -math.inf
+            # An open group of H.264 refers to what precedes it, though its pictures can do without.
+            lacking = re.search("mmco|co located|referenc|submitting", line)
+            passed = since < whole and even and (others or lacking)
+            passed = passed and not re.search("corrupt dec|Reconf", line)
+        if since < end and not passed:
+            return re.sub(r".*\[(error|fatal|warning|info)\] ", "", line)
+    return None
 
 
 # ---- What all commands share: options, devices, seeds, files written whole ------------------------------------------
@@ -956,18 +967,13 @@ def main(options):
         record["text"] = embeddings[clip.caption]
         record_hash = hash_of(record)
         if lose:
-            lose = {"lose": torch.stack(lose)}
-            write_tensors(out / "lose" / f"{clip.name}.safetensors", lose, model=folder, win=record_hash,
-                          hash=hash_of(lose))
+            given = {"lose": torch.stack(lose)}
+            write_tensors(out / "lose" / f"{clip.name}.safetensors", given, model=folder, win=record_hash,
+                          hash=hash_of(given))
         write_tensors(out / "win" / f"{clip.name}.safetensors", record, model=folder, hash=record_hash,
                       caption=clip.caption, source=str(clip.file), start=clip.start, **made_by)
     check_faults(faults, options)
-    report = out / f"left_out_{rank}.txt"
-    report.unlink(missing_ok=True)                         # of an earlier run
-    if faults:
-        with whole_file(report) as part:
-            part.write_text("\n".join(faults) + "\n", encoding="utf-8", errors="replace")
-        print(f"{len(faults)} clips left out; {report} says why")
+    report_left_out(out / f"left_out_{rank}.txt", faults)
     records = {path.stem for path in (out / "win").glob("*.safetensors")}
     if records - listed:
         say(f"{out}/win: {len(records - listed)} records are of clips that {options.videos} does not list, such as "
