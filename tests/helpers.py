@@ -268,6 +268,18 @@ def spy_on_losses(monkeypatch, change=lambda count, loss: loss):
     return calls
 
 
+def spy_on_videos(monkeypatch):
+    """A list that fills with the names of the videos that sample.py writes."""
+    made, write = [], sample.write_video
+
+    def spy(file, *rest):
+        made.append(file.name)
+        write(file, *rest)
+
+    monkeypatch.setattr(sample, "write_video", spy)
+    return made
+
+
 def refusal(monkeypatch, name, *arguments):
     """The one line with which `python NAME.py ARGUMENTS` ends."""
     module = sys.modules[name]

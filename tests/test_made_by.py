@@ -128,8 +128,9 @@ def test_a_digest_tells_weights_of_one_size_apart(tmp_path):
 
     large = bytes(2 ** 20)
     assert digest(b"weights") == digest(b"weights")
-    different = [digest(b"weights"), digest(b"weightz"), digest(b"weights", config="[]"), digest(b"weights", prefix="ref."),
-                 digest(b"weights", name="b.safetensors"), digest(large), digest(large, b"1"), digest(large[:-1] + b"1")]
+    different = [digest(b"weights"), digest(b"weightz"), digest(b"weights", config="[]"),
+                 digest(b"weights", prefix="ref."), digest(b"weights", name="b.safetensors"),
+                 digest(large), digest(large, b"1"), digest(large[:-1] + b"1")]
     assert len({*different}) == len(different)
 
 
