@@ -184,7 +184,7 @@ def test_a_run_without_a_checkpoint_yet_is_no_model(cache, tmp_path):
         model.load_dit(tmp_path / "run")
 
 
-# ---- The same records, or none ---------------------------------------------------------------------------------------
+# ---- The same records, or none --------------------------------------------------------------------------------------
 
 def test_going_on_with_other_records_is_refused_and_with_the_same_elsewhere_goes_on(half, cache, own_cache, tmp_path):
     run = partial(run_training, shutil.copytree(half, tmp_path / "run"))
@@ -269,7 +269,7 @@ def test_temporary_names_carry_host_and_process_and_old_ones_go(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"a.json", "made_by.json", ".new.part"}
 
 
-# ---- The toy and the real run do not meet ----------------------------------------------------------------------------
+# ---- The toy and the real run do not meet ---------------------------------------------------------------------------
 
 @pytest.mark.parametrize("argv, gpu, place", [
     ([], False, ("run-tiny", "cache", True)), (["--model", "tiny"], True, ("run-tiny", "cache", True)),
@@ -291,7 +291,7 @@ def test_the_toy_has_a_folder_of_its_own(argv, gpu, place, tmp_path, monkeypatch
     assert went == [place]
 
 
-# ---- Signals, and how a command ends ---------------------------------------------------------------------------------
+# ---- Signals, and how a command ends --------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name", ["SIGUSR1", "SIGUSR2"])
 def test_slurms_signals_end_a_run_like_sigterm(name, straight, cache, tmp_path, monkeypatch, capsys):
@@ -376,7 +376,7 @@ def test_only_rank_0_speaks(monkeypatch, capsys):
     assert capsys.readouterr().out == "rank 0\n"
 
 
-# ---- A download that was cut off -------------------------------------------------------------------------------------
+# ---- A download that was cut off ------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("part, load", [("transformer/config.json", model.load_dit), ("scheduler", model.load_dit),
                                         ("vae", model.load_vae), ("tokenizer", model.load_text_encoder)])
