@@ -12,14 +12,16 @@ that training needs, in bf16:
 
 Files are written whole or not at all, so every stage can be killed and started again, and does what is missing.
 """
-import argparse, csv, errno, glob, hashlib, json, math, os, platform, re, signal, subprocess, sys, time
+import argparse, csv, errno, hashlib, json, math, os, platform, re, signal, subprocess, sys, time, unicodedata
 from collections import deque, namedtuple
 from contextlib import contextmanager, suppress
 from dataclasses import MISSING, dataclass, field, fields
 from functools import partial
 from io import BytesIO
+from itertools import islice
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from shlex import quote
 from statistics import mode
 from typing import NamedTuple, get_args
 try:
@@ -51,83 +53,195 @@ def to_uint8(video):
     return rearrange((video.float().clamp(-1, 1) + 1) * 127.5, "c f h w -> f h w c").round().byte().cpu().numpy()
 
 
-def run_ffmpeg(path, *arguments, decoder=()):
-    """Output and log of ffmpeg, which stops at a flaw in the video. Raises UserError where it cannot be read."""
+def run_ffmpeg(path, *arguments, options=()):
+    """(output, log) of ffmpeg, which reads a video with `options`. Raises UserError for a file that is not there."""
     if not Path(path).is_file():
         raise UserError(f"{path}: no such video")
-    done = subprocess.run([get_ffmpeg_exe(), "-nostdin", "-hide_banner", "-nostats", "-v", "level+info", "-xerror",
-                           "-err_detect", "explode", "-threads", "2", *decoder, "-i", f"file:{path}", *arguments],
-                          capture_output=True)
-    log = done.stderr.decode(errors="replace")
-    # At some flaws it does not stop: then it was the decoder that complained, or the reader of ogg files.
-    codecs = "|".join(re.findall(r"Video: (\w+)", log.split("Output #")[0]))
-    flaws = re.findall(rf"\[(?:{codecs}|\S*ogg) @.*\[error\] (.*)", log)
-    stopped = done.returncode and arguments                # without arguments it reads the header, then always fails
-    if flaws or stopped or "Stream #" not in log:
-        reasons = [*flaws, *re.findall(r"\[(?:error|fatal)\] (.*)", log), f"ffmpeg's status is {done.returncode}"]
-        raise UserError(f"{path}: is damaged or not a video ({reasons[0]})")
-    return done.stdout, log
+    # A picture with a flaw is left out instead of patched up. One thread decodes, so that the log is in order.
+    done = subprocess.run([get_ffmpeg_exe(), "-nostdin", "-hide_banner", "-nostats", "-v", "level+info", "-debug_ts",
+                           "-dump", "-max_error_rate", "1", "-err_detect", "explode", "-threads", "1", *options,
+                           "-i", f"file:{path}", *arguments], capture_output=True)
+    return done.stdout, done.stderr.decode(errors="replace").replace(f"'file:{path}'", "it")
+
+
+class Film(NamedTuple):
+    """The moving pictures in a file, as ffmpeg describes them."""
+    stream: str                                            # its number, for -map
+    codec: str
+    pixels: str                                            # their format and colours: yuv420p(tv, bt709, progressive)
+    width: int                                             # as stored: neither square nor upright yet
+    height: int
+    alpha: bool                                            # transparent in places
+    seconds: float                                         # that the file says it lasts, or infinity
 
 
 def read_video_header(path):
-    """(its stream of pictures as ffmpeg describes it, whether it is transparent in places, its length in seconds as
-    the file states it or infinity). Raises UserError for a file that is missing or not a video."""
-    log = run_ffmpeg(path)[1]
-    streams = re.findall(r"Stream #0:.*?: Video: (.*, \d+x\d+(?!.*\(attached pic\)).*)", log)
-    if not streams:
-        raise UserError(f"{path}: holds no moving picture")
-    alpha = re.search(", (yuva|gbrap|rgba|bgra|argb|abgr|pal8|ya)|alpha_mode *: 1", log)
-    length = re.search(r"Duration: (\d+):(\d+):([\d.]+)", log)
+    """The Film in a file. Raises UserError for one that is missing, not a video, or whose colours ffmpeg lacks."""
+    log, films = run_ffmpeg(path)[1], []
+    # ffmpeg's own line on each stream, with those below it that are indented. What a file says of itself, its titles and
+    # comments, is indented too, so it cannot pass for a stream, and what is said of a cover or another stream is apart.
+    for about in re.findall(r"^\[info\]   Stream #0:.*(?:\n\[info\]     .*)*", log, re.MULTILINE):
+        found = re.match(r".*?(0:\d+)[^:]*: Video: (\w+)(?: \(.*?\))*, (\w+(?:\(.*?\))?), (\d+)x(\d+)(.*)", about)
+        if found and not re.search(r"\((attached pic|still image|timed thumbnails)\)", found[6]):
+            films.append((about, *found.groups()))
+    if not films:
+        reason = re.findall(r"\[(?:error|fatal)\] (.*)", log)[0]
+        raise UserError(f"{path}: " + ("holds no moving picture" if "Stream #" in log else
+                                       f"is damaged or not a video ({reason})"))
+    moving = [film for film in films if film[2] not in ("png", "mjpeg", "bmp", "webp")]        # covers without a mark
+    about, stream, codec, pixels, width, height, _ = (moving or films)[0]
+    # Dolby Vision 5, and what else is compatible with nothing, has a matrix of its own.
+    dolby = re.search(r"\n\[info\] +DOVI configuration record: .*profile: (5|\d+(?=.*compatibility id: 0))", about)
+    if dolby:
+        raise UserError(f"{path}: is Dolby Vision of profile {dolby[1]}, which ffmpeg shows in wrong colours; export it "
+                        "as SDR or HDR10, or leave it out")
+    alpha = re.match(r"yuva|gbrap|rgba|bgra|argb|abgr|pal8|ya\d|ayuv|vuya|uyva", pixels)
+    alpha = alpha or re.search(r"^\[info\] +alpha_mode +: 1$", about, re.MULTILINE)              # of webm
+    length = re.search(r"^\[info\]   Duration: (\d+):(\d+):([\d.]+)", log, re.MULTILINE)
     seconds = 3600 * int(length[1]) + 60 * int(length[2]) + float(length[3]) if length else math.inf
-    return streams[0], bool(alpha), seconds
+    return Film(stream, codec, pixels, int(width), int(height), bool(alpha), seconds)
 
 
-def video_filters(stream, alpha, height, width, fps):
-    """ffmpeg's filters from decoded pictures, upright already, to those of `read_video`."""
-    w, h = map(int, re.search(r", (\d+)x(\d+)", stream).groups())
-    flags = "area" if w * h > width * height else "bicubic"
-    if (w, h) != (width, height):                          # at the same size, ffmpeg's usual colours to the bit
+def picture_filters(film, size, instants=()):
+    """ffmpeg's filters from decoded pictures, upright already, to what a player shows: RGB with square pixels. `size`
+    is the filter that scales them, by `dar` and `sar`; `instants` are those that choose the moments, if not all."""
+    hdr = re.search("arib-std-b67|smpte2084", film.pixels)             # HLG or PQ
+    tagged = re.search(r"\((\d+ bpc, )?(\w\w, )?(bt|smpte|gbr|fcc|ycgco|chroma|ictcp)", film.pixels)
+    filters = ["bwdif=mode=send_frame:deint=interlaced"]   # two instants woven into one picture are taken apart
+    filters += instants
+    if hdr and "unknown" in film.pixels:
+        filters.append("setparams=colorspace=bt2020nc:color_primaries=bt2020")
+    elif not tagged and film.pixels.startswith("yuv") and (film.height > 576 or film.width >= 1280):
+        filters.append("setparams=colorspace=bt709")       # what players take HD for where the file does not say
+    if film.alpha:                                         # white behind it: the negative before black, turned again
+        filters += ["format=gbrap", "negate", "premultiply=inplace=1"]
+    filters += [size, "setsar=1"]
+    if hdr:
+        filters += ["format=yuv444p10le", "zscale=t=linear:npl=100",               # from code values to light,
+                    "format=gbrpf32le", "zscale=p=bt709",                          # of other primaries,
+                    "tonemap=hable:desat=0",                                       # the brightest rolled off,
+                    "zscale=t=bt709:r=pc", "format=gbrp"]                          # and back
+    filters.append("format=rgb24")
+    if film.alpha:
+        filters.append("negate")
+    return ",".join(filters)
+
+
+class Picture(NamedTuple):
+    """A picture, coded in a packet or as it left the decoder."""
+    time: float                                            # at which it is shown, in seconds, or nan
+    duration: float
+    key: bool                                              # decoded without others
+
+
+def read_log(log):
+    """What ffmpeg did: the Pictures that it read, those that it decoded, and what it complained of, each a line with
+    the numbers of both before it."""
+    read, decoded, complaints, key = [], [], [], False
+    looking, _, working = log.partition("\n[info] Stream mapping:")
+    # While it looks what there is, it reads the first packets, and tries the decoder on them; the latter is no matter.
+    lines = [line for line in looking.splitlines() if re.match(r"\[in#0/.*\[error\]|\[in#.*CRC mismatch", line)]
+    for line in lines + working.splitlines():
+        line = line.replace("NOPTS", "nan")
+        packet = re.search(r"demuxer\+ffmpeg -> .* pkt_pts_time:(\S+) .*duration_time:(\S+)", line)
+        picture = re.search(r"decoder -> .* pts_time:(\S+) .*duration_time:(\S+)", line)
+        if line.startswith("[info]   keyframe="):
+            key = line.endswith("1")                       # of the packet that the next line is about
+        elif packet:
+            read.append(Picture(float(packet[1]), float(packet[2]), key))
+        elif picture:
+            whole = re.search("keyframe:1|dec:libvpx", line)           # libvpx does not say, and begins with a key
+            decoded.append(Picture(float(picture[1]), float(picture[2]), bool(whole)))
+        elif re.search(r" @ .*(\[error\]|\[fatal\]|corrupt|concealing|first frame)", line):
+            complaints.append((line, len(read), len(decoded)))
+        elif "Reconfiguring" in line:                      # the filters, which at most 20 pictures wait for
+            complaints.append((line, len(read), max(0, len(decoded) - 20)))
+    return read, decoded, complaints
+
+
+def find_damage(read, decoded, complaints, begin, end):
+    """The first complaint about what is shown from `begin` to `end`, or None. A recording may begin anywhere, and two
+    may be joined: what precedes a whole picture and cannot be decoded is no damage."""
+    times = [picture.time for picture in decoded]
+    keys = [picture.time for picture in decoded if picture.key and picture.time <= begin]
+    whole = max(keys, default=begin)                       # from here on all is needed
+    steps = np.diff([time for time in times if whole <= time <= end])
+    even = len(steps) == 0 or max(steps) < 1.8 * np.median(steps)                  # no picture is missing
+    others = keys and (not read[0].key or read[0].time in times and read[0].time < whole)          # precede it
+    for line, packets, pictures in complaints:
+        if line.startswith("[in#"):                        # about one of the next two packets
+            since = read[packets - 1].time if packets else -math.inf
+            suspect, behind = read[packets:packets + 2], read[packets + 2:packets + 3]
+            joined = even and any(packet.key for packet in behind)                 # it counts anew there
+            earlier = suspect and max(packet.time for packet in suspect) < whole
+            passed = "corrupt" in line and (joined or earlier)
+        else:                                              # about a picture that is not out yet: they come out late
+            since = times[pictures - 1] if pictures else -math.inf
+            # An open group of H.264 refers to what precedes it, though its pictures are whole.
+            lacking = re.search("mmco|co located|referenc|submitting", line)
+            passed = since < whole and even and (others or lacking)
+            passed = passed and not re.search("corrupt dec|Reconf", line)
+        if since < end and not passed:
+            return re.sub(r".*\[(error|fatal|warning|info)\] ", "", line)
+    return None
+
+
+def decode(path, film, filters, *output, start=0.0, seconds=math.inf):
+    """What ffmpeg's `filters` make of a film from `start` on, or from its first whole picture if that comes later, and
+    its Pictures, with times from there on. Raises UserError where less than `seconds` of that are whole."""
+    decoder, margin = [], 2
+    if film.codec == "vp9" or film.codec == "vp8" and film.alpha:
+        # ffmpeg's own decoders drop the transparency; that of VP9 takes any damage for a picture.
+        decoder = ["-c:v", "libvpx-vp9" if film.codec == "vp9" else "libvpx"]
+    while True:
+        seek = max(0, min(start, film.seconds) - margin)
+        place = ["-noaccurate_seek", "-ss", str(seek)] if seek else []
+        zero = f"max(STARTPTS,{start - seek}/TB)" if start else "STARTPTS"
+        made, log = run_ffmpeg(path, "-map", film.stream, "-vf", f"settb=AVTB,setpts='PTS-{zero}',{filters}",
+                               "-fps_mode", "passthrough", "-map_metadata", "-1", *output, options=[*decoder, *place])
+        read, decoded, complaints = read_log(log)
+        keys = [picture.time for picture in decoded if picture.key]
+        if seek and not (keys and keys[0] == decoded[0].time <= start - seek):
+            margin *= 4                                    # what is on show at `start` began earlier still
+        elif keys and not start and "first frame" in log:  # MPEG-4's decoder shows grey until there is a key
+            start = max(keys[0], 1e-6)
+        else:
+            break
+    if not decoded:
+        raise UserError(f"{path}: is damaged ({complaints[0][0] if complaints else 'no picture'})")
+    begin = max(decoded[0].time, start - seek) if start else decoded[0].time
+    damage = find_damage(read, decoded, complaints, begin, begin + seconds)
+    if damage and damage.startswith("Reconfiguring"):
+        raise UserError(f"{path}: changes the size or format of its pictures on the way; encode it again")
+    if damage:
+        raise UserError(f"{path}: is damaged ({damage})")
+    return made, [picture._replace(time=picture.time - begin) for picture in decoded]
+
+
+def read_video(path, frames, height, width, fps, start=0.0, film=None):
+    """A video as a player shows it, (3,F,height,width) fp32 in [-1,1]: frame k is what is seen k/fps s after `start`,
+    or after the first picture; upright, with square pixels, de-interlaced, in SDR, over white, resized to cover and cut
+    at the centre. Where it ends within a frame of the last instant, its last picture is held. `film` is its header, if
+    that has been read. Raises UserError for a file that is missing, not a video, damaged or too short."""
+    film = film or read_video_header(path)
+    flags = "area" if film.width * film.height > width * height else "bicubic"
+    if (film.width, film.height) != (width, height):       # at the same size, ffmpeg's usual colours to the bit
         flags += "+accurate_rnd+full_chroma_int+full_chroma_inp"
-    scale = f"scale=w='max({width},round({height}*dar))':h='max({height},round({width}/dar))':flags={flags}"
-    if not re.search(r"\((\w+, )?(bt|smpte|gbr|fcc|ycgco)", stream) and (h > 576 or w >= 1280):
-        scale += ":in_color_matrix=bt709"                  # what players take HD for where the file does not say
-    if re.search("arib-std-b67|smpte2084", stream):        # HDR: HLG or PQ
-        pixels = (f"{scale},format=yuv444p10le,zscale=t=linear:npl=100,format=gbrpf32le,zscale=p=bt709,"
-                  "tonemap=hable:desat=0,zscale=t=bt709:r=pc,format=gbrp")
-    elif alpha:
-        pixels = f"format=gbrap,premultiply=inplace=1,{scale},format=rgba"
-    else:
-        pixels = f"{scale},format=rgb24"
+    cover = f"scale=w='max({width},round({height}*dar))':h='max({height},round({width}/dar))':flags={flags}"
     # On show at k/fps is the last picture that began by then: begins are rounded up, less 1 ms, to which some formats
     # round them. A fine grid first, on which the last picture is held.
-    return ("settb=AVTB,setpts=PTS-STARTPTS-1000,showinfo=checksum=0,bwdif=mode=send_frame:deint=interlaced,"
-            f"fps={30 * fps}:start_time=0:round=up,tpad=stop_mode=clone:stop_duration=2,fps={fps}:round=up,"
-            f"{pixels},crop={width}:{height}:exact=1")
-
-
-def read_video(path, frames, height, width, fps):
-    """A video as a player shows it, (3,F,height,width) fp32 in [-1,1]: frame k is what is seen k/fps s after the first
-    picture, upright, with square pixels, de-interlaced, in SDR, over white, resized to cover and cut at the centre.
-    Where it ends within a frame of the last instant, its last picture is held. Raises UserError for a file that is
-    missing, not a video, damaged or too short."""
-    stream, alpha, _ = read_video_header(path)
-    decoder = ()
-    if alpha and stream[:3] in ("vp8", "vp9"):             # ffmpeg's own decoders of these drop the transparency
-        decoder = ("-c:v", "libvpx" if stream[:3] == "vp8" else "libvpx-vp9")
-    pixels, log = run_ffmpeg(path, "-map", "0:V:0", "-vf", video_filters(stream, alpha, height, width, fps),
-                             "-frames:v", str(frames), "-fps_mode", "passthrough", "-f", "rawvideo",
-                             "-pix_fmt", "rgba" if alpha else "rgb24", "-", decoder=decoder)
-    if log.count("config in time_base") > 1:
-        raise UserError(f"{path}: changes the size or format of its pictures on the way; encode it again")
-    video = np.frombuffer(bytearray(pixels), np.uint8).reshape(-1, height, width, 4 if alpha else 3)
-    times = re.findall(r"pts_time:(\S+) .*duration_time:([\d.]+)", log) or [(0, 0)]
-    begin, last = map(float, times[-1])                    # of the last picture, in seconds
-    end, needed = begin + last + 0.001, (frames - 1) / fps
+    instants = ("setpts=PTS-1000", f"fps={30 * fps}:start_time=0:round=up",
+                "tpad=stop_mode=clone:stop_duration=2", f"fps={fps}:round=up")
+    filters, needed = f"{picture_filters(film, cover, instants)},crop={width}:{height}:exact=1", (frames - 1) / fps
+    pixels, pictures = decode(path, film, filters, "-frames:v", str(frames), "-f", "rawvideo", "-", start=start,
+                              seconds=needed)
+    video = np.frombuffer(bytearray(pixels), np.uint8).reshape(-1, height, width, 3)
+    last = pictures[-1].duration
+    end = pictures[-1].time + last
     if len(video) < frames or end + min(last, 1 / fps) < needed - 0.002:
-        raise UserError(f"{path}: lasts {end:.2f} s, but {frames} frames at {fps} fps need {needed:.2f} s; "
-                        "leave it out or choose fewer --frames")
-    if alpha:                                              # the colours come multiplied by it
-        video = video[..., :3] + (255 - video[..., 3:])
+        since = f" from {start:g} s on" if start else ""
+        raise UserError(f"{path}: lasts {start + end:.2f} s, but {frames} frames at {fps} fps{since} need "
+                        f"{start + needed:.2f} s; leave it out or choose fewer --frames")
     return from_uint8(video)
 
 
@@ -187,13 +301,19 @@ class Clip(NamedTuple):
     caption: str
     where: str | Path                                      # the row of a list or the file that says so
     extra: dict                                            # what else it says, such as keep
+    start: float = 0.0                                     # of what is wanted of a video, in seconds
     image: Path | None = None                              # a first frame of its own, where the folder has one
     negatives: tuple[Path, ...] = ()                       # generated videos, where they are asked for
 
 
+def composed(name):
+    """A name as most systems write it, é as one character. macOS writes two, and lists are made on either."""
+    return unicodedata.normalize("NFC", name)
+
+
 def record_name(file):
     """The name of a file's record: its path in one word, cut and given a hash if that is too long."""
-    name = "_".join(part for part in Path(file).with_suffix("").parts if part not in ("/", ".."))
+    name = "_".join(part for part in Path(composed(file)).with_suffix("").parts if part not in ("/", ".."))
     raw = os.fsencode(name)
     return name if len(raw) <= 200 else raw[:180].decode(errors="ignore") + hashlib.sha256(raw).hexdigest()[:20]
 
@@ -217,9 +337,18 @@ def paired_rows(files, prompts):
 
 
 def metadata_rows(path, faults):
-    """(where, fields) of metadata.jsonl or metadata.csv: the layout of Hugging Face's video folders."""
-    lines, number, head = read_lines(path), 0, []
+    """(where, fields) of metadata.jsonl or metadata.csv: the layout of Hugging Face's video folders. Raises UserError
+    for one that has another form as a whole."""
+    lines, head, number = read_lines(path), [], 0
     table = csv.reader([line + "\n" for line in lines], strict=True)
+    if path.suffix == ".csv":
+        with suppress(csv.Error):                          # of a head that cannot be read
+            head = [cell.strip() for cell in next(filter(None, table), [])]
+        if not {"file_name", "text"} <= {*head}:
+            raise UserError(f"{path}: begins with {lines[0]!r:.60}; expected file_name and text, with commas between")
+        number = table.line_num
+    elif lines[0].startswith("[") and lines[-1].endswith("]"):
+        raise UserError(f"{path}: is one JSON array; expected a line for each clip, {{\"file_name\": …, \"text\": …}}")
     while number < len(lines):
         where = f"{path}, row {number + 1}"
         try:
@@ -227,10 +356,9 @@ def metadata_rows(path, faults):
                 fields = json.loads(lines[number].strip() or "{}")
             else:
                 cells = next(table)
-                if head and cells and len(cells) != len(head):
+                if cells and len(cells) != len(head):
                     raise ValueError(f"not the {len(head)} cells of the head (put a caption with commas in quotes)")
-                fields = dict(zip(head, cells))            # {} of the head itself, which `read_list` passes over
-                head = head or cells
+                fields = dict(zip(head, cells))
             yield where, fields
         except (ValueError, csv.Error) as e:
             faults.append(f"{where}: {e}; expected file_name and text")
@@ -240,14 +368,27 @@ def metadata_rows(path, faults):
 def sidecar_rows(folder, what, faults):
     """(where, fields) of NAME.mp4 beside NAME.txt. NAME.xyz, of an unknown kind, counts if no known has that NAME."""
     files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
-    captions = {path.stem: path for path in files if path.suffix.lower() == ".txt"}
-    claimed = {path.stem for path in files if path.suffix.lower() in SUFFIXES[what]}
+    captions = {composed(path.stem): path for path in files if path.suffix.lower() == ".txt"}
+    claimed = {composed(path.stem) for path in files if path.suffix.lower() in SUFFIXES[what]}
     for path in files:
-        caption, named = captions.get(path.stem), path.suffix.lower() in SUFFIXES[what]
+        stem, suffix = composed(path.stem), path.suffix.lower()
+        caption, named = captions.get(stem), suffix in SUFFIXES[what]
         if named and not caption:
             faults.append(f"{path}: has no caption; write one into {path.with_suffix('.txt')}")
-        elif caption and (named or path.suffix.lower() != ".txt" and path.stem not in claimed):
+        elif caption and (named or suffix != ".txt" and stem not in claimed):
             yield caption, {"file_name": path.name, "text": "\n".join(read_lines(caption))}
+
+
+def read_start(where, fields):
+    """The `start` of a row in seconds, 0 if it has none. Raises UserError for anything else."""
+    found = fields.get("start")
+    try:
+        start = float(found or 0)
+    except (TypeError, ValueError):
+        start = math.nan
+    if not 0 <= start < math.inf:
+        raise UserError(f"{where}: start is {json.dumps(found):.60}, expected seconds, at least 0")
+    return start
 
 
 def make_clip(folder, where, fields):
@@ -260,37 +401,47 @@ def make_clip(folder, where, fields):
         wrong = re.search("[\0\ud800-\udfff]", fields[key])
         if wrong:
             raise UserError(f"{where}: character {wrong.start() + 1} of its {key} is {wrong[0]!a}, expected UTF-8")
-    file = fields["file_name"].strip()
+    file, start = fields["file_name"].strip(), read_start(where, fields)
     if Path(file).name in ("", ".."):
         raise UserError(f"{where}: file_name is {file!r}, expected the name of a file")
-    return Clip(record_name(file), folder / file, fields["text"].strip(), where, fields)
+    spellings = [folder / file, *(folder / unicodedata.normalize(form, file) for form in ("NFC", "NFD"))]
+    there = [path for path in spellings if os.path.exists(path)]
+    name = record_name(file) + (f"@{start:.10g}" if start else "")                 # two spans of a film: two records
+    return Clip(name, (there or spellings)[0], fields["text"].strip(), where, fields, start)
 
 
 def read_list(folder, files="video.txt", prompts="prompt.txt", what="video"):
     """The Clips of a folder of videos or pictures (`what`) with captions, in a fixed order, and what is wrong with
     other rows. The folder has `files` and `prompts`, one line per sample; or metadata.jsonl or metadata.csv with
-    file_name and text; or NAME.mp4 beside NAME.txt. Raises UserError for one without any, or that cannot be read."""
+    file_name and text; or NAME.mp4 beside NAME.txt. Raises UserError for one without any, or with two, or that cannot
+    be read."""
     folder, clips, faults = Path(folder), [], []
-    tables = [folder / name for name in ("metadata.jsonl", "metadata.csv") if (folder / name).is_file()]
-    if (folder / files).is_file():
-        rows = paired_rows(folder / files, folder / prompts)
-    elif tables:
-        rows = metadata_rows(tables[0], faults)
-    else:
+    lists = [name for name in (files, "metadata.jsonl", "metadata.csv") if (folder / name).is_file()]
+    if len(lists) > 1:
+        raise UserError(f"{folder}: holds {lists[0]} and {lists[1]}; only one can be read: move the other away")
+    if not lists:
         rows = sidecar_rows(folder, what, faults)
+    elif lists == [files]:
+        rows = paired_rows(folder / files, folder / prompts)
+    else:
+        rows = metadata_rows(folder / lists[0], faults)
     try:
         for where, fields in rows:
             if isinstance(fields, dict) and not "".join(map(str, fields.values())).strip():
-                continue                                   # a blank row, or the head of a CSV file
+                continue                                   # a blank row
             try:
                 clips.append(make_clip(folder, where, fields))
             except UserError as e:
                 faults.append(str(e))
-        found = ", ".join(sorted(path.name for path in folder.iterdir())[:9])
+        found = sorted(path.name for path in folder.iterdir())
     except OSError as e:
         raise UserError(f"{e.filename}: cannot be read ({e.strerror})") from e
+    others = [name for name in found if re.search(r"\.(tsv|json|jsonl|csv|parquet|xlsx?)$", name, re.IGNORECASE)]
+    if others and not lists and (faults or not clips):
+        raise UserError(f"{folder}: holds {others[0]}, which is not read; expected metadata.csv or metadata.jsonl with "
+                        "file_name and text: save it as one of them")
     if not clips and not faults:
-        raise UserError(f"{folder}: holds no {what}s with captions; found {found or 'none'}, expected "
+        raise UserError(f"{folder}: holds no {what}s with captions; found {', '.join(found[:9]) or 'none'}, expected "
                         f"NAME.txt beside each {what}, {files} and {prompts}, metadata.jsonl or metadata.csv")
     return clips, faults
 
@@ -299,7 +450,8 @@ def list_clips(folder, given_negatives=False):
     """The clips of a folder, in a fixed order, without those that a row's `keep` drops, and what is wrong with others;
     prints what is not used. Raises UserError as `read_list` does, for two clips of one name, and where none is left."""
     folder, clips = Path(folder), {}
-    images = {path.stem: path for path in sorted(folder.glob("first_frames/*"))}
+    images = {composed(path.stem): path for path in sorted(folder.glob("first_frames/*"))}
+    generated = {composed(path.name): sorted(path.glob("[!.]*")) for path in folder.glob("negative_samples/*")}
     listed, faults = read_list(folder)
     used = {folder / name for name in ("video.txt", "prompt.txt", "metadata.jsonl", "metadata.csv", "inspect.html")}
     for clip in listed:
@@ -308,8 +460,9 @@ def list_clips(folder, given_negatives=False):
             continue
         if clip.name in clips:
             raise UserError(f"{folder}: two clips are named {clip.name}; rename one of them")
-        negatives = folder.glob(f"negative_samples/{glob.escape(clip.file.stem)}/[!.]*") if given_negatives else ()
-        clip = clip._replace(image=images.get(clip.name), negatives=tuple(sorted(negatives)))
+        if given_negatives:
+            clip = clip._replace(negatives=tuple(generated.get(composed(clip.file.stem), ())))
+        clip = clip._replace(image=images.get(clip.name.split("@")[0]))
         used |= {clip.image, *clip.negatives}
         clips[clip.name] = clip
     if len(clips) < len(listed):
@@ -374,8 +527,9 @@ class Records:
         self.folder, self.scores = Path(folder), None
         self.names = sorted(p.stem for p in (self.folder / "win").glob("*.safetensors"))
         if not self.names:
-            raise UserError(f"{folder}: holds no records; make them with: python data.py --videos DIR --out {folder}"
-                            f" and: python sample.py --data {folder}")
+            place = quote(str(folder))
+            raise UserError(f"{folder}: holds no records; make them with: python data.py --videos DIR --out {place}"
+                            f" and: python sample.py --data {place}")
         self.kinds = ["win", "lose"] if negatives else ["win"]
         self.hashes = {}                                   # {name: hashes of what it holds}, in order
         for kind in self.kinds:
@@ -383,17 +537,18 @@ class Records:
             for name in self.names:
                 file = self.folder / kind / f"{name}.safetensors"
                 if not file.is_file():
-                    raise UserError(f"{file}: missing; make the negatives with: python sample.py --data {folder}")
+                    raise UserError(f"{file}: missing; make the negatives with: python sample.py --data "
+                                    f"{quote(str(folder))}")
                 shapes, metadata = read_header(file)
                 metadata["shapes"] = shapes
-                common = common or {k: v for k, v in metadata.items() if k not in ("caption", "source", "hash", "win")}
+                common = common or {k: v for k, v in metadata.items() if k not in ("caption", "source", "start", "hash", "win")}
                 check_metadata(file, metadata, common, now="other records:")
                 if kind == "win":
                     self.hashes[name], win_shape = metadata.get("hash"), shapes["win"]
                     continue
                 if metadata.get("win") != self.hashes[name] or shapes["lose"][1:] != win_shape:
                     raise UserError(f"{file}: was made for another encoding of its clip; delete it and run: "
-                                    f"python sample.py --data {folder}")
+                                    f"python sample.py --data {quote(str(folder))}")
                 self.hashes[name] += f" {metadata.get('hash')}"
         if scores:
             self.scores = self.read_scores(self.folder / "scores.json", shapes["lose"][0])
@@ -449,36 +604,43 @@ def clip_shape(options, folder):
     return frames, height, width
 
 
-def check_clip(clip, negatives, shape, fps):
-    """Raise UserError if a clip is faulty or has another number of negatives, as far as headers tell."""
+def check_clip(clip, negatives, shape, fps, films):
+    """Raise UserError if a clip is faulty or has another number of negatives, as far as headers tell, which go to the
+    dict `films`: {file: Film}."""
     if len(clip.negatives) != negatives:
         raise UserError(f"{clip.file}: has {len(clip.negatives)} negatives in negative_samples/{clip.file.stem}, "
                         f"expected {negatives} as for most clips")
     for video in (clip.file, *clip.negatives):
-        if read_video_header(video)[2] < (shape[0] - 1) / fps:         # a header may be wrong: let the pictures decide
-            read_video(video, *shape, fps)
+        films[video] = read_video_header(video)
+        start = clip.start if video == clip.file else 0.0
+        if films[video].seconds < start + (shape[0] - 1) / fps:        # a header may be wrong: let the pictures decide
+            read_video(video, *shape, fps, start, films[video])
 
 
-def read_clip(clip, shape, fps):
+def read_clip(clip, shape, fps, films):
     """The pixels of a clip in [-1,1]: its video (3,F,H,W), first frame (3,1,H,W), and negatives, each (3,F,H,W)."""
-    video = read_video(clip.file, *shape, fps)
+    video = read_video(clip.file, *shape, fps, clip.start, films.get(clip.file))
     image = read_image(clip.image, *shape[1:]) if clip.image else video[:, :1]
-    return video, image, [read_video(negative, *shape, fps) for negative in clip.negatives]
+    return video, image, [read_video(file, *shape, fps, film=films.get(file)) for file in clip.negatives]
 
 
 def read_ahead(clips, read, faults):
-    """Yield (clip, read(clip)) in order, a few of them read ahead in threads. A UserError goes to the list `faults`."""
+    """Yield (clip, read(clip)) in order, while threads read the clips after it, READERS at a time. A UserError goes to
+    the list `faults`."""
     with ThreadPool(READERS) as pool:
-        waiting = deque()
-        for i, clip in enumerate(clips):
-            for following in clips[i + len(waiting):i + READERS]:
-                waiting.append(pool.apply_async(read, [following]))
+        coming, queue = iter(clips), deque()
+        while True:
+            for clip in islice(coming, READERS - len(queue)):
+                queue.append((clip, pool.apply_async(read, [clip])))
+            if not queue:
+                return
+            clip, reading = queue.popleft()
             try:
-                result = waiting.popleft().get()
+                found = reading.get()
             except UserError as e:
                 faults.append(str(e))
             else:
-                yield clip, result
+                yield clip, found
 
 
 def check_faults(faults, options):
@@ -763,7 +925,8 @@ def main(options):
     made_by |= {name: getattr(options, name) for name in ("fps", "image_noise", "given_negatives", "seed")}
     clips = [clip for clip in clips
              if not is_made(out / "win" / f"{clip.name}.safetensors", dict(made_by, caption=clip.caption))]
-    check = partial(check_clip, negatives=negatives, shape=shape, fps=options.fps)
+    films = {}
+    check = partial(check_clip, negatives=negatives, shape=shape, fps=options.fps, films=films)
     checked = tqdm(read_ahead(clips, check, faults), "checking clips", len(clips), disable=rank > 0)
     clips = [clip for clip, _ in checked]
     check_faults(faults, options)
@@ -772,7 +935,7 @@ def main(options):
         embeddings = encode_captions(clips, folder, out, device, dtype)     # then that network is gone: one at a time
     if clips:
         vae = load_vae(folder, device, dtype)
-    decoded = read_ahead(clips, partial(read_clip, shape=shape, fps=options.fps), faults)
+    decoded = read_ahead(clips, partial(read_clip, shape=shape, fps=options.fps, films=films), faults)
     for clip, pixels in tqdm(decoded, "encoding clips", len(clips), disable=rank > 0):
         record, lose = encode_clip(clip, pixels, vae, options, device)
         record["text"] = embeddings[clip.caption]
@@ -782,7 +945,7 @@ def main(options):
             write_tensors(out / "lose" / f"{clip.name}.safetensors", lose, model=folder, win=record_hash,
                           hash=hash_of(lose))
         write_tensors(out / "win" / f"{clip.name}.safetensors", record, model=folder, hash=record_hash,
-                      caption=clip.caption, source=str(clip.file), **made_by)
+                      caption=clip.caption, source=str(clip.file), start=clip.start, **made_by)
     check_faults(faults, options)
     report = out / f"left_out_{rank}.txt"
     report.unlink(missing_ok=True)                         # of an earlier run
@@ -794,8 +957,9 @@ def main(options):
     if records - listed:
         say(f"{out}/win: {len(records - listed)} records are of clips that {options.videos} does not list, such as "
             f"{min(records - listed)}; training takes them too: delete them if that is not wanted")
-    say(f"{len(records)} clips in {out}/win; next: python "
-        f"{'train' if options.given_negatives else 'sample'}.py --model {options.model} --data {out}")
+    following = "train.py" if options.given_negatives else "sample.py"
+    say(f"{len(records)} clips in {out}/win; next: python {following} --model {quote(options.model)} "
+        f"--data {quote(str(out))}")
 
 
 if __name__ == "__main__":

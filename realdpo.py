@@ -84,7 +84,14 @@ def draw(win, t, noise, generator=None):
 
 # ---- The losses -----------------------------------------------------------------------------------------------------
 
-def preference(win, lose, ref_win, ref_lose, beta, anchor):
+def win_and_lose(win, lose):
+    """Win (B,C,F,H,W) and lose (B,N,C,F,H,W) in one tensor (B,1+N,C,F,H,W), fp32. Raises ValueError for others."""
+    if lose.ndim != win.ndim + 1 or lose.shape[:1] + lose.shape[2:] != win.shape:
+        raise ValueError(f"win {tuple(win.shape)} and lose {tuple(lose.shape)}; expected (B,C,F,H,W) and (B,N,C,F,H,W)")
+    return torch.cat([win[:, None].float(), lose.float()], dim=1)
+
+
+def preference_loss(win, lose, ref_win, ref_lose, beta, anchor):
     """Eq. 6 of denoising errors: the policy's `win` (B,1) and `lose` (B,N), the reference's likewise.
     Returns (loss, metrics) as `realdpo_loss` does."""
     z = -beta / 2 * ((win - ref_win) - (lose - ref_lose))                               # (B,N), Eq. 6
@@ -111,10 +118,11 @@ def realdpo_loss(policy, reference, *, win, lose, cond, beta, t=None, noise=None
     """
     videos = win_and_lose(win, lose)
     t, noise = draw(win, t, noise)
-    errors = denoising_errors(policy, videos, noise, t, cond, weighting)                # (B,1+N): the win once for all
+    sizes = [1, lose.shape[1]]                             # the win once, for all its negatives
+    win_error, lose_error = denoising_errors(policy, videos, noise, t, cond, weighting).split(sizes, dim=1)
     with torch.no_grad():
-        ref = denoising_errors(reference, videos, noise, t, cond, weighting)
-    return preference(errors[:, :1], errors[:, 1:], ref[:, :1], ref[:, 1:], beta, anchor)
+        ref_win, ref_lose = denoising_errors(reference, videos, noise, t, cond, weighting).split(sizes, dim=1)
+    return preference_loss(win_error, lose_error, ref_win, ref_lose, beta, anchor)
 
 
 def streamed_realdpo_loss(policy, reference, *, win, lose, cond, beta, t=None, noise=None, weighting="x0", anchor=0.0,
@@ -138,22 +146,15 @@ def streamed_realdpo_loss(policy, reference, *, win, lose, cond, beta, t=None, n
     lose_errors = []
     for video, ref in zip(others, ref_lose):
         lose_error = errors(policy, video)
-        loss, _ = preference(stand_in, lose_error, ref_win, ref, beta, anchor)
+        loss, _ = preference_loss(stand_in, lose_error, ref_win, ref, beta, anchor)
         (loss / len(others)).backward()                    # frees this negative's graph
         lose_errors.append(lose_error.detach())
     if graphs == "one":
         win_error = errors(policy, first)
     rest = (win_error * stand_in.grad).sum()               # its gradient is what is left of the loss's
-    loss, metrics = preference(win_error.detach(), torch.cat(lose_errors, 1), ref_win, torch.cat(ref_lose, 1),
-                               beta, anchor)
+    loss, metrics = preference_loss(win_error.detach(), torch.cat(lose_errors, 1), ref_win, torch.cat(ref_lose, 1),
+                                    beta, anchor)
     return loss + (rest - rest.detach()), metrics
-
-
-def win_and_lose(win, lose):
-    """Win (B,C,F,H,W) and lose (B,N,C,F,H,W) in one tensor (B,1+N,C,F,H,W), fp32. Raises ValueError for others."""
-    if lose.ndim != win.ndim + 1 or lose.shape[:1] + lose.shape[2:] != win.shape:
-        raise ValueError(f"win {tuple(win.shape)} and lose {tuple(lose.shape)}; expected (B,C,F,H,W) and (B,N,C,F,H,W)")
-    return torch.cat([win[:, None].float(), lose.float()], dim=1)
 
 
 def sft_loss(policy, *, win, cond, t=None, noise=None, weighting="x0"):

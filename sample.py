@@ -4,13 +4,14 @@
     python sample.py --data CACHE                                      (torchrun --nproc_per_node 8 sample.py … as well)
     python sample.py --bench BENCH --out videos/METHOD                 (torchrun as well)
 """
-import hashlib, re, shlex
+import hashlib, os, re
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import Literal, NamedTuple
 
 from data import (Clip, Records, claim, clip_shape, command, digest, generator, hash_of, is_made, option, read_image,
-                  read_list, say, this_process, to_uint8, write_tensors, write_video)
+                  read_lines, read_list, say, this_process, to_uint8, write_tensors, write_video)
 from model import UserError, find_transformer, load_dit, load_text_encoder, load_vae, resolve
 from realdpo import Condition, sample
 import torch
@@ -122,9 +123,8 @@ def negatives(options):
         write_tensors(lose_folder / f"{name}.safetensors", lose, model=options.model, win=records.hashes[name],
                       hash=hash_of(lose), **made_by)
     done = len(list(lose_folder.glob("*.safetensors")))    # other ranks may still be at work
-    model, data = shlex.quote(options.model), shlex.quote(options.data)
     say(f"{done} of {len(records)} records have {options.negatives} negatives in {lose_folder}; "
-        f"next: python train.py --model {model} --data {data}")
+        f"next: python train.py --model {quote(options.model)} --data {quote(options.data)}")
 
 
 # ---- A bench: pictures with captions --------------------------------------------------------------------------------
@@ -144,12 +144,21 @@ def hashed(value, *files):
 
 def read_bench(folder):
     """The Clips of a folder of pictures with captions, each with a name of its own, and a hash of their names, captions
-    and pictures. Its lists are images.txt and prompts.txt, or the only other text file; or it has another form that
+    and pictures. A text file that names pictures there and another one are its lists; or it has another form that
     `data.read_list` knows. Raises UserError for one that cannot be read."""
     if not folder:
         raise UserError("--bench is missing: the folder of pictures with captions that the videos are made of")
-    lists = [path.name for path in Path(folder).glob("*.txt") if path.name not in ("images.txt", "videos.txt")]
-    clips, faults = read_list(folder, "images.txt", lists[0] if len(lists) == 1 else "prompts.txt", what="picture")
+    pictures, captions = "images.txt", []
+    for path in sorted(Path(folder).glob("*.txt")):
+        if path.name in ("video.txt", "videos.txt"):       # the release has these as well
+            continue
+        if path.name == "images.txt" or any(os.path.isfile(Path(folder, line.strip())) for line in read_lines(path)):
+            pictures = path.name
+        else:
+            captions.append(path.name)
+    if len(captions) > 1:
+        captions = [name for name in captions if name in ("prompt.txt", "prompts.txt")]
+    clips, faults = read_list(folder, pictures, (captions or ["prompts.txt"])[0], what="picture")
     prompts = [clip._replace(name=str(clip.extra.get("name") or clip.file.stem)) for clip in clips]
     faults += [f"{prompt.where}: {prompt.file} is not there" for prompt in prompts if not prompt.file.is_file()]
     names = [prompt.name for prompt in prompts]

@@ -7,7 +7,7 @@
 RUN afterwards holds transformer/ (opens here, --model RUN, and in diffusers), metrics.jsonl, checkpoints/ and, with
 --bench, videos/. The same command continues an interrupted run from its last checkpoint.
 """
-import dataclasses, json, math, os, re, shlex, shutil, signal, threading, time
+import dataclasses, json, math, os, re, shutil, signal, threading, time
 from collections import Counter
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
@@ -15,6 +15,7 @@ from functools import partial
 from itertools import product
 from operator import itemgetter
 from pathlib import Path
+from shlex import quote
 from typing import Literal, NamedTuple
 
 import data, model, sample                                 # before torch: see the top of model.py
@@ -591,8 +592,12 @@ def dry_run(options, clips=5000, n_lose=3):
     without = product([False], ["selective", "full"], ["all", "two", "one"], [False])
     offload = product([True], ["selective", "full"], ["all", "two", "one"], [True, False])
     settings = [Setting(*each) for each in [*without, *offload]]
+    between = options.save_every * work.flops(settings[1])[1]          # FLOP of the steps between two checkpoints
+    look, video = EVAL_RECORDS * len(EVAL_T) * 2 * (1 + n_lose) * work.forward, 25 * 2 * work.forward
     print(f"computed, not measured, at {UTILISATION:.0%} of a GPU's peak: {work.parameters:,} parameters, "
-          f"{work.videos} videos a sample, {work.tokens:,} tokens a video\n{'GPUs':>9}  {'GiB':>5}  {'host':>5}  "
+          f"{work.videos} videos a sample, {work.tokens:,} tokens a video; of the time of {options.save_every} steps, "
+          f"a look at {EVAL_RECORDS} held-out records takes {look / between:.1%}, a video of --bench "
+          f"{video / between:.2%}\n{'GPUs':>9}  {'GiB':>5}  {'host':>5}  "
           f"{'s/step':>6}  {'h/1000 samples':>14}  {f'h/{steps} steps':>12}  {'h, negatives':>12}  options")
     for place in options.dry_run:
         machines, here = machines_and_gpus(place)
@@ -751,7 +756,7 @@ def main(options):
     options.out = options.out or ("run-tiny" if options.model == "tiny" else "run")
     options.data = options.data or "cache"
     if not toy and not Path(options.data).is_dir():
-        cache, name = shlex.quote(options.data), shlex.quote(options.model)
+        cache, name = quote(options.data), quote(options.model)
         raise UserError(f"--data {options.data}: no such cache; "
                         f"make it with: python data.py --videos DIR --model {name} --out {cache}"
                         f" and: python sample.py --model {name} --data {cache}; "
@@ -766,7 +771,7 @@ def main(options):
             laptop.run(options, process, partial(train, process=process, mesh=mesh))
         elif train(options, process, mesh) and process.rank == 0:
             print(f"done: {options.out} holds the model and metrics.jsonl; try: python sample.py --model "
-                  f"{shlex.quote(options.out)} --image first.png --prompt \"…\"")
+                  f"{quote(options.out)} --image first.png --prompt \"…\"")
     dist.destroy_process_group()
 
 

@@ -2,73 +2,99 @@
 
     python -m judging.curate --videos RAW --theme "people eating and drinking" --endpoint URL --vlm NAME --out DIR
 """
-import json, os
+import json, os, shlex
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 from data import SUFFIXES, command, option
-from judging.vlm import HERE, KEY, ask, ask_about, frames_as_jpeg, read_rows, write_page
+from judging.server import Server, ServerOptions
+from judging.vlm import HERE, ask_about, frames_as_jpeg, is_done, read_rows, write_page
 from model import UserError
 
 CHECKS = "theme", "action", "sharp", "uncut", "clean"      # of curate.txt, in which all are to be true
+VERDICTS = {"yes": True, "true": True, "no": False, "false": False}
 
 
 def read_judgement(answer):
     """{text, keep, reason} in an answer to curate.txt, or None where it is not what that asks for."""
     try:
         found = json.loads(answer[answer.index("{"):answer.rindex("}") + 1])
-        verdicts = [found[name].lower() for name in CHECKS]
-        reason, text = found["reason"], found["description"].strip()
-    except (ValueError, KeyError, TypeError, AttributeError):
+        verdicts = {name: VERDICTS[str(found[name]).strip(" .").lower()] for name in CHECKS}
+        text = found["description"].strip()
+    except (ValueError, LookupError, TypeError, AttributeError):
         return None
-    failed = [name for name, verdict in zip(CHECKS, verdicts) if verdict == "no"]
-    if not {*verdicts} <= {"yes", "no"} or not failed and not text:
+    failed = [name for name in CHECKS if not verdicts[name]]
+    if not failed and not text:
         return None
-    return dict(text=text, keep=not failed, reason=f"not {', '.join(failed)}: {reason}" if failed else "")
+    reason = f"not {', '.join(failed)}: {found.get('reason') or 'no reason given'}" if failed else ""
+    return dict(text=text, keep=not failed, reason=reason)
+
+
+def find_videos(folder):
+    """(videos in or below a folder, {kind: number} of what is left out). Linked folders are followed, hidden ones are
+    not; a file or folder that is linked to counts once, so loops end."""
+    videos, left_out, folders, seen = [], Counter(), [folder], {os.path.realpath(folder)}
+    while folders:
+        for path in sorted(folders.pop().iterdir()):
+            real = os.path.realpath(path)
+            if path.name.startswith("."):
+                left_out["hidden"] += 1
+            elif real in seen:
+                left_out["linked twice"] += 1
+            elif path.is_dir() and not os.access(path, os.R_OK | os.X_OK):
+                left_out["folders that cannot be read"] += 1
+            elif path.is_dir():
+                folders.append(path)
+            elif path.suffix.lower() in SUFFIXES["video"]:
+                videos.append(path)
+            else:
+                left_out["of other kinds"] += 1
+            seen.add(real)
+    return videos, left_out
 
 
 @dataclass
-class Options:
+class Options(ServerOptions):
     """Let a vision-language model select and describe raw clips."""
     videos: str = option("", "folder of raw clips, searched with all folders in it")
     theme: str = option("", "what the clips are to show, such as: people eating and drinking")
-    endpoint: str = option("", f"address of an OpenAI-compatible server; its key: environment variable {KEY}")
-    vlm: str = option("", "name of the model there")
     out: str = option("curated", "folder for the list")
-    parallel: int = option(4, "requests under way at once")
-    timeout: float = option(300.0, "seconds to wait for an answer")
 
 
 def main(options):
     """Sec. 4.1: a model judges and describes every clip in or below a folder. OUT/metadata.jsonl gets a row for each,
-    with keep true, false, or null where the answer could not be read; OUT/inspect.html shows them to a person."""
-    out, clips = Path(options.out).resolve(), {}
-    for path in sorted(Path(options.videos).resolve().rglob("[!.]*")):
-        if path.suffix.lower() in SUFFIXES["video"]:
-            clips[Path(os.path.relpath(path, out)).as_posix()] = path
-    if not clips or not options.theme:
+    with keep true, false, or null where there is no answer; OUT/inspect.html shows them to a person."""
+    out, raw = Path(options.out).resolve(), Path(options.videos).resolve()
+    videos, left_out = find_videos(raw) if options.videos and raw.is_dir() else ([], {})
+    if not videos or not options.theme:
         raise UserError(f"--videos {options.videos} --theme {options.theme}: expected a folder with videos in or below "
                         "it, and what they are to show")
-    asked, file = {"theme": options.theme, "vlm": options.vlm}, out / "metadata.jsonl"
+    others = ", ".join(f"{number} {kind}" for kind, number in left_out.items())
+    print(f"{options.videos}: {len(videos)} clips; left out: {others or 'nothing'}")
+    clips = {Path(os.path.relpath(path, out)).as_posix(): path for path in videos}
+    server, file, asked = Server(options), out / "metadata.jsonl", dict(theme=options.theme, vlm=options.vlm)
     question = (HERE / "curate.txt").read_text(encoding="utf-8").format(theme=options.theme)
 
     def judge(name):
+        row = dict(file_name=name, text="", keep=None, reason="", **asked)
         try:
             images = frames_as_jpeg(clips[name], 8)
-        except UserError as e:
-            return dict(file_name=name, text="", keep=False, reason=str(e), **asked)
-        answer = ask(options, question, images, read_judgement)[-1]
-        undecided = dict(text="", keep=None, reason=f"cannot read the answer: {answer:.300}")
-        return dict(file_name=name, **(read_judgement(answer) or undecided), **asked)
+        except UserError as e:                             # not a video, or damaged
+            return row | dict(keep=False, reason=str(e))
+        answer, row["reason"] = server.ask(question, images, read_judgement)
+        return row | (read_judgement(answer) or {})
 
     try:
-        rows = ask_about(clips, judge, file, "file_name", options, **asked)
+        rows, seconds = ask_about(clips, judge, server, file, "file_name", asked)
     finally:
         write_page("inspect.html", out / "inspect.html", list(read_rows(file, "file_name").values()))
     kept = Counter(row.get("keep", True) for row in rows.values())
-    print(f"{kept[True]} clips kept, {kept[False]} dropped, {kept[None]} undecided: see {options.out}/inspect.html, "
-          f"move what it saves to {options.out}/metadata.jsonl, then: python data.py --videos {options.out}")
+    for reason, number in Counter(row["reason"] for row in rows.values() if not is_done(row)).most_common(3):
+        print(f"{number} without an answer, asked again by the same command: {reason}")
+    print(f"{kept[True]} clips kept, {kept[False]} dropped, {kept[None]} undecided, {seconds:.2f} s for each that was "
+          f"asked about: see {options.out}/inspect.html, move what it saves to {options.out}/metadata.jsonl, then: "
+          f"python data.py --videos {shlex.quote(options.out)}")
 
 
 if __name__ == "__main__":

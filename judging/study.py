@@ -2,38 +2,113 @@
 
     python -m judging.study --videos METHODS --bench BENCH --out STUDY
 
-METHODS holds a folder for each method, with its videos of the bench. Raters get STUDY/; STUDY-key.json, which tells
-what method a clip is of, stays here for judging.tally.
+METHODS holds a folder for each method, with its videos of the bench. Raters get STUDY/, where nothing tells a method;
+STUDY-key.json, which does, stays here for judging.tally.
 """
-import secrets, shutil
+import os, re, secrets, shlex
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from tqdm import tqdm
 
-from data import command, option, whole_file, write_json
+from data import command, decode, option, picture_filters, read_video_header, run_ffmpeg, whole_file, write_json
 from judging.vlm import frames_as_jpeg, write_page
 from model import UserError, read_json
 from sample import hashed, read_bench
 
+# A rater's clip begins at its first picture and holds no titles, comments, dates, chapters, names of programs, nor what
+# encoders hide in the pictures (H.264's units of type 6; 9 and 12 are padding).
+CLEAN = ("-map_metadata", "-1", "-map_chapters", "-1", "-fflags", "+bitexact", "-flags:v", "+bitexact", "-bsf:v",
+         "filter_units=remove_types=6|9|12,setts=pts=PTS-STARTPTS:dts=DTS-STARTPTS", "-movflags", "+faststart",
+         "-f", "mp4", "-y")
+# Visually lossless: from x264's 17 downwards nobody sees a difference.
+ENCODE = "-c:v", "libx264", "-crf", "12"
+EXACT = "flags=bicubic+accurate_rnd+full_chroma_int"       # else all gets darker, by 1 to 3 of 255
+SQUARE = f"scale=w='2*round(iw*max(1,sar)/2)':h='2*round(ih*max(1,1/sar)/2)':{EXACT}"  # even sides, for 4:2:0
+CODED = (f"scale=out_color_matrix=bt709:out_range=tv:{EXACT},format=yuv420p,"
+         "setparams=range=tv:colorspace=bt709:color_primaries=bt709:color_trc=bt709")
+ONE_TIME = 946684800                                       # of all files of a study: 1 January 2000
+
+
+# ---- Videos of methods ----------------------------------------------------------------------------------------------
 
 def list_videos(folder, prompts, bench):
     """[(method, Clip, the method's first video of it)] of a folder with a folder per method. `prompts` and `bench` are
     what `read_bench` returned. Raises UserError for a method that lacks a video or was made of another bench."""
     videos = []
     for method in sorted(path for path in Path(folder).glob("[!.]*") if path.is_dir()):
+        found, missing = [], []
+        for prompt in prompts:
+            one, first = method / f"{prompt.name}.mp4", method / f"{prompt.name}-0.mp4"
+            if one.is_file() or first.is_file():
+                found.append((method.name, prompt, one if one.is_file() else first))
+            else:
+                missing.append(f"{one.name} (or {first.name})")
+        if not found:
+            print(f"{method}: holds no video of --bench, so it is not taken for a method")
+            continue
+        if missing:
+            raise UserError(f"{method}: lacks {missing[0]}, which --bench asks every method for")
         note = method / "bench.json"
         if note.is_file() and read_json(note)["bench"] != bench:
             raise UserError(f"{method}: was made from another bench than --bench, or from what that held before")
-        for prompt in prompts:
-            one, first = method / f"{prompt.name}.mp4", method / f"{prompt.name}-0.mp4"
-            if not one.is_file() and not first.is_file():
-                raise UserError(f"{method}: lacks {one.name} (or {first.name}), which --bench asks every method for")
-            videos.append((method.name, prompt, one if one.is_file() else first))
+        videos += found
     if not videos:
-        raise UserError(f"{folder}: holds no folders; expected one per method, with its videos")
+        raise UserError(f"{folder}: holds no method; expected a folder for each, with its videos of --bench")
     return videos
 
+
+# ---- Clips for raters -----------------------------------------------------------------------------------------------
+
+def copy_film(video, stream, path):
+    """The coded pictures of a film and nothing else."""
+    run_ffmpeg(video, "-map", stream, "-c", "copy", *CLEAN, path)
+
+
+def hash_pictures(video, film):
+    """A hash of all pictures of a film. Raises UserError for a damaged one."""
+    return decode(video, film, "null", "-f", "md5", "-")[0]
+
+
+def is_fit(video, film, copy):
+    """Whether a film is what every browser shows as a record does: H.264, 8 bits, 4:2:0, progressive, SDR, upright, of
+    square pixels, without parts that a player leaves out. Then `copy` holds its clip for raters."""
+    if film.codec != "h264" or not re.match(r"yuvj?420p\b(?!.*(first|2020|2084|b67))", film.pixels):
+        return False
+    copy_film(video, film.stream, copy)
+    log = run_ffmpeg(copy)[1] if copy.is_file() else ""    # of a file without titles, which could hold such words
+    usual = re.search(r"h264 \((Constrained Baseline|Baseline|Main|High)\)", log)
+    turned = re.search(r"displaymatrix|display matrix|SAR (?!1:1 )", log, re.IGNORECASE)
+    if not usual or turned:
+        return False
+    return hash_pictures(video, film) == hash_pictures(copy, film._replace(stream="0:0"))
+
+
+def write_clip(video, path):
+    """A video for raters: copied if it is fit, else encoded once through the filters of records."""
+    film = read_video_header(video)
+    with whole_file(path) as part, TemporaryDirectory() as folder:
+        if not is_fit(video, film, part):
+            encoded = Path(folder) / "encoded.mp4"
+            decode(video, film, f"{picture_filters(film, SQUARE)},{CODED}", *ENCODE, encoded)
+            copy_film(encoded, "0:0", part)
+
+
+def print_giveaways(videos, clips):
+    """Name the prompts whose clips differ in length or size between methods; `clips` are the videos', for raters."""
+    looks = {}
+    for (method, prompt, _), clip in zip(videos, clips):
+        film = read_video_header(clip)
+        look = f"{film.seconds:.1f} s of {film.width}×{film.height}"
+        looks.setdefault(prompt.name, {}).setdefault(look, []).append(method)
+    for prompt, methods in looks.items():
+        if len(methods) > 1:
+            parts = [f"{look}: {', '.join(names)}" for look, names in methods.items()]
+            print(f"{prompt}: raters can tell methods apart by length or size ({'; '.join(parts)})")
+
+
+# ---- The command ----------------------------------------------------------------------------------------------------
 
 @dataclass
 class Options:
@@ -47,23 +122,34 @@ def main(options):
     """OUT/study.html with its clips, for raters, and OUT-key.json, which tells what method a clip is of."""
     prompts, bench = read_bench(options.bench)
     videos = list_videos(options.videos, prompts, bench)
-    out, clips, pages = Path(options.out), {}, []
-    key = Path(f"{out}-key.json")
-    secret = read_json(key)["secret"] if key.exists() else secrets.token_hex(16)     # written again, the same study
-    for method, prompt, video in tqdm(videos, desc="copying clips"):
-        clip = hashed([secret, method, prompt.name], video)
-        clips.setdefault(method, []).append(clip)
-        with whole_file(out / "clips" / f"{clip}.mp4") as part:
-            shutil.copyfile(video, part)
-    for number, (prompt, *beside) in enumerate(zip(prompts, *clips.values())):
+    out, key = Path(options.out), Path(f"{Path(options.out)}-key.json")
+    secret = read_json(key)["secret"] if key.exists() else secrets.token_hex(16)       # written again, the same study
+    clips, methods = {}, {}                                # {file for raters: video}, in the order of `videos`
+    for method, prompt, video in videos:
+        name = hashed([secret, method, prompt.name, CLEAN, ENCODE], video)
+        methods.setdefault(method, []).append(name)
+        clips[out / "clips" / f"{name}.mp4"] = video
+    pages = []
+    for prompt, *beside in zip(prompts, *methods.values()):
         pages.append(dict(caption=prompt.caption, clips=sorted(beside)))
+    study = hashed(pages)
+    write_json(key, dict(study=study, secret=secret, clips=methods))
+    for clip in tqdm(sorted(clips), desc="clips"):         # made in an order that tells nothing
+        if not clip.exists():
+            write_clip(clips[clip], clip)
+    for number, prompt in enumerate(prompts):
         with whole_file(out / "clips" / f"{number}.jpg") as part:
             part.write_bytes(frames_as_jpeg(prompt.file, 1)[0])
-    study = hashed(pages)
-    write_json(key, dict(study=study, secret=secret, clips=clips))
     write_page("study.html", out / "study.html", dict(study=study, pages=pages))
-    print(f"{len(pages)} pages of {len(clips)} videos in {out}: give raters this folder, without {key}, and collect "
-          f"what they save; then: python -m judging.tally --answers answers/*.json --study {out}")
+    for file in [out / "study.html", *(out / "clips").iterdir()]:
+        if re.fullmatch(r"[0-9a-f]{16}\.mp4", file.name) and file not in clips:        # of what the study was before
+            file.unlink()
+        else:
+            os.utime(file, (ONE_TIME, ONE_TIME))
+    print_giveaways(videos, clips)
+    print(f"{len(pages)} pages with videos of {', '.join(methods)} in {out}: give raters this folder, without {key}, "
+          "and collect what they save; then: "
+          f"python -m judging.tally --answers answers/*.json --study {shlex.quote(str(out))}")
 
 
 if __name__ == "__main__":

@@ -15,21 +15,32 @@ from model import UserError, read_json
 DIMENSIONS = "visual alignment", "text alignment", "motion quality", "human quality", "overall quality"    # Table 1's
 
 
-def print_table(title, rows, columns, values):
+def draw_again(count, rng, draws=2000):
+    """(draws, count): how often each of `count` is drawn where as many are drawn with replacement."""
+    drawn = torch.randint(count, (draws, count), generator=rng)
+    return torch.zeros(draws, count).double().scatter_add_(1, drawn, torch.ones(draws, count).double())
+
+
+def print_table(title, rows, columns, values, sign=""):
     """Markdown of values (raters, rows, prompts, columns) from 0 to 1, nan where there is none: the means in per cent
     and, in brackets, what holds 95 % of such means if raters and prompts are drawn again (bootstrap)."""
-    raters, _, prompts, _ = values.shape
-    draw, means = partial(torch.randint, generator=generator("bootstrap")), []
-    for _ in range(2000):
-        drawn = values[draw(raters, (raters,))][:, :, draw(prompts, (prompts,))]
-        means.append(drawn.nanmean(dim=(0, 2)))
-    low, high = 100 * torch.stack(means).nanquantile(torch.tensor([0.025, 0.975], dtype=values.dtype), dim=0)
+    rng = generator("bootstrap")
+    raters, prompts = draw_again(values.shape[0], rng), draw_again(values.shape[2], rng)
+    add_up = partial(torch.einsum, "dr,rmpc,dp->dmc")
+    means = add_up(raters, values.nan_to_num(), prompts) / add_up(raters, values.isfinite().double(), prompts)
+    low, high = 100 * means.nanquantile(torch.tensor([0.025, 0.975], dtype=values.dtype), dim=0)
     mean = 100 * values.nanmean(dim=(0, 2))                # (rows, columns)
     print(f"| {' | '.join([title, *columns])} |\n|{' --- |' * (len(columns) + 1)}")
     for r, row in enumerate(rows):
-        cells = [f"{m:.2f} [{l:.1f}, {h:.1f}]" for m, l, h in zip(mean[r], low[r], high[r])]
+        cells = [f"{m:{sign}.2f} [{l:{sign}.1f}, {h:{sign}.1f}]" for m, l, h in zip(mean[r], low[r], high[r])]
         print(f"| {' | '.join([row, *cells])} |")
     print()
+
+
+def print_differences(rows, columns, values):
+    """`print_table` of how far each row lies above the first, taken pair by pair: of the same rater and prompt."""
+    if len(rows) > 1:
+        print_table(f"minus {rows[0]}, points", rows[1:], columns, values[:, 1:] - values[:, :1], sign="+")
 
 
 @dataclass
@@ -52,6 +63,8 @@ def main(options):
         raters[rater] = [answers["ratings"].get(clip, []) for clip in chain(*key["clips"].values())]
         if not all(len(five) == len(DIMENSIONS) and {*five} <= {1, 2, 3, 4, 5} for five in raters[rater]):
             raise UserError(f"{file}: lacks five ratings from 1 to 5 of a video; let {rater} go on and save again")
+    if not raters:
+        raise UserError("--answers is missing: the files that the raters saved")
     methods = list(key["clips"])
     ratings = torch.tensor(list(raters.values())).double().view(len(raters), len(methods), -1, len(DIMENSIONS))
     within = ratings.var(dim=0, correction=0).mean(dim=(0, 1)) / (1 - 1 / len(raters))     # unbiased; nan of one rater
@@ -60,6 +73,7 @@ def main(options):
     won = ((overall - overall.transpose(1, 3)).sign() + 1) / 2                 # (raters, methods, prompts, methods)
     print_table("rating, % of the highest", methods, DIMENSIONS, ratings / 5)
     print_table("overall quality, % won against (ties half)", methods, methods, won)
+    print_differences(methods, DIMENSIONS, ratings / 5)
     alphas = ", ".join(f"{name} {alpha:.2f}" for name, alpha in zip(DIMENSIONS, agreement))
     print(f"{len(raters)} raters, {ratings.shape[2]} prompts, 95 % intervals over both; Krippendorff's alpha: {alphas}")
 

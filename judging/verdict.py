@@ -1,7 +1,7 @@
 """Which method's videos are better? A vision-language model's scores (App. B.3), as Table 2 of the paper.
 
-    python -m judging.verdict --videos METHODS --bench BENCH --endpoint URL --vlm NAME --out verdict.jsonl
-    python -m judging.verdict --out verdict.jsonl                       the table again, from the answers
+    python -m judging.verdict --videos METHODS --bench BENCH --endpoint URL --vlm NAME --out verdict.jsonl --repeat 3
+    python -m judging.verdict --out verdict.jsonl                       the tables again, from the answers
 """
 import math, re
 from itertools import product
@@ -10,11 +10,15 @@ from pathlib import Path
 from dataclasses import dataclass
 import torch
 
-from data import command, option
+from data import check_metadata, command, option, write_json
+from judging.server import Server, ServerOptions
 from judging.study import list_videos
-from judging.tally import DIMENSIONS, print_table
-from judging.vlm import HERE, KEY, ask, ask_about, frames_as_jpeg, read_rows
+from judging.tally import DIMENSIONS, print_differences, print_table
+from judging.vlm import HERE, ask_about, frames_as_jpeg, is_done, read_rows
+from model import UserError
 from sample import hashed, read_bench
+
+JUDGED = DIMENSIONS[:4]                                    # all but overall quality
 
 
 def read_scores(answer):
@@ -24,35 +28,67 @@ def read_scores(answer):
     return scores if [number for number, _ in found] == list("12345") and max(scores) <= 10 else None
 
 
-def ask_verdicts(options, file):
-    """Ask about each dimension of every video in a folder of methods; the answers go to `file`, which keeps them."""
+def subject(row):
+    """What a row is about."""
+    return row["method"], row["name"], row["dimension"]
+
+
+def list_questions(options):
+    """({question: (row, text, picture, video)} about each dimension of every video, --repeat times; the bench's hash).
+    A question is called by a hash of what the model is shown and by the number of the asking."""
+    if options.repeat < 1:
+        raise UserError(f"--repeat {options.repeat}: expected how often to ask each question, at least 1")
     template, *sections = (HERE / "verdict.txt").read_text(encoding="utf-8").split("\n# ")
     prompts, bench = read_bench(options.bench)
-    asked, jobs = dict(vlm=options.vlm, bench=bench), {}
-    for (method, prompt, video), section in product(list_videos(options.videos, prompts, bench), sections):
-        dimension, questions = section.split("\n", 1)
-        text = template.format(caption=prompt.caption, dimension=dimension, questions=questions)
-        row = dict(method=method, name=prompt.name, dimension=dimension)
-        jobs[hashed([row, text], prompt.file, video)] = row, text, prompt.file, video
+    videos, questions = list_videos(options.videos, prompts, bench), {}
+    for asking, (method, prompt, video), section in product(range(options.repeat), videos, sections):
+        dimension, lines = section.split("\n", 1)
+        text = template.format(caption=prompt.caption, dimension=dimension, questions=lines)
+        row = dict(method=method, name=prompt.name, dimension=dimension, asking=asking)
+        shown = hashed([*subject(row), text], prompt.file, video)
+        questions[f"{shown} {asking}"] = row, text, prompt.file, video
+    return questions, bench
 
-    def judge(about):
-        row, text, image, video = jobs[about]
+
+def ask_verdicts(options, file):
+    """Ask about every video in a folder of methods; the answers go to `file`, which keeps them."""
+    questions, bench = list_questions(options)
+    server, asked = Server(options), dict(vlm=options.vlm, bench=bench)
+    shown = {subject(row): question.split()[0] for question, (row, *_) in questions.items()}
+    answered, kept = filter(is_done, read_rows(file, "question").values()), []
+    for row in answered:
+        check_metadata(file, row, asked)
+        if shown.get(subject(row)) in (None, row["question"].split()[0]):      # else the video has changed since then
+            kept.append(row)
+    write_json(file, *kept)
+
+    def judge(question):
+        row, text, image, video = questions[question]
         pictures = [*frames_as_jpeg(image, 1), *frames_as_jpeg(video, 8)]
-        return dict(about=about, **row, **asked, answers=ask(options, text, pictures, read_scores))
+        # At temperature 0 many a server only repeats itself: later askings are free to differ.
+        answer, reason = server.ask(text, pictures, read_scores, temperature=0.7 if row["asking"] else 0)
+        return dict(question=question, **row, **asked, answer=answer, reason=reason)
 
-    ask_about(jobs, judge, file, "about", options, **asked)
+    ask_about(questions, judge, server, file, "question", asked)
+
+
+def print_consistency(scores):
+    """How often a later asking gives the numbers of the first; scores (askings, methods, prompts, dimensions, 5)."""
+    for d, dimension in enumerate(JUDGED):
+        apart = (scores[1:, :, :, d] - scores[0, :, :, d]).abs()
+        apart = apart[apart.isfinite()]
+        same = 100 * (apart == 0).double().mean()
+        print(f"{dimension}: asked again, the same number in {same:.0f} % of {len(apart)}, {apart.mean():.2f} of 10 "
+              "apart")
 
 
 @dataclass
-class Options:
+class Options(ServerOptions):
     """Ask a vision-language model about the videos of several methods; without --videos, print what it said."""
     videos: str = option("", "folder with a folder of videos for each method, all of one --bench")
     bench: str = option("", "the pictures with captions that the videos were made of")
-    endpoint: str = option("", f"address of an OpenAI-compatible server; its key: environment variable {KEY}")
-    vlm: str = option("", "name of the model there")
     out: str = option("verdict.jsonl", "file for the answers")
-    parallel: int = option(4, "requests under way at once")
-    timeout: float = option(300.0, "seconds to wait for an answer")
+    repeat: int = option(1, "askings of each question: more than one tell how often the model repeats itself")
 
 
 def main(options):
@@ -60,17 +96,23 @@ def main(options):
     file = Path(options.out)
     if options.videos:
         ask_verdicts(options, file)
-    rows = read_rows(file, "about").values()
-    # Of two rows about one dimension of a video, the later counts: the video has changed since the earlier.
-    scores = {(row["method"], row["name"], row["dimension"]): read_scores(row["answers"][-1]) for row in rows}
-    methods = sorted({row["method"] for row in rows})
-    names = sorted({row["name"] for row in rows})
-    asked = list(product(methods, names, DIMENSIONS[:4]))
-    values = torch.tensor([sum(scores.get(key) or [math.nan]) / 50 for key in asked])
-    print_table("score, % of the highest", methods, DIMENSIONS[:4], values.view(1, len(methods), len(names), 4))
+    rows = read_rows(file, "question").values()
+    if not rows:
+        raise UserError(f"{file}: holds no answers; --videos, --bench, --endpoint and --vlm ask for them")
+    methods, names = sorted({row["method"] for row in rows}), sorted({row["name"] for row in rows})
+    askings = 1 + max(row["asking"] for row in rows)
+    scores = torch.full((askings, len(methods), len(names), len(JUDGED), 5), math.nan, dtype=torch.float64)
+    for row in rows:
+        place = row["asking"], methods.index(row["method"]), names.index(row["name"]), JUDGED.index(row["dimension"])
+        scores[place] = torch.tensor(read_scores(row["answer"]) or math.nan)
+    values = scores.mean(-1).nanmean(0)[None] / 10         # (1, methods, prompts, dimensions), from 0 to 1
+    print_table("score, % of the highest", methods, JUDGED, values)
+    print_differences(methods, JUDGED, values)
     print(f"by {' and '.join({row['vlm'] for row in rows})}; 95 % intervals over prompts in brackets; answers: {file}")
-    left_out = ", ".join(" ".join(key) for key in asked if not scores.get(key))
-    print(f"left out for lack of five numbers from 0 to 10: {left_out or 'none'}")
+    if askings > 1:
+        print_consistency(scores)
+    missing = [" ".join(key) for key, value in zip(product(methods, names, JUDGED), values.flatten()) if value.isnan()]
+    print(f"left out for lack of five numbers from 0 to 10: {', '.join(missing) or 'none'}")
 
 
 if __name__ == "__main__":

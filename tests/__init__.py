@@ -3,7 +3,7 @@ import os
 
 import pytest
 
-pytest.register_assert_rewrite("tests.helpers")
+pytest.register_assert_rewrite("tests.helpers", "tests.judges")
 
 VISIBLE_GPUS = os.environ.get("CUDA_VISIBLE_DEVICES")      # for the suite on a GPU; no other test is to see one,
 os.environ["CUDA_VISIBLE_DEVICES"] = ""                    # and torch looks when it is loaded

@@ -1,8 +1,9 @@
 """Folders of clips with captions, in all their forms, and what may be wrong with them."""
-import io, json, math, re, shutil, sys
+import io, json, math, re, shlex, shutil, sys, unicodedata
+from collections import Counter
 from functools import partial
 
-from tests.helpers import NAMES, as_a_process, encode, jsonl, refusal, write_list
+from tests.helpers import NAMES, add_negatives, as_a_process, encode, jsonl, refusal, write_list
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import data
 import model
+import sample
 
 pytest_plugins = "tests.helpers"
 
@@ -20,6 +22,7 @@ TWO = dict(file_name="b.mp4", text="two")
 LISTS = {                                                  # a list that is read: its captions
     "saved by a spreadsheet": ({"metadata.csv": b"\xef\xbb\xbffile_name,text\r\na.mp4,one\r\n,\r\n\r\nb.mp4,two\r\n"},
                                ["one", "two"]),
+    "spaced": ({"metadata.csv": "\nfile_name , text\na.mp4,one\n"}, ["one"]),
     "quoted": ({"metadata.csv": 'text,file_name\n"one, ""1""\nand on",a.mp4\ntwo,b.mp4\n'},
                ['one, "1"\nand on', "two"]),
     "separators": (jsonl(dict(file_name="a.mp4", text="one\u2028\u0085 1"), TWO), ["one\u2028\u0085 1", "two"]),
@@ -47,7 +50,7 @@ FAULTS = {                                                 # a list of which a r
     "a missing cell": ({"metadata.csv": "file_name,text\na.mp4\nb.mp4,two\n"}, ["metadata.csv, row 2", "2 cells"]),
     "a stray quote": ({"metadata.csv": 'file_name,text\na.mp4,"one" more\nb.mp4,two\n'},
                       ["metadata.csv, row 2", "expected after"]),
-    "no text": (jsonl(dict(file_name="a.mp4", text=["one", 2]), TWO), ["jsonl, row 1", 'text is ["one", 2]', "expected text"]),
+    "no text": (jsonl(dict(file_name="a.mp4", text=["one", 2]), TWO), ["row 1", 'text is ["one", 2]', "expected text"]),
     "no name": (jsonl(dict(file_name=" ", text="one"), TWO), ["metadata.jsonl, row 1", "file_name is"]),
     "no JSON": ({"metadata.jsonl": '{"file_name": "a.mp4", "text": "one}\n' + json.dumps(TWO)},
                 ["metadata.jsonl, row 1", "Unterminated"]),
@@ -61,22 +64,126 @@ FAULTS = {                                                 # a list of which a r
     "a blank in one": ({"video.txt": "\nb.mp4\n", "prompt.txt": "one\ntwo\n"}, ["video.txt, row 1", "file_name is"]),
     "an open quote": ({"metadata.csv": 'file_name,text\nb.mp4,two\na.mp4,"one\nc.mp4,three\n'},
                       ["metadata.csv, row 3", "unexpected end of data"]),
-    "other columns": ({"metadata.csv": "path;caption\na.mp4;one\n"}, ["path;caption", "expected file_name and text"]),
+    "a start before the start": (jsonl(dict(file_name="a.mp4", text="one", start=-0.5), TWO),
+                                 ["metadata.jsonl, row 1", "start is -0.5", "at least 0"]),
+    "no start": ({"metadata.csv": "file_name,text,start\na.mp4,one,soon\nb.mp4,two,\n"},
+                 ["metadata.csv, row 2", 'start is "soon"', "expected seconds"]),
+    "an endless start": (jsonl(dict(file_name="a.mp4", text="one", start=math.inf), TWO),
+                         ["row 1", "start is Infinity"]),
+    "several starts": (jsonl(dict(file_name="a.mp4", text="one", start=[1, 2]), TWO), ["row 1", "start is [1, 2]"]),
 }
 
 
 @pytest.mark.parametrize("kind", FAULTS)
-def test_a_faulty_row_is_named_and_with_skip_bad_left_out_alone(kind, videos, tmp_path, monkeypatch, capsys):
+def test_a_faulty_row_is_named_and_the_others_are_read(kind, videos, tmp_path, monkeypatch):
     content, words = FAULTS[kind]
-    folder, out = write_list(tmp_path / "list", content, videos), tmp_path / "out"
-    command = f"data --videos {folder} --out {out} --model tiny".split()
-    message = refusal(monkeypatch, *command)
+    folder = write_list(tmp_path / "list", content, videos)
+    message = refusal(monkeypatch, *f"data --videos {folder} --out {tmp_path / 'out'} --model tiny".split())
     assert all(word in message for word in words or ["video.txt has 2 lines"]), message
-    if words and kind != "other columns":
-        encode(folder, out, skip_bad=True)
-        assert data.Records(out, negatives=False).names == ["b"]
-        assert all(word in (out / "left_out_0.txt").read_text() for word in words)
-        assert "1 clips left out" in capsys.readouterr().out
+    if words and kind != "no file":                        # which is found out later
+        clips, (fault,) = data.list_clips(folder)
+        assert [clip.name for clip in clips] == ["b"] and all(word in fault for word in words)
+
+
+SPREADSHEET = "file_name{0}text\na.mp4{0}one\nb.mp4{0}two\n"
+OTHER_LISTS = {                                            # what a folder holds: what the line says
+    "two lists": (jsonl(dict(file_name="a.mp4", text="old")) | {"metadata.csv": SPREADSHEET.format(",")},
+                  ["metadata.jsonl and metadata.csv"]),
+    "three": ({"video.txt": "a.mp4\n", "prompt.txt": "one\n", "metadata.csv": SPREADSHEET.format(",")},
+              ["video.txt and metadata.csv"]),
+    "semicolons": ({"metadata.csv": SPREADSHEET.format(";")}, ["metadata.csv", "file_name;text", "commas"]),
+    "tabs": ({"metadata.csv": SPREADSHEET.format("\t")}, ["metadata.csv", r"file_name\ttext", "commas"]),
+    "other names": ({"metadata.csv": "path,caption\na.mp4,one\n"}, ["'path,caption'", "expected file_name and text"]),
+    "no head": ({"metadata.csv": "a.mp4,one\nb.mp4,two\n"}, ["'a.mp4,one'", "expected file_name and text"]),
+    "open": ({"metadata.csv": '"file_name,text\na.mp4,one\n'}, ["'\"file_name,text'", "expected file_name and text"]),
+    "empty": ({"metadata.csv": ""}, ["metadata.csv", "expected file_name and text"]),
+    "tsv": ({"metadata.tsv": SPREADSHEET.format("\t")}, ["metadata.tsv", "metadata.csv"]),
+    "parquet": ({"train.parquet": b"PAR1\xff\x00PAR1"}, ["train.parquet", "metadata.csv"]),
+    "json": ({"metadata.json": json.dumps([dict(TWO)])}, ["metadata.json", "metadata.jsonl"]),
+    "an array": ({"metadata.jsonl": json.dumps([dict(TWO)])}, ["metadata.jsonl: is one JSON array", "a line for each"]),
+    "a long array": ({"metadata.jsonl": json.dumps([dict(TWO)], indent=2) + "\n"}, ["is one JSON array"]),
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_LISTS)
+def test_of_a_list_that_cannot_be_read_the_line_says_what_was_found_and_what_to_do(kind, videos, tmp_path):
+    content, words = OTHER_LISTS[kind]
+    with pytest.raises(model.UserError) as refused:
+        data.list_clips(write_list(tmp_path / "list", content, videos))
+    assert all(word in str(refused.value) for word in words) and "no caption" not in str(refused.value), refused.value
+
+
+def test_a_file_beside_captions_is_no_list(videos, tmp_path):
+    content = {"a.txt": "one", "b.txt": "two", "notes.json": "[]"}
+    assert len(data.list_clips(write_list(tmp_path / "list", content, videos))[0]) == 2
+
+
+@pytest.mark.parametrize("listed, stored", [("NFC", "NFD"), ("NFD", "NFC")])
+def test_a_name_is_found_in_either_form_of_unicode(listed, stored, videos, tmp_path):
+    name = unicodedata.normalize(stored, "café")
+    clip, row = f"{name}.mp4", dict(file_name=unicodedata.normalize(listed, "café.mp4"), text="one")
+    folder = write_list(tmp_path / "list", jsonl(row), videos, clips=[clip])
+    for place in ("first_frames", f"negative_samples/{name}"):
+        (folder / place).mkdir(parents=True)
+    Image.new("RGB", (32, 32)).save(folder / "first_frames" / f"{name}.png")
+    shutil.copy(folder / clip, folder / "negative_samples" / name / "0.mp4")
+    ((found,), faults) = data.list_clips(folder, given_negatives=True)
+    assert found.file.name == clip and found.image and len(found.negatives) == 1 and not faults
+    caption = unicodedata.normalize(listed, "café.txt")
+    ((found,), faults) = data.list_clips(write_list(tmp_path / "beside", {caption: "one"}, videos, clips=[clip]))
+    assert (found.file.name, found.caption, faults) == (clip, "one", [])
+
+
+def test_two_spans_of_a_film_are_two_records_and_know_where_they_begin(videos, tmp_path):
+    rows = [dict(file_name="a.mp4", text="one"), dict(file_name="a.mp4", text="one", start="0.25"),
+            dict(file_name="a.mp4", text="one", start=0)]
+    folder = write_list(tmp_path / "list", jsonl(*rows[:2]), videos, clips=["a.mp4"])
+    (folder / "first_frames").mkdir()
+    Image.new("RGB", (32, 32)).save(folder / "first_frames" / "a.png")
+    records = data.Records(encode(folder, tmp_path / "out", frames=9), negatives=False)
+    assert records.names == ["a", "a@0.25"] and len({*records.hashes.values()}) == 2
+    headers = [data.read_header(records.folder / "win" / f"{name}.safetensors")[1] for name in records.names]
+    assert [header["start"] for header in headers] == [0, 0.25]
+    assert not torch.equal(*(record["image"] for record in records))                           # noise of their own
+    pixels = [data.read_clip(clip, (9, 32, 32), 8, {}) for clip in data.list_clips(folder)[0]]
+    assert torch.equal(pixels[0][1], pixels[1][1])         # the first frame goes with the file
+    assert torch.equal(pixels[1][0], data.read_video(folder / "a.mp4", 9, 32, 32, 8, start=0.25))
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(model.UserError, match="two clips are named a"):
+        data.list_clips(folder)
+
+
+def test_a_file_is_opened_once_to_check_it_and_once_to_read_it_and_what_is_printed_can_be_pasted(
+        videos, tmp_path, monkeypatch, capsys):
+    opened, run, place = [], data.run_ffmpeg, tmp_path / "it's a cache; $HOME"
+    monkeypatch.setattr(data, "run_ffmpeg", lambda path, *rest, **how: opened.append(path) or run(path, *rest, **how))
+    encode(videos, place)
+    assert Counter(opened) == {path: 2 for path in videos.glob("*.mp4")}
+    command = shlex.split(capsys.readouterr().out.rsplit("next: ", 1)[1])
+    assert command == ["python", "sample.py", "--model", "tiny", "--data", str(place)]
+    with pytest.raises(model.UserError) as refused:
+        data.Records(place)
+    assert shlex.split(str(refused.value).rsplit("with: ", 1)[1])[-1] == str(place)
+    add_negatives(place)
+    command = shlex.split(capsys.readouterr().out.rsplit("next: ", 1)[1])
+    assert command == ["python", "train.py", "--model", "tiny", "--data", str(place)]
+
+
+@pytest.mark.parametrize("lists", [
+    ("images.txt", "prompts.txt"), ("image.txt", "prompt.txt"), ("images.txt", "i2v_test.txt"),
+    ("z_frames.txt", "captions.txt"), ("image.txt", "prompt.txt", "notes.txt"),
+])
+def test_any_list_of_pictures_and_of_captions_is_a_bench(lists, tmp_path):
+    for name in ("b.png", "a.png"):
+        Image.new("RGB", (32, 32)).save(tmp_path / name)
+    for name, text in zip(lists, ("b.png\na.png\n", "one\ntwo\n" + "long " * 99, "unused")):
+        (tmp_path / name).write_text(text)
+    (tmp_path / "videos.txt").write_text("b.png\n")
+    (tmp_path / lists[1]).write_text("one\ntwo\n")
+    assert [(clip.name, clip.caption) for clip in sample.read_bench(tmp_path)[0]] == [("b", "one"), ("a", "two")]
+    (tmp_path / "b.png").unlink()
+    with pytest.raises(model.UserError, match=f"{lists[0]}, row 1: .*b.png is not there"):
+        sample.read_bench(tmp_path)
 
 
 def test_skip_bad_leaves_clips_out_and_lists_them(videos, tmp_path, capsys):

@@ -47,16 +47,19 @@ def test_names_of_records_stay_in_the_cache(tmp_path):
 
 
 def test_every_form_of_folder_gives_the_same_records(videos, tmp_path):
-    captions, expected = ["a figure waves, slowly", ""], None
+    captions, records = ["a figure waves, slowly", ""], {}
     for form in ("authors", "jsonl", "csv", "sidecar"):
         folder = lay_out(tmp_path / form, form,
                          [(videos / f"{name}.mp4", caption) for name, caption in zip(NAMES, captions)])
-        records = data.Records(encode(folder, tmp_path / f"{form}-cache"), negatives=False)
-        assert records.names == ["videos_00000", "videos_00001"]
-        assert [data.read_header(records.folder / "win" / f"{name}.safetensors")[1]["caption"]
-                for name in records.names] == captions
-        expected = expected or list(records)
-        assert all(same_tensors(ours, theirs) for ours, theirs in zip(records, expected))
+        clips, faults = data.list_clips(folder)
+        assert [(clip.name, clip.caption) for clip in clips] == [*zip(["videos_00000", "videos_00001"], captions)]
+        for clip, name in zip(clips, NAMES):
+            assert clip.file.read_bytes() == (videos / f"{name}.mp4").read_bytes()
+        if form in ("authors", "sidecar"):                 # one with first frames, one without
+            records[form] = data.Records(encode(folder, tmp_path / f"{form}-cache"), negatives=False)
+            assert [data.read_header(records[form].folder / "win" / f"{name}.safetensors")[1]["caption"]
+                    for name in records[form].names] == captions
+    assert all(same_tensors(ours, theirs) for ours, theirs in zip(*records.values()))
 
 
 def test_a_record_holds_bf16_latents_text_and_what_made_it(videos, cache):
@@ -88,7 +91,7 @@ def test_image_latents_come_from_the_first_frame_alone(videos, monkeypatch):
     video = data.read_video(clip.file, 17, 32, 32, 8)
     for rest in (video[:, 1:], -video[:, 1:]):
         monkeypatch.setattr(data, "read_video", lambda *_: torch.cat([video[:, :1], rest], dim=1))
-        pixels = data.read_clip(clip, (17, 32, 32), fps=8)
+        pixels = data.read_clip(clip, (17, 32, 32), fps=8, films={})
         records.append(data.encode_clip(clip, pixels, vae, data.Options(), "cpu")[0])
     assert (torch.equal(records[0]["image"], records[1]["image"])
             and not torch.equal(records[0]["win"], records[1]["win"]))

@@ -395,6 +395,7 @@ def test_a_part_that_a_download_lacks_is_named(part, load, folder, tmp_path, mon
 
 
 SRUN = """#!/bin/bash
+shift  # --kill-on-bad-exit
 for rank in 0 1; do SLURM_PROCID=$rank SLURM_LOCALID=$rank "$@" & pids="$pids $!"; done
 trap 'kill -USR1 $pids' USR1
 status=0
