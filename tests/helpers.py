@@ -1,8 +1,7 @@
-"""What the tests share: small models, toy clips and caches, the commands called as functions, fixtures."""
-import io, json, shutil, signal, sys
+"""What the tests share: small networks with known answers, toy clips and caches, the commands called as functions."""
+import io, json, multiprocessing, shutil, signal, sys
 from collections import Counter
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
 import imageio.v2 as imageio
@@ -25,6 +24,15 @@ import train
 from realdpo import Condition
 from toy import world
 
+REPO = Path(data.__file__).parent
+
+# Further processes are forked from one that has only loaded torch, once for all tests.
+processes = multiprocessing.get_context("forkserver" if sys.platform != "win32" else "spawn")
+if sys.platform != "win32":
+    processes.set_forkserver_preload(["tests.helpers"])
+
+
+# ---- Numbers --------------------------------------------------------------------------------------------------------
 
 def randn(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
@@ -35,24 +43,18 @@ def relative(ours, theirs):
     return ((ours - theirs).abs().max() / theirs.abs().max()).item()
 
 
-@torch.no_grad()
-def scramble(net, seed=0):
-    """Seeded numbers in every weight and buffer, so that no ones, zeros or sine table can hide a mistake."""
-    for i, (name, x) in enumerate(net.state_dict().items()):
-        noise = randn(*x.shape, seed=1000 * seed + i)
-        x.copy_(noise * x[0].numel() ** -0.5 if x.ndim > 1 else 0.1 * noise + name.endswith("weight"))
-        if any(part in name for part in ("to_q", "to_k", "conv_in", "shared")):
-            x *= 0.01                                      # faint, so that the epsilon of the norm behind it shows
-    return net.eval()
+def same_tensors(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-def rewrite(file, **changes):
-    """Change entries of a JSON or safetensors file; ... drops one."""
-    is_json = file.suffix == ".json"
-    entries = {**(json.loads(file.read_text()) if is_json else load_file(file)), **changes}
-    entries = {k: v for k, v in entries.items() if v is not ...}
-    file.write_text(json.dumps(entries)) if is_json else save_file(entries, file)
+def assert_unrelated(numbers):
+    """That the rows (N,…) are drawn from a standard normal distribution, each independently of the others."""
+    similar = torch.corrcoef(numbers.flatten(1))
+    assert (similar - torch.eye(len(numbers))).abs().max() < 0.1
+    assert numbers.mean() == pytest.approx(0, abs=0.05) and numbers.std() == pytest.approx(1, abs=0.05)
 
+
+# ---- Small networks with random weights, and configs of published ones ----------------------------------------------
 
 DIT = dict(_class_name="CogVideoXTransformer3DModel", num_attention_heads=2, attention_head_dim=16, num_layers=2,
            in_channels=8, out_channels=4, patch_size=2, time_embed_dim=24, text_embed_dim=12, max_text_seq_length=7,
@@ -68,11 +70,30 @@ SCHEDULER = dict(_class_name="CogVideoXDDIMScheduler", beta_start=0.00085, beta_
                  beta_schedule="scaled_linear", num_train_timesteps=1000, prediction_type="v_prediction",
                  rescale_betas_zero_snr=True, set_alpha_to_one=True, snr_shift_scale=1.0,
                  timestep_spacing="trailing", clip_sample=False)
-CONFIG, SCHEDULE, WEIGHTS = ("transformer/config.json", "scheduler/scheduler_config.json",
-                             "transformer/diffusion_pytorch_model.safetensors")
+FULL_DIT = DIT | dict(num_attention_heads=48, attention_head_dim=64, num_layers=42, in_channels=32, out_channels=16,
+                      time_embed_dim=512, text_embed_dim=4096, max_text_seq_length=226,
+                      sample_frames=49, sample_height=60, sample_width=90)
+FULL_VAE = VAE | dict(block_out_channels=[128, 256, 256, 512], layers_per_block=3, latent_channels=16,
+                      norm_num_groups=32)
+FULL_T5 = T5 | dict(vocab_size=32128, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64)
+
+CONFIG = "transformer/config.json"
+SCHEDULE = "scheduler/scheduler_config.json"
+WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 PROMPTS = ["a figure waves its left arm", "", "🤸🏽‍♀️ jumps 🎉", "cafe\u0301 nai\u0308ve Z\u0351\u036ba\u0310lgo\u0321",
            "شخص يلوح بيده اليسرى", "一个人挥动左手，然后坐下", "zero\u200bwidth\u200d\ufeff\u2060 marks",
            "ﬁne ligatures, ½, Ⅷ and ™", " \t\n ", "</s> <pad> \x00", "over-long " * 300]
+
+
+@torch.no_grad()
+def scramble(net, seed=0):
+    """Seeded numbers in every weight and buffer, so that no ones, zeros or sine table can hide a mistake."""
+    for i, (name, x) in enumerate(net.state_dict().items()):
+        noise = randn(*x.shape, seed=1000 * seed + i)
+        x.copy_(noise * x[0].numel() ** -0.5 if x.ndim > 1 else 0.1 * noise + name.endswith("weight"))
+        if any(part in name for part in ("to_q", "to_k", "conv_in", "shared")):
+            x *= 0.01                                      # faint, so that the epsilon of the norm behind it shows
+    return net.eval()
 
 
 def trained_tokenizer():
@@ -92,7 +113,7 @@ def save_networks(folder, dit, vae, t5):
     return folder
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def folder(tmp_path_factory):
     """A whole model folder, written by our own code."""
     folder = save_networks(tmp_path_factory.mktemp("models") / "small", DIT, VAE, T5)
@@ -112,10 +133,28 @@ def copied(folder, tmp_path):
     return Path(shutil.copytree(folder, tmp_path / "copied"))
 
 
+@pytest.fixture(scope="module")
+def diffusers():
+    return pytest.importorskip("diffusers")
+
+
 def public(config):
     """A config without the remarks that diffusers adds to it."""
     return {k: v for k, v in config.items() if k[0] != "_"}
 
+
+def rewrite(file, **changes):
+    """Change entries of a JSON or safetensors file; ... drops one."""
+    is_json = file.suffix == ".json"
+    entries = json.loads(file.read_text()) if is_json else load_file(file)
+    entries = {k: v for k, v in (entries | changes).items() if v is not ...}
+    if is_json:
+        file.write_text(json.dumps(entries))
+    else:
+        save_file(entries, file)
+
+
+# ---- The method's arguments, small ----------------------------------------------------------------------------------
 
 def inputs(batch=1, frames=5, height=4, width=6, seed=0, c=DIT):
     """x_t, and a condition with its own text and image a sample."""
@@ -124,41 +163,11 @@ def inputs(batch=1, frames=5, height=4, width=6, seed=0, c=DIT):
             Condition(randn(*text, seed=seed + 1), randn(*latents, 1, height, width, seed=seed + 2)))
 
 
-@pytest.fixture(scope="module")
-def diffusers():
-    return pytest.importorskip("diffusers")
-
-
-FULL_DIT = DIT | dict(num_attention_heads=48, attention_head_dim=64, num_layers=42, in_channels=32, out_channels=16,
-                      time_embed_dim=512, text_embed_dim=4096, max_text_seq_length=226,
-                      sample_frames=49, sample_height=60, sample_width=90)
-FULL_VAE = VAE | dict(block_out_channels=[128, 256, 256, 512], layers_per_block=3, latent_channels=16,
-                      norm_num_groups=32)
-FULL_T5 = T5 | dict(vocab_size=32128, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64)
-PUBLISHED_SHAPES = {
-    model.DiT: {
-        "patch_embed.pos_embedding": (1, 17776, 3072), "patch_embed.proj.weight": (3072, 32, 2, 2),
-        "patch_embed.text_proj.weight": (3072, 4096),
-        "time_embedding.linear_1.weight": (512, 3072), "time_embedding.linear_2.weight": (512, 512),
-        "norm_final.bias": (3072,), "norm_out.linear.weight": (6144, 512), "norm_out.norm.weight": (3072,),
-        "proj_out.weight": (64, 3072), "proj_out.bias": (64,),
-        "transformer_blocks.0.norm1.linear.weight": (18432, 512), "transformer_blocks.41.norm2.norm.bias": (3072,),
-        "transformer_blocks.0.attn1.norm_q.weight": (64,), "transformer_blocks.0.attn1.norm_k.bias": (64,),
-        "transformer_blocks.0.attn1.to_q.weight": (3072, 3072), "transformer_blocks.0.attn1.to_out.0.bias": (3072,),
-        "transformer_blocks.0.ff.net.0.proj.weight": (12288, 3072),
-        "transformer_blocks.0.ff.net.2.weight": (3072, 12288)},
-    model.VAE: {
-        "encoder.conv_out.conv.weight": (32, 512, 3, 3, 3),
-        "encoder.down_blocks.0.downsamplers.0.conv.weight": (128, 128, 3, 3),
-        "encoder.down_blocks.1.resnets.0.conv_shortcut.weight": (256, 128, 1, 1, 1),
-        "encoder.mid_block.resnets.1.norm2.weight": (512,),
-        "decoder.up_blocks.2.upsamplers.0.conv.weight": (256, 256, 3, 3), "decoder.norm_out.norm_layer.weight": (128,),
-        "decoder.up_blocks.3.resnets.3.norm1.conv_y.conv.weight": (128, 16, 1, 1, 1)},
-    model.T5Encoder: {
-        "shared.weight": (32128, 4096),
-        "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight": (32, 64),
-        "encoder.block.23.layer.1.DenseReluDense.wi_1.weight": (10240, 4096),
-        "encoder.final_layer_norm.weight": (4096,)}}
+def preference(batch, n):
+    """Everything realdpo_loss is given, β apart."""
+    win, cond = inputs(batch, frames=3)
+    return dict(win=win, lose=randn(batch, n, *win.shape[1:], seed=4), cond=cond, t=torch.linspace(0.9, 0.1, batch),
+                noise=randn(*win.shape, seed=5))
 
 
 class Toy(nn.Module):
@@ -170,59 +179,27 @@ class Toy(nn.Module):
         vector_to_parameters(0.5 * randn(72, seed=seed), self.parameters())
 
     def forward(self, x_t, cond, t):
-        h = (self.mix(x_t.movedim(1, -1))
-             + realdpo.per_sample(t.float(), x_t) * self.read(cond.text.mean(1))[:, None, None, None])
+        caption = self.read(cond.text.mean(1))[:, None, None, None]
+        h = self.mix(x_t.movedim(1, -1)) + realdpo.per_sample(t.float(), x_t) * caption
         return torch.tanh(h).movedim(-1, 1) + 0.3 * cond.image
 
     time_grid = model.FlowPrediction.time_grid
 
 
-def preference(batch, n):
-    """Everything realdpo_loss is given, β apart."""
-    win, cond = inputs(batch, frames=3)
-    return dict(win=win, lose=randn(batch, n, *win.shape[1:], seed=4), cond=cond, t=torch.linspace(0.9, 0.1, batch),
-                noise=randn(*win.shape, seed=5))
-
-
-class Known:
-    """A denoiser given by a formula, x̂₀ = predict(x_t, t), on the time grid of a network's prediction."""
-
-    def __init__(self, predict, prediction=model.FlowPrediction()):
-        self.predict, self.time_grid = predict, prediction.time_grid
-
-    def __call__(self, x_t, cond, t):
-        return self.predict(x_t, realdpo.per_sample(t, x_t))
-
-
-def posterior_mean(mean, std):
-    """E[x₀ | x_t] for x₀ ~ ½·N(−mean, std²) + ½·N(mean, std²), the exact denoiser of such data."""
-    def predict(x_t, t):
-        variance = (1 - t) ** 2 * std ** 2 + t ** 2
-        gain = (1 - t) * std ** 2 / variance
-        return gain * x_t + mean * (1 - gain * (1 - t)) * torch.tanh((1 - t) * mean * x_t / variance)
-    return predict
-
-
-def solve(denoiser, steps, solver="euler"):
-    noise, cond = inputs(4)
-    return realdpo.sample(denoiser, noise, cond, steps=steps, guidance=1, solver=solver, progress=False)
-
-
-PREDICTIONS = pytest.mark.parametrize("prediction", [model.FlowPrediction(), model.VPrediction(SCHEDULER)],
-                                      ids=["flow", "cogvideox"])
-
-
 def distances(denoiser, noise, cond):
     """How far multistep with 25 evaluations and Euler with 50 end from the exact path, which 1000 steps stand for:
     RMS, relative."""
-    solve = partial(realdpo.sample, denoiser, noise, cond, guidance=1, progress=False)
-    exact = solve(steps=1000)
-    return [((x - exact).square().mean() / exact.square().mean()).sqrt().item()
-            for x in (solve(steps=25, solver="multistep"), solve(steps=50))]
+    def solve(steps, solver="euler"):
+        return realdpo.sample(denoiser, noise, cond, guidance=1, steps=steps, solver=solver, progress=False)
+
+    exact, found = solve(1000), []
+    for x in (solve(25, "multistep"), solve(50)):
+        found.append(((x - exact).square().mean() / exact.square().mean()).sqrt().item())
+    return found
 
 
-REPO = Path(data.__file__).parent
-NAMES = ["00000", "00001", "00002", "00003"]
+# ---- The commands, called as functions ------------------------------------------------------------------------------
+
 SHORT = dict(model="tiny", steps=4, batch=4, micro_batch=4, lr=1e-4, warmup=1, beta=25.0, checkpointing="none",
              graphs="all", save_every=9)
 
@@ -233,9 +210,22 @@ def encode(videos, out, **options):
 
 
 def add_negatives(cache, **options):
-    sample.main(sample.Options(**{**dict(model="tiny", data=str(cache), negatives=2, steps=2, guidance=1.0),
-                                  **options}))
+    few = dict(model="tiny", data=str(cache), negatives=2, steps=2, guidance=1.0)
+    sample.main(sample.Options(**few | options))
     return cache
+
+
+def make_video(out, picture, **options):
+    short = dict(model="tiny", image=str(picture), prompt="a figure marches in place slowly", out=str(out), steps=2,
+                 guidance=2.0)
+    sample.main(sample.Options(**short | options))
+    return np.stack(imageio.mimread(out, memtest=False))
+
+
+def generate_bench(shots, out, **options):
+    short = dict(model="tiny", steps=1, frames=9, guidance=1.0)
+    sample.main(sample.Options(bench=str(shots), out=str(out), **short | options))
+    return out
 
 
 @contextmanager
@@ -254,8 +244,14 @@ def as_a_process():
 def run_training(out, cache, **options):
     """train.py; returns what metrics.jsonl then holds."""
     with as_a_process():
-        train.main(train.Options(**{**SHORT, "data": str(cache), "out": str(out), **options}))
+        train.main(train.Options(**SHORT | dict(data=str(cache), out=str(out)) | options))
     return metrics(out)
+
+
+def on_rank(monkeypatch, rank, world_size):
+    """Be one of several processes from here on, as torchrun says it."""
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("WORLD_SIZE", str(world_size))
 
 
 def spy_on_losses(monkeypatch, change=lambda count, loss: loss):
@@ -272,30 +268,16 @@ def spy_on_losses(monkeypatch, change=lambda count, loss: loss):
     return calls
 
 
-def metrics(out):
-    """The lines of metrics.jsonl, without the times."""
-    lines = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second")} for line in lines]
+def spy_on_videos(monkeypatch):
+    """A list that fills with the names of the videos that sample.py writes."""
+    made, write = [], sample.write_video
 
+    def spy(file, *rest):
+        made.append(file.name)
+        write(file, *rest)
 
-def checkpoint(out, step):
-    """All tensors of a checkpoint that one rank wrote."""
-    return {k: v for file in (Path(out) / "checkpoints" / f"step-{step:06d}").glob("*.safetensors")
-            for k, v in load_file(file).items()}
-
-
-def exported(folder):
-    return load_file(Path(folder) / "transformer" / "diffusion_pytorch_model.safetensors")
-
-
-def same_tensors(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-
-
-def contents(folder, what=Path.read_bytes):
-    """{file: its bytes} of a folder, without what killed processes left half-written."""
-    return {str(p.relative_to(folder)): what(p) for p in sorted(Path(folder).rglob("*"))
-            if p.is_file() and ".part" not in str(p) and p.name != ".owner"}
+    monkeypatch.setattr(sample, "write_video", spy)
+    return made
 
 
 def refusal(monkeypatch, name, *arguments):
@@ -307,6 +289,45 @@ def refusal(monkeypatch, name, *arguments):
     message = stopped.value.code                       # a string: Python prints it to stderr and exits with status 1
     assert isinstance(message, str) and message.startswith("error: ") and "\n" not in message, message
     return message
+
+
+# ---- What the commands leave behind ---------------------------------------------------------------------------------
+
+def metrics(out):
+    """The lines of metrics.jsonl, without the times."""
+    lines = []
+    for text in (Path(out) / "metrics.jsonl").read_text().splitlines():
+        line = json.loads(text)
+        lines.append({k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second")})
+    return lines
+
+
+def checkpoint(out, step):
+    """All tensors of a checkpoint that one rank wrote."""
+    tensors = {}
+    for file in (Path(out) / "checkpoints" / f"step-{step:06d}").glob("*.safetensors"):
+        tensors |= load_file(file)
+    return tensors
+
+
+def exported(folder):
+    return load_file(Path(folder) / "transformer" / "diffusion_pytorch_model.safetensors")
+
+
+def contents(folder, what=Path.read_bytes):
+    """{file: its bytes} of a folder, without what killed processes left half-written."""
+    found = {}
+    for file in sorted(Path(folder).rglob("*")):
+        if file.is_file() and ".part" not in str(file) and file.name != ".owner":
+            found[str(file.relative_to(folder))] = what(file)
+    return found
+
+
+# ---- Toy clips, a cache of their records, runs on it ----------------------------------------------------------------
+
+NAMES = ["00000", "00001", "00002", "00003"]
+HOSTILE = ("\"quoted\" 'text' <script>window.ran = 1</script><img src=x onerror='window.ran = 1'> </script> \\ € 人 {x}"
+           "\u2028")
 
 
 @pytest.fixture(scope="session")
@@ -357,6 +378,28 @@ def picture(videos):
     return videos.parent / "first.png"
 
 
+@pytest.fixture(scope="session")
+def shots(videos, tmp_path_factory):
+    """A bench of two pictures; one has the name that VBench would cut."""
+    folder = tmp_path_factory.mktemp("bench") / "shots"
+    folder.mkdir()
+    for name, clip, caption in (("somersault", "00000", HOSTILE), ("walk-12", "00001", "a figure walks")):
+        imageio.imwrite(folder / f"{name}.png", imageio.mimread(videos / f"{clip}.mp4")[0])
+        (folder / f"{name}.txt").write_text(caption, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def methods(shots):
+    """Three methods' videos of the bench; one sampled twice."""
+    folder = shots.parent / "methods"
+    for seed, (name, samples) in enumerate([("alpha-method", 0), ("beta-method", 2), ("gamma-method", 0)]):
+        generate_bench(shots, folder / name, seed=seed, samples=samples)
+    return folder
+
+
+# ---- Lists and damage -----------------------------------------------------------------------------------------------
+
 def write_list(folder, content, videos, clips=("a.mp4", "b.mp4")):
     """A folder of toy clips with a list, or captions, of the given bytes: {file: content}."""
     folder.mkdir()
@@ -371,76 +414,12 @@ def jsonl(*rows):
     return {"metadata.jsonl": "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)}
 
 
-def make_video(out, picture, **options):
-    sample.main(sample.Options(**{**dict(model="tiny", image=str(picture), prompt="a figure marches in place slowly",
-                                         out=str(out), steps=2, guidance=2.0), **options}))
-    return np.stack(imageio.mimread(out, memtest=False))
-
-
-HOSTILE = ("\"quoted\" 'text' <script>window.ran = 1</script><img src=x onerror='window.ran = 1'> </script> \\ € 人 {x}"
-           "\u2028")
-
-
-@pytest.fixture(scope="session")
-def shots(videos, tmp_path_factory):
-    """A bench of two pictures; one has the name that VBench would cut."""
-    folder = tmp_path_factory.mktemp("bench") / "shots"
-    folder.mkdir()
-    for name, clip, caption in (("somersault", "00000", HOSTILE), ("walk-12", "00001", "a figure walks")):
-        imageio.imwrite(folder / f"{name}.png", imageio.mimread(videos / f"{clip}.mp4")[0])
-        (folder / f"{name}.txt").write_text(caption, encoding="utf-8")
-    return folder
-
-
-def generate_bench(shots, out, **options):
-    small = dict(model="tiny", steps=1, frames=9, guidance=1.0)
-    sample.main(sample.Options(bench=str(shots), out=str(out), **{**small, **options}))
-    return out
-
-
-@pytest.fixture(scope="session")
-def methods(shots):
-    """Three methods' videos of the bench; one sampled twice."""
-    folder = shots.parent / "methods"
-    for seed, (name, samples) in enumerate([("alpha-method", 0), ("beta-method", 2), ("gamma-method", 0)]):
-        generate_bench(shots, folder / name, seed=seed, samples=samples)
-    return folder
-
-
-class Count(TorchDispatchMode):
-    """Adds up, operator by operator, the bytes that `of(function, arguments, result)` finds, while this is on.
-    A collective's name is followed by its group's: default_pg, mesh_shard, mesh_replicate."""
-
-    def __init__(self, of):
-        super().__init__()
-        self.of, self.bytes = of, Counter()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result, name = function(*args, **(kwargs or {})), function.name().split("::")[1]
-        if function.namespace == "c10d":
-            group = next(x for x in args if isinstance(x, torch.ScriptObject))
-            name += " " + dist.ProcessGroup.unbox(group).group_desc
-        self.bytes[name] += sum(
-            x.nbytes for x in tree_leaves(self.of(function, args, result)) if isinstance(x, torch.Tensor))
-        return result
-
-
-def carried(function, args, result):
-    """What a collective puts out."""
-    return args[0] if function.namespace == "c10d" else ()
-
-
-def touched(function, args, result):
-    """What a kernel reads and writes. A number that was expanded is read once."""
-    whole = lambda x: isinstance(x, torch.Tensor) and 0 not in x.stride()
-    return ([x for x in tree_leaves((args, result)) if whole(x)]
-            if function.namespace == "aten" and not function.is_view else ())
-
-
 def rewrite_records(files, change=lambda tensor: tensor, **metadata):
-    for file in [file for file in files if file.suffix == ".safetensors"]:
-        tensors = {k: v if k == "text" else change(v) for k, v in load_file(file).items()}
-        data.write_tensors(file, tensors, **{**data.read_header(file)[1], **metadata})
+    """Change all latents of some records, and what their headers say."""
+    for file in files:
+        if file.suffix == ".safetensors":
+            tensors = {k: v if k == "text" else change(v) for k, v in load_file(file).items()}
+            data.write_tensors(file, tensors, **data.read_header(file)[1] | metadata)
 
 
 def flip(file, place):
@@ -457,3 +436,36 @@ DAMAGES = {
     "a name in the header": lambda file: flip(file, file.read_bytes().index(b'":{"dtype"') - 1),
     "names of shards": lambda file: flip(file, file.read_bytes().index(b"saved_offsets")),
 }
+
+
+# ---- Counting bytes, operator by operator ---------------------------------------------------------------------------
+
+class Count(TorchDispatchMode):
+    """Adds up, operator by operator, the bytes that `of(function, arguments, result)` finds, while this is on, and the
+    calls. A collective's name is followed by its group's: default_pg, mesh_shard, mesh_replicate."""
+
+    def __init__(self, of):
+        super().__init__()
+        self.of, self.bytes, self.calls = of, Counter(), Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result, name = function(*args, **(kwargs or {})), function.name().split("::")[1]
+        if function.namespace == "c10d":
+            group = next(x for x in args if isinstance(x, torch.ScriptObject))
+            name += " " + dist.ProcessGroup.unbox(group).group_desc
+        tensors = [x for x in tree_leaves(self.of(function, args, result)) if isinstance(x, torch.Tensor)]
+        self.bytes[name] += sum(x.nbytes for x in tensors)
+        self.calls[name] += 1
+        return result
+
+
+def carried(function, args, result):
+    """What a collective puts out."""
+    return args[0] if function.namespace == "c10d" else ()
+
+
+def touched(function, args, result):
+    """What a kernel reads and writes. A number that was expanded is read once."""
+    if function.namespace != "aten" or function.is_view:
+        return ()
+    return [x for x in tree_leaves((args, result)) if isinstance(x, torch.Tensor) and 0 not in x.stride()]

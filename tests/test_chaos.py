@@ -1,6 +1,5 @@
 """Full disks and killed commands: nothing finished is lost (CHAOS=20 pytest -m chaos -s)."""
-import os, random, shutil, signal, subprocess, sys
-import time
+import os, random, shutil, signal, subprocess, sys, time
 from functools import partial
 from pathlib import Path
 
@@ -37,13 +36,14 @@ def small_disk(tmp_path):
 
 def test_a_full_disk_keeps_records_and_videos_whole(videos, cache, small_disk):
     disk, leave = small_disk
-    for command, kib in ((partial(encode, videos, disk / "cache"), 32), (partial(add_negatives, disk / "cache"), 40)):
+    stages = (partial(encode, videos, disk / "cache"), 32), (partial(add_negatives, disk / "cache"), 40)
+    for command, kib in stages:
         leave(kib)
         with pytest.raises(UserError, match=r"safetensors: cannot be written .*No space left") as stopped:
             command()
-        made = contents(disk / "cache")
-        # whole or not at all
-        assert "\n" not in str(stopped.value) and made and made.items() < contents(cache).items()
+        assert "\n" not in str(stopped.value)
+        made = contents(disk / "cache")                    # whole or not at all
+        assert made and made.items() < contents(cache).items()
         leave(512)
         command()
     assert contents(disk / "cache") == contents(cache)
@@ -57,8 +57,8 @@ def test_a_full_disk_keeps_records_and_videos_whole(videos, cache, small_disk):
                          ids=["metrics", "first checkpoint", "second checkpoint", "export"])
 def test_a_full_disk_keeps_a_run_whole(room, steps, straight, cache, small_disk):
     (disk, leave), run = small_disk, partial(run_training, cache=cache, steps=2, save_every=1)
-    # room for so many checkpoints
-    leave(int(room * sum(file.stat().st_size for file in (straight / "checkpoints" / "step-000002").iterdir()) / 1024))
+    size = sum(file.stat().st_size for file in (straight / "checkpoints" / "step-000002").iterdir())
+    leave(int(room * size / 1024))                         # room for so many checkpoints
     with pytest.raises(UserError, match="cannot be written") as stopped:
         run(disk / "run")
     assert "\n" not in str(stopped.value)
@@ -98,7 +98,8 @@ def what_counts(file):
 @pytest.mark.chaos
 def test_killed_commands_end_with_the_files_of_undisturbed_ones(videos, tmp_path):
     rng, calm, storm = random.Random(0), tmp_path / "calm", tmp_path / "storm"
-    calm.mkdir(), storm.mkdir()
+    calm.mkdir()
+    storm.mkdir()
     for command, moments in STAGES.items():
         name, *arguments = command.format(videos=videos).split()
         start = partial(subprocess.Popen, [sys.executable, REPO / name, *arguments],
@@ -134,8 +135,9 @@ def test_where_one_rank_fails_it_says_why_and_the_others_end(what, own_cache, tm
         log = tmp_path / "run" / "metrics.jsonl"
         while torchrun.poll() is None and not (log.is_file() and log.read_text()):
             time.sleep(0.1)
-        ranks = Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split()
-        fail(own_cache, next(int(rank) for rank in ranks if b"\0RANK=1\0" in Path(f"/proc/{rank}/environ").read_bytes()))
+        for rank in Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split():
+            if b"\0RANK=1\0" in Path(f"/proc/{rank}/environ").read_bytes():
+                fail(own_cache, int(rank))
     begin = time.time()
     assert torchrun.wait(timeout=60) == 1
     print(f"{what}: all ended after {time.time() - begin:.1f} s")

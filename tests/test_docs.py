@@ -18,8 +18,8 @@ pytest_plugins = "tests.helpers"
 
 
 def test_a_models_own_defaults_apply_to_what_was_not_given(straight):
-    parse, other, tiny = (partial(data.parse, train.Options, "train"), ["--model", "owner/name"],
-                          model.defaults_of("tiny", "train"))
+    parse, other = partial(data.parse, train.Options, "train"), ["--model", "owner/name"]
+    tiny = model.defaults_of("tiny", "train")
     assert parse(other) == train.Options(model="owner/name")
     assert parse(["--model", "tiny"]) == train.Options(model="tiny", **tiny)
     assert parse(["--model", str(straight)]).beta == tiny["beta"] != train.Options.beta
@@ -36,7 +36,8 @@ def test_every_option_has_a_help_line(module, capsys):
         data.parse(module.Options, module.__name__, ["--help"])
     text = capsys.readouterr().out
     for field in dataclasses.fields(module.Options):   # the name, its values, and on the same line or the next a text
-        assert re.search(rf"^  --{field.name.replace('_', '-')}\b[^\n]*?(\n {{20,}}|  +)[^-\s]", text, re.M), field.name
+        flag = "--" + field.name.replace("_", "-")
+        assert re.search(rf"^  {flag}\b[^\n]*?(\n {{20,}}|  +)[^-\s]", text, re.M), flag
         assert all(choice in text for choice in get_args(field.type)), field.name      # of a Literal
 
 
@@ -48,17 +49,23 @@ def test_a_missing_argument_is_called_by_its_name():
 README = (REPO / "README.md").read_text()
 
 
-def test_the_readme_links_to_what_exists_and_counts_its_lines():
-    for link in re.findall(r"\]\((?!http)([^)#]+)", README):
-        assert (REPO / link).exists(), link
+@pytest.mark.parametrize("readme", ["README.md", "toy/README.md", "judging/README.md"])
+def test_a_readme_links_to_what_exists(readme):
+    links = re.findall(r"\]\((?!http)([^)#]+)", (REPO / readme).read_text())
+    assert links
+    for link in links:
+        assert (REPO / readme).parent.joinpath(link).exists(), link
+
+
+def test_the_readme_says_how_long_a_file_is_and_where_a_function():
     lines = dict(re.findall(r"^\| \[\S+\]\((\S+\.py)\) \| (\d+) \|", README, re.M))
-    assert len(lines) == 6
+    assert lines.keys() == {"realdpo.py", "model.py", "data.py", "sample.py", "train.py", "test_realdpo.py"}
     for file, count in lines.items():
-        assert int(count) == pytest.approx(len((REPO / file).read_text().splitlines()), rel=0.1), file
+        assert int(count) == pytest.approx(len((REPO / file).read_text().splitlines()), rel=0.03), file
     places = re.findall(r"`(\w+)`[^`\n]* \| \[(\w+\.py):(\d+)\]\(\2#L\3\)", README)
     assert len(places) > 6
     for name, file, line in places:
-        assert re.search(rf"\b{name}\b", (REPO / file).read_text().splitlines()[int(line) - 1]), (name, file, line)
+        assert re.match(rf" *(def|class) {name}\b", (REPO / file).read_text().splitlines()[int(line) - 1]), (name, file)
 
 
 COMMANDS = {"data.py": data, "sample.py": sample, "train.py": train, "-m judging.curate": judging.curate,
@@ -81,11 +88,3 @@ def test_the_readmes_give_commands_and_options_that_parse():
         assert option in known | {"help", "nproc_per_node", "shutdown_timeout", "index_url",
                                   "nnodes", "rdzv_backend", "rdzv_endpoint", "mode", "videos_path",
                                   "custom_image_folder", "dimension"}, option
-
-
-def test_every_option_has_a_line_in_the_readme_or_a_test():
-    tests = "".join(file.read_text() for file in [REPO / "test_realdpo.py", *REPO.glob("tests/*.py")])
-    for module in COMMANDS.values():
-        for field in dataclasses.fields(module.Options):
-            assert (re.search(rf"--(no-)?{field.name.replace('_', '-')}\b", README)
-                    or re.search(rf"\b{field.name}=", tests)), field.name

@@ -1,5 +1,5 @@
 """Model folders that are broken, incomplete, on a hub or dangerous: refused in one line, and no pickle is opened."""
-import ast, json, shutil, subprocess, sys
+import ast, json, re, shutil, subprocess, sys
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -109,18 +109,27 @@ def test_denoiser_refuses_latents_it_was_not_made_for(denoiser, frames, height, 
         denoiser(*inputs(1, frames, height, width, c=DIT | dict(out_channels=channels)), torch.ones(1))
 
 
-@pytest.mark.parametrize("call, message", [
-    (lambda folder: realdpo.realdpo_loss(Toy(1), Toy(2), **preference(2, 3) | dict(lose=torch.zeros(2, 4, 3, 4, 6)),
-                                         beta=1), r"lose \(2, 4, 3, 4, 6\)"),
-    (lambda folder: realdpo.realdpo_loss(Toy(1), Toy(2), **preference(2, 3) | dict(lose=torch.zeros(2, 1, 4, 2, 4, 6)),
-                                         beta=1), r"lose \(2, 1, 4, 2, 4, 6\)"),
-    (lambda folder: realdpo.realdpo_loss(Toy(1), Toy(2), **preference(2, 3), beta=1, weighting="snr"), "snr"),
-    (lambda folder: realdpo.sample(Toy(1), *inputs(), steps=2, guidance=1, solver="heun"), "heun"),
-    (lambda folder: realdpo.sample(Toy(1), *inputs(), steps=2, guidance=6), "guidance 6 needs uncond"),
-    (lambda folder: model.load_vae(folder).encode(torch.zeros(1, 3, 8, 16, 16)), r"\(1, 3, 8, 16, 16\)")])
-def test_wrong_arguments_are_refused_with_their_values(folder, call, message):
+@pytest.mark.parametrize("loss", [realdpo.realdpo_loss, realdpo.streamed_realdpo_loss])
+@pytest.mark.parametrize("changes, message", [
+    (dict(lose=torch.zeros(2, 4, 3, 4, 6)), r"lose \(2, 4, 3, 4, 6\)"),
+    (dict(lose=torch.zeros(2, 1, 4, 2, 4, 6)), r"lose \(2, 1, 4, 2, 4, 6\)"),
+    (dict(weighting="snr"), "snr")])
+def test_wrong_arguments_of_the_loss_are_refused_with_their_values(loss, changes, message):
     with pytest.raises(ValueError, match=message):
-        call(folder)
+        loss(Toy(1), Toy(2), **preference(2, 3) | dict(beta=1) | changes)
+
+
+@pytest.mark.parametrize("options, message", [
+    (dict(guidance=1, solver="heun"), "heun"), (dict(guidance=6), "guidance 6 needs uncond")])
+def test_wrong_arguments_of_the_sampler_are_refused_with_their_values(options, message):
+    with pytest.raises(ValueError, match=message):
+        realdpo.sample(Toy(1), *inputs(), steps=2, **options)
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 8, 16, 16), (1, 4, 9, 16, 16), (3, 9, 16, 16)])
+def test_the_vae_refuses_other_videos_with_their_shape(folder, shape):
+    with pytest.raises(ValueError, match=re.escape(str(shape))):
+        model.load_vae(folder).encode(torch.zeros(shape))
 
 
 @pytest.fixture

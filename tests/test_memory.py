@@ -44,7 +44,7 @@ def counted(options, config, setting, n_lose, ranks):
 
 
 @pytest.mark.parametrize("layers, checkpointing, graphs, n_lose, close", [
-    (4, SELECTIVE, "two", 1, 0.1),
+    (2, SELECTIVE, "two", 1, 0.1),
     pytest.param(4, FULL, "one", 3, 0.1, marks=pytest.mark.slow),
     pytest.param(4, FULL, "all", 1, 0.1, marks=pytest.mark.slow),
     pytest.param(42, SELECTIVE, "two", 1, 0.03, marks=pytest.mark.slow)])
@@ -105,7 +105,8 @@ class Mesh:
 
 
 @pytest.mark.parametrize("gigabytes, options, graphs, held", [
-    (24, dict(checkpointing=FULL, offload=True), "all", False), (14, dict(checkpointing=FULL, offload=True), "one", False),
+    (24, dict(checkpointing=FULL, offload=True), "all", False),
+    (14, dict(checkpointing=FULL, offload=True), "one", False),
     (80, dict(offload=True), "all", True), (24, dict(offload=True, graphs="one"), "one", False),
     (129, {}, "two", False), (141, {}, "all", False), (141, dict(graphs="one"), "one", False)])
 def test_a_run_takes_the_fastest_way_that_fits_its_gpu(gigabytes, options, graphs, held, monkeypatch):
@@ -140,7 +141,7 @@ def test_the_dry_run_prints_what_fits_the_fastest_first(capsys):
     for place in {*places}:
         times = [float(row[5]) for row, where in zip(cells, places) if where == place]
         assert times == sorted(times) and 1 <= len(times) <= 3
-    one, eight = (next(row for row, where in zip(cells, places) if where == place) for place in (("1", "24"), ("8", "80")))
+    one, eight = (cells[places.index(place)] for place in (("1", "24"), ("8", "80")))
     assert "--offload" in one[-1] and float(one[4]) == pytest.approx(104, abs=1)
     assert "--offload" not in eight[-1] and float(eight[3]) == pytest.approx(41.9, abs=0.1)
     assert sum(v.numel() for k, v in exported(model.TINY).items() if k != "patch_embed.pos_embedding") == train.Work(

@@ -16,11 +16,12 @@ pytest_plugins = "tests.helpers"
 def bad(videos, cache, shots, tmp_path_factory):
     """A folder of everything that is wrong."""
     bad, clip = tmp_path_factory.mktemp("bad"), (videos / "00000.mp4").read_bytes()
-    for name, files in {"empty": {"a.txt": b"a"},
-                        "no-caption": {"a.mp4": clip},
-                        "cut": {"a.mp4": clip[:len(clip) // 2], "a.txt": b"a"},
-                        "text": {"a.mp4": b"not a video", "a.txt": b"a"},
-                        "pictures": {"a.png": b"not a picture"}}.items():
+    folders = {"empty": {"a.txt": b"a"},
+               "no-caption": {"a.mp4": clip},
+               "cut": {"a.mp4": clip[:len(clip) // 2], "a.txt": b"a"},
+               "text": {"a.mp4": b"not a video", "a.txt": b"a"},
+               "pictures": {"a.png": b"not a picture"}}
+    for name, files in folders.items():
         (bad / name).mkdir()
         for file, content in files.items():
             (bad / name / file).write_bytes(content)
@@ -106,21 +107,22 @@ REFUSED = {                                                # command line: what 
 @pytest.mark.parametrize("line, words", REFUSED.items(), ids=REFUSED)
 def test_a_mistake_ends_in_one_line(line, words, bad, videos, cache, half, picture, methods, tmp_path,
                                     monkeypatch):
-    places, before = dict(bad=bad, videos=videos, cache=cache, half=half, picture=picture, methods=methods,
-                          tmp=tmp_path, tiny=model.TINY), contents(bad)
+    places = dict(bad=bad, videos=videos, cache=cache, half=half, picture=picture, methods=methods, tmp=tmp_path,
+                  tiny=model.TINY)
+    before = contents(bad)
     name, *arguments = line.format(**places).split()
-    # what is given again wins
-    defaults = ["--model", "tiny"] + ([] if name == "sample" else ["--out", str(tmp_path / "out")])
-    message = refusal(monkeypatch, name, *defaults, *arguments)
+    defaults = ["--model", "tiny"]
+    if name != "sample":
+        defaults += ["--out", str(tmp_path / "out")]
+    message = refusal(monkeypatch, name, *defaults, *arguments)              # of an option given twice the second wins
     assert all(word.format(**places) in message for word in words), message
     assert contents(bad) == before
 
 
 def test_a_mistake_is_one_line_on_stderr_and_status_1(bad):
-    commands = [["data.py", "--videos", bad / "nowhere"], ["train.py", "--data", bad / "channels"]]
-    for process in [subprocess.Popen([sys.executable, REPO / name, *rest, "--model", "tiny"],
-                                     cwd=bad, stderr=subprocess.PIPE, text=True) for name, *rest in commands]:
-        assert re.fullmatch(r"error: .*\n", process.communicate()[1]) and process.returncode == 1
+    command = [sys.executable, REPO / "train.py", "--data", bad / "channels", "--model", "tiny"]
+    done = subprocess.run(command, cwd=bad, stderr=subprocess.PIPE, text=True)
+    assert re.fullmatch(r"error: .*\n", done.stderr) and done.returncode == 1
 
 
 def test_a_default_of_a_model_that_is_no_option_is_named(videos, tmp_path, monkeypatch):
@@ -133,9 +135,8 @@ def test_more_processes_than_gpus_are_refused(videos, cache, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("LOCAL_RANK", "3")
-    for name, *rest in (["data", "--videos", str(videos)], ["sample", "--data", str(cache)],
-                        ["train", "--data", str(cache)]):
-        assert "this machine has 2" in refusal(monkeypatch, name, "--model", "tiny", *rest)
+    for command in (f"data --videos {videos}", f"sample --data {cache}", f"train --data {cache}"):
+        assert "this machine has 2" in refusal(monkeypatch, *command.split(), "--model", "tiny")
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -144,9 +145,9 @@ def test_a_damaged_file_is_refused_by_name(kind, damage, own_cache, half, tmp_pa
     if kind == "options.json" and "head" in damage or kind != "checkpoint" and "shards" in damage:
         pytest.skip("has none")
     run, step = shutil.copytree(half, tmp_path / "run"), tmp_path / "run" / "checkpoints" / "step-000002"
-    file = {"checkpoint": next(step.glob("*.safetensors")),
-            "options.json": step / "options.json"}.get(kind, own_cache / kind / "00001.safetensors")
+    files = {"checkpoint": next(step.glob("*.safetensors")), "options.json": step / "options.json"}
+    file = files.get(kind, own_cache / kind / "00001.safetensors")
     DAMAGES[damage](file)
-    message = refusal(monkeypatch, "train",
-                      *f"--model tiny --data {own_cache} --out {run} --batch 4 --warmup 1 --lr 1e-4".split())
+    command = f"train --model tiny --data {own_cache} --out {run} --batch 4 --warmup 1 --lr 1e-4".split()
+    message = refusal(monkeypatch, *command)
     assert str(file) in message or str(step) in message

@@ -14,28 +14,42 @@ import model
 import sample
 import train
 from model import UserError
-from tests.helpers import (REPO, add_negatives, checkpoint, contents, encode, generate_bench, metrics, refusal, run_training, same_tensors, spy_on_losses)
+from tests.helpers import (REPO, add_negatives, checkpoint, contents, encode, generate_bench, metrics, on_rank,
+                           processes, refusal, run_training, same_tensors, spy_on_losses, spy_on_videos)
 
 pytest_plugins = "tests.helpers"
 
 STEPS = ["step-000000", "step-000002", "step-000004"]
 
 
+# ---- Videos of a bench at every checkpoint --------------------------------------------------------------------------
+
+QUICK = dict(steps=3, guidance=1.0)
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """A model whose own defaults ask for videos in a few steps."""
+    defaults = model.defaults_of
+    monkeypatch.setattr(model, "defaults_of",
+                        lambda path, command: QUICK if command == "sample" else defaults(path, command))
+
+
 @pytest.fixture(scope="module")
 def watched(cache, shots):
     """A run of four steps with videos of a bench at its start, in its middle and at its end."""
     out = cache.parent / "watched"
-    run_training(out, cache, bench=str(shots), save_every=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model, "defaults_of", lambda path, command: QUICK)
+        run_training(out, cache, bench=str(shots), save_every=2)
     return out
 
-
-# ---- Videos of a bench at every checkpoint
 
 def test_a_bench_shows_the_start_every_checkpoint_and_the_end(watched, straight, shots, tmp_path):
     assert sorted(path.name for path in (watched / "videos").iterdir()) == STEPS
     for step, trained in zip(STEPS, ("tiny", watched / "checkpoints" / "step-000002", watched)):
-        settings = dict(steps=0, frames=0, guidance=1.0, solver="multistep")             # as train.py chooses them
-        generate_bench(shots, tmp_path / step, model=str(trained), **settings | model.defaults_of("tiny", "sample"))
+        settings = QUICK | dict(frames=0, solver="multistep")                            # as train.py chooses them
+        generate_bench(shots, tmp_path / step, model=str(trained), **settings)
         ours, theirs = contents(watched / "videos" / step), contents(tmp_path / step)
         assert {*ours} == {*theirs} == {"bench.json", "somersault.mp4", "walk-12-0.mp4"}
         if step != "step-000004":                          # which was exported in bf16, while the run shows it in fp32
@@ -45,20 +59,21 @@ def test_a_bench_shows_the_start_every_checkpoint_and_the_end(watched, straight,
     assert metrics(watched) == [{k: v for k, v in line.items() if "eval" not in k} for line in metrics(straight)]
 
 
-def test_a_killed_run_makes_the_videos_that_it_did_not_get_to_and_no_others(watched, cache, shots, tmp_path, monkeypatch):
+def test_a_killed_run_makes_the_videos_that_it_did_not_get_to_and_no_others(watched, cache, shots, quick, tmp_path,
+                                                                            monkeypatch):
     run = shutil.copytree(watched, tmp_path / "run")
     shutil.rmtree(run / "checkpoints" / "step-000004")     # killed while it showed step 2
     for name in ("videos/step-000004", "transformer"):
         shutil.rmtree(run / name)
     (run / "videos" / "step-000002" / "walk-12-0.mp4").unlink()
-    made, write = [], sample.write_video
-    monkeypatch.setattr(sample, "write_video", lambda file, *rest: (made.append(file.name), write(file, *rest)))
+    made = spy_on_videos(monkeypatch)
     run_training(run, cache, bench=str(shots), save_every=2)
     assert made == ["walk-12-0.mp4", "somersault.mp4", "walk-12-0.mp4"]
     assert contents(run / "videos") == contents(watched / "videos")
 
 
-def test_other_pictures_are_not_mixed_with_those_that_a_run_has_shown(watched, cache, shots, tmp_path, monkeypatch):
+def test_other_pictures_are_not_mixed_with_those_that_a_run_has_shown(watched, cache, shots, quick, tmp_path,
+                                                                      monkeypatch):
     other = shutil.copytree(shots, tmp_path / "other")
     (other / "walk-12.txt").write_text("another caption")
     monkeypatch.setattr(train, "load_models", None)        # not to be called
@@ -68,35 +83,82 @@ def test_other_pictures_are_not_mixed_with_those_that_a_run_has_shown(watched, c
 
 def test_the_autoencoder_is_on_the_device_only_while_it_decodes(cache, shots, tmp_path, monkeypatch):
     """Told by the calls that move it, for here is one device alone."""
-    moves, to = [], torch.nn.Module.to
+    moves, to, step = [], torch.nn.Module.to, train.train_step
 
-    def spy(net, *where, **options):
+    def spy_on_to(net, *where, **options):
         if isinstance(net, model.VAE):
             moves.append("to")
         return to(net, *where, **options)
 
-    monkeypatch.setattr(torch.nn.Module, "to", spy)
-    monkeypatch.setattr(torch.nn.Module, "cpu", lambda net: (moves.append("cpu"), net)[1])
-    step = train.train_step
-    monkeypatch.setattr(train, "train_step", lambda *args: (moves.append("step"), step(*args))[1])
+    def spy_on_cpu(net):
+        moves.append("cpu")
+        return net
+
+    def spy_on_step(*arguments):
+        moves.append("step")
+        return step(*arguments)
+
+    monkeypatch.setattr(torch.nn.Module, "to", spy_on_to)
+    monkeypatch.setattr(torch.nn.Module, "cpu", spy_on_cpu)
+    monkeypatch.setattr(train, "train_step", spy_on_step)
+    monkeypatch.setattr(sample, "sample", lambda denoiser, noise, cond, **options: noise)
     run_training(tmp_path / "run", cache, bench=str(shots), steps=1)
     assert moves == ["cpu", "to", "to", "cpu", "step", "to", "to", "cpu"]
 
 
+def test_previews_are_sampled_as_the_model_asks_and_from_the_same_noise_at_every_checkpoint(cache, shots, tmp_path,
+                                                                                            monkeypatch):
+    asked = []
+
+    def spy(denoiser, noise, cond, **options):
+        asked.append(dict(options, noise=noise, cond=cond))
+        return noise
+
+    monkeypatch.setattr(sample, "sample", spy)
+    run_training(tmp_path / "run", cache, bench=str(shots), steps=1, seed=5)
+    assert {(call["steps"], call["guidance"], call["solver"]) for call in asked} == {(16, 1.0, "multistep")}
+    first, again = asked[:2], asked[2:]
+    for before, after in zip(first, again, strict=True):
+        assert torch.equal(before["noise"], after["noise"]) and torch.equal(before["cond"].image, after["cond"].image)
+    assert not torch.equal(first[0]["noise"], first[1]["noise"])
+    notes = [json.loads(file.read_text()) for file in (tmp_path / "run" / "videos").glob("*/bench.json")]
+    assert len(notes) == 2 and all((note["seed"], note["steps"]) == (5, 16) for note in notes)
+
+
+def test_a_rank_that_has_no_video_to_make_keeps_pace_with_the_others(shots, tmp_path, monkeypatch):
+    """A forward of the policy is a collective: here another rank has two videos left, and this one has one, or none."""
+    options = train.Options(model="tiny", bench=str(shots), out=str(tmp_path))
+    asked = []
+    monkeypatch.setattr(sample, "sample", lambda denoiser, noise, cond, **options: asked.append(noise) or noise)
+    monkeypatch.setattr(train.dist, "all_reduce", lambda rounds, most: rounds.fill_(2))
+    for rank, name in ((0, "somersault.mp4"), (1, "walk-12-0.mp4"), (2, None)):
+        process = data.Process(rank, 3, torch.device("cpu"), torch.float32)
+        previews = train.prepare_previews(options, process)
+        asked.clear()
+        train.make_previews(previews, None, tmp_path / str(rank), process)
+        assert len(asked) == 2
+        made = {path.name for path in tmp_path.glob(f"{rank}/*.mp4")}
+        assert made == ({name} if name else set())
+        assert (tmp_path / str(rank) / "bench.json").exists() == (rank == 0)
+
+
 def test_steps_of_a_run_are_compared_by_raters_like_methods(watched, shots, tmp_path):
-    judging.study.main(judging.study.Options(videos=str(watched / "videos"), bench=str(shots), out=str(tmp_path / "study")))
+    judging.study.main(judging.study.Options(videos=str(watched / "videos"), bench=str(shots),
+                                             out=str(tmp_path / "study")))
     assert sorted(json.loads((tmp_path / "study-key.json").read_text())["clips"]) == STEPS
 
 
-# ---- A checkpoint is a model
+# ---- A checkpoint is a model ----------------------------------------------------------------------------------------
 
 def test_a_checkpoint_and_its_reference_are_models(half, cache, tmp_path, capsys):
     folder, stored = half / "checkpoints" / "step-000002", checkpoint(half, 2)
     for path, kind in ((folder, "model."), (folder / "ref", "ref.")):
         net = model.load_dit(path).net.state_dict()
-        assert all(torch.equal(net[name.removeprefix(kind)], stored[name]) for name in stored if name.startswith(kind))
+        names = [name for name in stored if name.startswith(kind)]
+        assert {name.removeprefix(kind) for name in names} == net.keys()
+        assert all(torch.equal(net[name.removeprefix(kind)], stored[name]) for name in names)
     assert model.defaults_of(folder, "sample") == model.defaults_of("tiny", "sample") != {}
-    first, = run_training(tmp_path / "on", cache, model=str(folder), steps=1)
+    (first,) = run_training(tmp_path / "on", cache, model=str(folder), steps=1)
     assert first["margin"] == 0                            # a run of its own, with a reference of its own
     assert model.base_of(tmp_path / "on") == "tiny"
     digests = {data.digest(*model.find_transformer(path)) for path in (folder, folder / "ref", "tiny")}
@@ -122,7 +184,7 @@ def test_a_run_without_a_checkpoint_yet_is_no_model(cache, tmp_path):
         model.load_dit(tmp_path / "run")
 
 
-# ---- Exact means exact
+# ---- The same records, or none --------------------------------------------------------------------------------------
 
 def test_going_on_with_other_records_is_refused_and_with_the_same_elsewhere_goes_on(half, cache, own_cache, tmp_path):
     run = partial(run_training, shutil.copytree(half, tmp_path / "run"))
@@ -143,20 +205,27 @@ def test_going_on_with_other_records_is_refused_and_with_the_same_elsewhere_goes
         run(own_cache, steps=5)
 
 
-# ---- One owner a folder
+# ---- One owner a folder ---------------------------------------------------------------------------------------------
 
-HOLD = "import data, pathlib, sys, time\nwith data.sole_owner(pathlib.Path(sys.argv[1])):\n    print(1, flush=True)\n    time.sleep(60)"
+def hold(folder, held):
+    """Own a folder until killed."""
+    with data.sole_owner(folder):
+        held.set()
+        time.sleep(60)
 
 
 def test_a_second_job_says_who_is_at_work_and_a_killed_one_holds_nobody_up(cache, tmp_path, monkeypatch):
-    first = subprocess.Popen([sys.executable, "-c", HOLD, tmp_path / "run"], cwd=REPO, stdout=subprocess.PIPE)
-    assert first.stdout.readline() == b"1\n"
+    held = processes.Event()
+    first = processes.Process(target=hold, args=(tmp_path / "run", held), daemon=True)
+    first.start()
+    assert held.wait(60)
     monkeypatch.setattr(train, "train", None)              # not to be called
     command = f"train --model tiny --data {cache} --out {tmp_path / 'run'}".split()
     message = refusal(monkeypatch, *command)
-    assert re.search(rf"run: process {first.pid} on \S+, since \d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d, is at work there", message)
+    since = r"since \d{4}-\d\d-\d\d \d\d:\d\d:\d\d"
+    assert re.search(rf"run: process {first.pid} on \S+, {since}, is at work there", message)
     first.kill()
-    first.wait()
+    first.join()
     monkeypatch.undo()
     assert len(run_training(tmp_path / "run", cache, steps=1)) == 1
 
@@ -179,10 +248,12 @@ def test_two_jobs_share_a_cache_or_the_second_is_refused(videos, cache, tmp_path
     with pytest.raises(UserError, match=r"win/made_by.json: was made with other settings: seed 0 \(now 1\)"):
         encode(videos, out, seed=1)
     monkeypatch.undo()
-    jobs = [subprocess.Popen([sys.executable, REPO / "data.py", "--videos", videos, "--model", "tiny", "--out", out],
-                             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) for _ in range(2)]
+    jobs = [processes.Process(target=encode, args=(videos, out)) for _ in range(2)]
     for job in jobs:
-        assert job.wait() == 0, job.stderr.read().decode()
+        job.start()
+    for job in jobs:
+        job.join()
+        assert job.exitcode == 0
     ours, theirs = contents(out), contents(cache)
     assert all(ours[name] == theirs[name] for name in theirs if not name.startswith("lose"))
 
@@ -198,7 +269,7 @@ def test_temporary_names_carry_host_and_process_and_old_ones_go(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"a.json", "made_by.json", ".new.part"}
 
 
-# ---- The toy and the real run do not meet
+# ---- The toy and the real run do not meet ---------------------------------------------------------------------------
 
 @pytest.mark.parametrize("argv, gpu, place", [
     ([], False, ("run-tiny", "cache", True)), (["--model", "tiny"], True, ("run-tiny", "cache", True)),
@@ -220,7 +291,7 @@ def test_the_toy_has_a_folder_of_its_own(argv, gpu, place, tmp_path, monkeypatch
     assert went == [place]
 
 
-# ---- Signals, and a laptop that does other things
+# ---- Signals, and how a command ends --------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name", ["SIGUSR1", "SIGUSR2"])
 def test_slurms_signals_end_a_run_like_sigterm(name, straight, cache, tmp_path, monkeypatch, capsys):
@@ -239,30 +310,84 @@ def test_slurms_signals_end_a_run_like_sigterm(name, straight, cache, tmp_path, 
     assert signal.getsignal(number) == before
 
 
-@pytest.mark.parametrize("name", ["model", "data", "sample", "train", "judging.curate", "judging.study", "judging.tally",
-                                  "judging.verdict", "toy.judge", "toy.make_model", "toy.experiment", "toy.laptop"])
-def test_openmp_is_told_before_torch_is_loaded_and_the_users_word_counts(name):
-    """OpenMP's runtime reads GOMP_SPINCOUNT as torch is loaded."""
+def first_setting(name, environment):
+    """GOMP_SPINCOUNT as it is when the module `name` loads torch, which is when OpenMP's runtime reads it."""
     script = ("import os, sys\n"
               "class Finder:\n"
               "    def find_spec(self, name, *_):\n"
-              "        if name == 'torch': print(os.environ['GOMP_SPINCOUNT'], flush=True), os._exit(0)\n"
+              "        if name == 'torch':\n"
+              "            print(os.environ['GOMP_SPINCOUNT'], flush=True)\n"
+              "            os._exit(0)\n"
               f"sys.meta_path.insert(0, Finder())\nimport {name}")
+    done = subprocess.run([sys.executable, "-c", script], cwd=REPO, env=environment, stdout=subprocess.PIPE, text=True,
+                          check=True)
+    return done.stdout.strip()
+
+
+@pytest.mark.parametrize("name", ["model", "data", "sample", "train", "judging.curate", "judging.study",
+                                  "judging.tally", "judging.verdict", "toy.judge", "toy.make_model", "toy.experiment",
+                                  "toy.laptop"])
+def test_openmp_is_told_before_torch_is_loaded_and_the_users_word_counts(name):
     environment = {key: value for key, value in os.environ.items() if key != "GOMP_SPINCOUNT"}
-    run = partial(subprocess.run, [sys.executable, "-c", script], cwd=REPO, capture_output=True, text=True, check=True)
-    assert run(env=environment).stdout.strip() == "1000"
-    assert run(env=environment | {"GOMP_SPINCOUNT": "7"}).stdout.strip() == "7"
+    assert first_setting(name, environment) == "1000"
+    if name == "model":                                    # where it is set, for all
+        assert first_setting(name, environment | {"GOMP_SPINCOUNT": "7"}) == "7"
 
 
-# ---- A download that was cut off
+def end_of(monkeypatch, error):
+    """The line with which a command ends whose work raises `error`."""
+    def work(options):
+        raise error
+
+    monkeypatch.setattr(sys, "argv", ["data.py", "--model", "tiny"])
+    with pytest.raises(SystemExit) as stopped:
+        data.command(work, data.Options, "data")
+    return stopped.value.code
+
+
+@pytest.mark.parametrize("error, line", [
+    (UserError("a mistake"), "^error: a mistake$"), (KeyboardInterrupt(), "^interrupted; nothing finished is lost"),
+    (RuntimeError("Connection closed by peer"), "^another rank has gone"),                                 # gloo
+    (RuntimeError("ncclRemoteError: a remote process exited"), "^another rank has gone")])                 # NCCL
+def test_a_command_ends_in_a_line_and_a_status(error, line, monkeypatch):
+    assert re.search(line, end_of(monkeypatch, error))
+
+
+def test_a_mistake_of_ours_ends_in_a_traceback(monkeypatch):
+    with pytest.raises(RuntimeError, match="of the sizes"):
+        end_of(monkeypatch, RuntimeError("of the sizes"))
+
+
+def test_other_ranks_leave_it_to_rank_0_to_say_what_every_rank_finds(monkeypatch):
+    waited = []
+    monkeypatch.setattr(data.time, "sleep", waited.append)
+    monkeypatch.setattr(data.signal, "signal", lambda number, action: waited.append((number, action)))
+    on_rank(monkeypatch, 0, 2)
+    assert end_of(monkeypatch, UserError("a mistake")) and not waited
+    on_rank(monkeypatch, 1, 2)
+    assert end_of(monkeypatch, UserError("a mistake"))
+    assert waited == [(signal.SIGTERM, signal.SIG_DFL), 3]
+
+
+def test_only_rank_0_speaks(monkeypatch, capsys):
+    for rank in (1, 0):
+        on_rank(monkeypatch, rank, 2)
+        data.say(f"rank {rank}")
+    assert capsys.readouterr().out == "rank 0\n"
+
+
+# ---- A download that was cut off ------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("part, load", [("transformer/config.json", model.load_dit), ("scheduler", model.load_dit),
                                         ("vae", model.load_vae), ("tokenizer", model.load_text_encoder)])
 def test_a_part_that_a_download_lacks_is_named(part, load, folder, tmp_path, monkeypatch):
     snapshot = shutil.copytree(folder, tmp_path / "snapshot")
     gone = snapshot / part
-    shutil.rmtree(gone) if gone.is_dir() else gone.unlink()
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(snapshot))   # as offline, of its cache
+    if gone.is_dir():
+        shutil.rmtree(gone)
+    else:
+        gone.unlink()
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(snapshot))   # offline, of its cache
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=f"^owner/name: .*snapshot has no {part}; ") as caught:
         load("owner/name")

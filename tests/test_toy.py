@@ -22,12 +22,16 @@ pytest_plugins = "tests.helpers"
 def test_a_run_is_drawn(straight):
     curves.main(curves.Options(run=str(straight)))
     picture = ElementTree.parse(straight / "curves.svg").getroot()
-    texts, lines = ["".join(x.itertext()) for x in picture.findall("{*}text")], list(picture.findall("{*}polyline"))
+    texts = ["".join(text.itertext()) for text in picture.findall("{*}text")]
+    lines = picture.findall("{*}polyline")
     assert {"preference loss (log 2 = 0.69)", "win − ref_win", "lose − ref_lose", "held-out win error, by t",
             "held-out lose error, by t", "step 3"} <= set(texts)
     assert len(lines) == 2 + 2 + 2 + 2 * len(train.EVAL_T)
-    y = lambda line: [float(point.split(",")[1]) for point in line.get("points").split()]
     logged = metrics(straight)
+
+    def y(line):
+        return [float(point.split(",")[1]) for point in line.get("points").split()]
+
     # Upwards on a page, y falls.
     assert np.corrcoef(y(lines[0]), [line["preference"] for line in logged])[0, 1] == pytest.approx(-1, abs=0.01)
     assert np.corrcoef(y(lines[2]), [line["win"] - line["ref_win"] for line in logged])[0, 1] < -0.99
@@ -98,8 +102,8 @@ def test_the_experiment_makes_a_base_a_seed_compares_and_goes_on(tmp_path, monke
     # negatives', base's, clean-trained's; of four runs on validation figures and of two on held-out ones
     assert all(file.stat().st_mtime_ns == time for file, time in made.items()) and len(made) == 9
     bases += [exported(tmp_path / where) for where in ("seed-1/base", "seed-0/clean-trained")]
-    assert (not any(same_tensors(*pair) for pair in combinations(bases, 2)) and len(rows) == 4
-            and all("±" in row[2] for row in rows))
+    assert not any(same_tensors(*pair) for pair in combinations(bases, 2))
+    assert len(rows) == 4 and all("±" in row[2] for row in rows)
     assert re.fullmatch(r"SFT: -?\d+\.\d\d ± \d+\.\d\d \|", rows[-1][-1])
     with pytest.raises(UserError, match=r"base.json: was made with other settings: steps 6000 \(now 5\)"):
         run(2, steps=5)
@@ -123,9 +127,11 @@ def test_a_toy_clip_depends_on_seed_and_index_and_survives_mp4(videos):
 
 
 def test_the_measures_tell_real_from_corrupt_and_still():
-    def scores(change=lambda video: video, **options):     # means over twelve figures
-        judged = [judged_raw(change(world.toy_video(5, i, **options)[0]), world.draw_figure(5, i)) for i in range(12)]
-        return {k: np.mean([score[k] for score in judged]) for k in judged[0]}
+    def scores(change=lambda video: video, **options):     # means over six figures
+        judged = []
+        for i in range(6):
+            judged.append(judged_raw(change(world.toy_video(5, i, **options)[0]), world.draw_figure(5, i)))
+        return {measure: np.mean([score[measure] for score in judged]) for measure in judged[0]}
 
     real, *corrupt = [scores(strength=strength) for strength in (0, 0.25, 0.5, 1)]
     frozen, grey = scores(lambda video: video[:1].repeat(17, axis=0)), scores(lambda video: np.full_like(video, 128))
@@ -151,18 +157,19 @@ def test_a_real_clip_through_the_autoencoder_is_real_and_what_it_is_compared_wit
 
 
 def test_a_folder_of_videos_is_judged(tmp_path, capsys):
-    seed = world.world_of(3, "held-out")
+    seed, measures = world.world_of(3, "held-out"), []
+
+    def judge_folder(name):
+        judge.main(judge.Options(folder=str(tmp_path / name), seed=3))
+        found = re.findall(r"(\w+) (-?[\d.]+)", capsys.readouterr().out.split(":", 1)[1])
+        return {measure: float(value) for measure, value in found}
+
     for name, strength in (("real", 0.0), ("faulty", 1.0)):
-        world.write_toy_videos(tmp_path / name, 3, seed, strength)
-    judge_folder = lambda name: judge.main(judge.Options(folder=str(tmp_path / name), seed=3))
-    measures = []
-    for name in "real", "faulty":
-        judge_folder(name)
-        measures.append({m: float(v)
-                         for m, v in re.findall(r"(\w+) (-?[\d.]+)", capsys.readouterr().out.split(":", 1)[1])})
+        world.write_toy_videos(tmp_path / name, 1, seed, strength)
+        measures.append(judge_folder(name))
     real, faulty = measures
-    assert (real["rvd"] < 0.6 < 1 < faulty["rvd"] and real["limb_change"] < faulty["limb_change"]
-            and real["action_match"] == 1)
+    assert real["rvd"] < 0.6 < 1 < faulty["rvd"] and real["limb_change"] < faulty["limb_change"]
+    assert real["action_match"] == 1
     (tmp_path / "other").mkdir()
     with pytest.raises(UserError, match="other.*00000.mp4"):
         judge_folder("other")
