@@ -91,18 +91,18 @@ def win_and_lose(win, lose):
     return torch.cat([win[:, None].float(), lose.float()], dim=1)
 
 
-def preference_loss(win, lose, ref_win, ref_lose, beta, anchor):
+def preference_loss(win, lose, ref_win, ref_lose, beta, anchor, scale):
     """Eq. 6 of denoising errors: the policy's `win` (B,1) and `lose` (B,N), the reference's likewise.
     Returns (loss, metrics) as `realdpo_loss` does."""
     z = -beta / 2 * ((win - ref_win) - (lose - ref_lose))                               # (B,N), Eq. 6
     preference = -nnf.logsigmoid(z).mean()
-    loss = preference + anchor * win.mean()
+    loss = scale * preference + anchor * win.mean()
     metrics = dict(preference=preference, win=win, lose=lose, ref_win=ref_win, ref_lose=ref_lose,
                    margin=z, accuracy=(z > 0).float())
     return loss, {name: value.detach().mean() for name, value in metrics.items()}
 
 
-def realdpo_loss(policy, reference, *, win, lose, cond, beta, t=None, noise=None, weighting="x0", anchor=0.0):
+def realdpo_loss(policy, reference, *, win, lose, cond, beta, t=None, noise=None, weighting="x0", anchor=0.0, scale=1.0):
     """The RealDPO loss (Eq. 6, App. C), averaged over samples and negatives.
 
         z = −β/2 · [ (ℓ_θ(win) − ℓ_ref(win)) − (ℓ_θ(lose) − ℓ_ref(lose)) ]        L = −log σ(z)
@@ -110,9 +110,10 @@ def realdpo_loss(policy, reference, *, win, lose, cond, beta, t=None, noise=None
     win (B,C,F,H,W), lose (B,N,C,F,H,W), t (B,), noise (B,C,F,H,W): one t and one ε a sample, shared by the win and its
     negatives, drawn where not given. ℓ is `denoising_error`, a mean over elements, so that β does not depend on the
     latents' size; on the paper's sum it would be β / numel (the authors' 5000 at 16×13×60×90 is 0.00445 on the sum).
-    `anchor` adds anchor · ℓ_θ(win), the supervised loss (the paper has none).
+    `anchor` adds anchor · ℓ_θ(win), the supervised loss (the paper has none). `scale` multiplies L but not the anchor:
+    it makes up for the steps that do not compare, where only every few do.
 
-    Returns (loss, metrics): a scalar, and scalars `preference` (the loss without the anchor, log 2 while policy and
+    Returns (loss, metrics): a scalar, and scalars `preference` (L without scale and anchor, log 2 while policy and
     reference agree), `win`, `lose`, `ref_win`, `ref_lose` (the four errors), `margin` (mean z) and `accuracy` (how
     often z > 0: the policy prefers the real video more than the reference does).
     """
@@ -122,11 +123,11 @@ def realdpo_loss(policy, reference, *, win, lose, cond, beta, t=None, noise=None
     win_error, lose_error = denoising_errors(policy, videos, noise, t, cond, weighting).split(sizes, dim=1)
     with torch.no_grad():
         ref_win, ref_lose = denoising_errors(reference, videos, noise, t, cond, weighting).split(sizes, dim=1)
-    return preference_loss(win_error, lose_error, ref_win, ref_lose, beta, anchor)
+    return preference_loss(win_error, lose_error, ref_win, ref_lose, beta, anchor, scale)
 
 
 def streamed_realdpo_loss(policy, reference, *, win, lose, cond, beta, t=None, noise=None, weighting="x0", anchor=0.0,
-                          graphs="two"):
+                          scale=1.0, graphs="two"):
     """`realdpo_loss` with less memory: the same numbers and gradients, a video at a time.
 
     The backward passes of the negatives run in here; that of the returned loss, to be called as ever, is the win's.
@@ -146,14 +147,14 @@ def streamed_realdpo_loss(policy, reference, *, win, lose, cond, beta, t=None, n
     lose_errors = []
     for video, ref in zip(others, ref_lose):
         lose_error = errors(policy, video)
-        loss, _ = preference_loss(stand_in, lose_error, ref_win, ref, beta, anchor)
+        loss, _ = preference_loss(stand_in, lose_error, ref_win, ref, beta, anchor, scale)
         (loss / len(others)).backward()                    # frees this negative's graph
         lose_errors.append(lose_error.detach())
     if graphs == "one":
         win_error = errors(policy, first)
     rest = (win_error * stand_in.grad).sum()               # its gradient is what is left of the loss's
     loss, metrics = preference_loss(win_error.detach(), torch.cat(lose_errors, 1), ref_win, torch.cat(ref_lose, 1),
-                                    beta, anchor)
+                                    beta, anchor, scale)
     return loss + (rest - rest.detach()), metrics
 
 
@@ -199,7 +200,6 @@ class Visited(NamedTuple):
     x: torch.Tensor                                        # latents, after the correction
     v: torch.Tensor                                        # the velocity that the denoiser gave there
     t: torch.Tensor
-
 
 
 @torch.no_grad()

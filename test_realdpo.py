@@ -78,10 +78,10 @@ def loss_by(graphs):
 
 
 @pytest.mark.parametrize("graphs", ["all", "two", "one"])
-@pytest.mark.parametrize("anchor", [0.0, 0.7])
+@pytest.mark.parametrize("anchor, scale", [(0.0, 1.0), (0.7, 1.0), (0.7, 4.0)])
 @pytest.mark.parametrize("weighting", ["x0", "velocity"])
 @pytest.mark.parametrize("batch, n", [(1, 1), (2, 3), (3, 1)])
-def test_loss_and_gradient_equal_appendix_c(batch, n, weighting, anchor, graphs):
+def test_loss_and_gradient_equal_appendix_c(batch, n, weighting, anchor, scale, graphs):
     policy, reference, given, beta = Toy(1), Toy(2), preference(batch, n), 3.0
     numel, (win, lose, cond, t, noise) = given["win"][0].numel(), given.values()
     pairs = []
@@ -93,10 +93,11 @@ def test_loss_and_gradient_equal_appendix_c(batch, n, weighting, anchor, graphs)
     z, *errors = torch.stack(pairs, dim=1)
     win_error, lose_error, ref_win_error, ref_lose_error = (e.mean() / numel for e in errors)
     align = -torch.log(torch.sigmoid(z)).mean()
-    expected = align + anchor * win_error
+    expected = scale * align + anchor * win_error
     gradient = parameters_to_vector(torch.autograd.grad(expected, list(policy.parameters())))
 
-    loss, metrics = loss_by(graphs)(policy, reference, **given, beta=beta, weighting=weighting, anchor=anchor)
+    loss, metrics = loss_by(graphs)(policy, reference, **given, beta=beta, weighting=weighting, anchor=anchor,
+                                      scale=scale)
     loss.backward()
     torch.testing.assert_close(loss, expected)
     assert relative(parameters_to_vector(p.grad for p in policy.parameters()), gradient) <= 2e-5
@@ -825,10 +826,22 @@ def test_all_that_is_drawn_depends_on_seed_step_and_place_alone(change):
         assert not torch.equal(ours[name], other[name]), name
 
 
-def test_t_is_uniform_between_the_least_that_the_network_knows_and_t_max():
-    t = torch.stack([draw(place=place, t_min=0.2, t_max=0.6)["t"] for place in range(2000)])
-    assert 0.2 < t.min() < 0.201 and 0.599 < t.max() <= 0.6 and t.mean() == pytest.approx(0.4, abs=0.01)
+@pytest.mark.parametrize("t_draw, t_max", [("low", 0.6387), ("uniform", 1.0)])
+def test_t_is_uniform_from_the_least_that_the_network_knows(t_draw, t_max):
+    t = torch.stack([draw(place=place, t_min=0.2, t_draw=t_draw)["t"] for place in range(2000)])
+    assert 0.2 < t.min() < 0.201 and t_max - 0.001 < t.max() <= t_max
+    assert t.mean() == pytest.approx((0.2 + t_max) / 2, abs=0.01)
     assert_unrelated(torch.stack([draw(place=place)["noise"] for place in range(8)]))
+
+
+def test_the_releases_t_are_those_of_its_first_500_training_steps():
+    assert len(train.RELEASE_T) == 500 and (train.RELEASE_T.diff() > 0).all()
+    assert train.RELEASE_T[0].item() == pytest.approx(0.0283, abs=1e-4)
+    assert train.RELEASE_T[-1].item() == pytest.approx(train.LOW_T, abs=1e-4)
+    t = torch.stack([draw(place=place, t_draw="release")["t"] for place in range(2000)])
+    assert set(t.tolist()) <= set(train.RELEASE_T.tolist()) and len(t.unique()) > 400
+    assert (t < 0.1).float().mean() == pytest.approx(0.026, abs=0.01)          # 0.12 of uniform ones below 0.6387
+    assert t.mean() == pytest.approx(train.RELEASE_T.mean().item(), abs=0.01)
 
 
 def test_negatives_are_drawn_evenly_without_repetition_and_for_realdpo_alone():
@@ -868,10 +881,15 @@ def test_each_method_takes_its_loss_with_the_options_of_the_run(weighting, graph
     assert policy.calls == policy_calls
 
 
-def test_the_rate_rises_over_the_steps_of_the_warm_up():
-    rates = [train.learning_rate(train.Options(lr=8.0, warmup=4, steps=100), step) for step in range(6)]
-    assert rates == [2, 4, 6, 8, 8, 8]
-    assert train.learning_rate(train.Options(lr=8.0, warmup=0, steps=100), 0) == 8
+@pytest.mark.parametrize("steps, warmup, decay, rates", [
+    (5, 2, 0.0, [0.5, 1, 1, 1, 1]),
+    (10, 2, 0.4, [0.5, 1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25]),
+    (4, 0, 1.0, [1, 0.75, 0.5, 0.25]),
+    (6, 4, 1.0, [1 / 4, 2 / 4, 4 / 6, 3 / 6, 2 / 6, 1 / 6]),               # warm-up and fall meet
+    (1, 1, 1.0, [1])])
+def test_the_rate_rises_stays_and_falls(steps, warmup, decay, rates):
+    options = train.Options(lr=2.0, warmup=warmup, decay=decay)
+    assert [train.learning_rate(options, step, steps) / 2 for step in range(steps)] == pytest.approx(rates)
 
 
 @pytest.fixture(scope="module")
@@ -1035,12 +1053,30 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(straight, cache, tmp_
     assert same_tensors(checkpoint(tmp_path / "run", 2), checkpoint(straight, 2))
 
 
+def test_between_comparisons_the_anchor_trains_alone(cache, tmp_path, monkeypatch):
+    compared, supervised = spy_on_losses(monkeypatch), []
+
+    def spy(policy, **given):
+        supervised.append(given)
+        return realdpo.sft_loss(policy, **given)
+
+    monkeypatch.setattr(train, "sft_loss", spy)
+    lines = run_training(tmp_path / "run", cache, compare_every=3, anchor=20.0)
+    assert ["ref_win" in line for line in lines] == [True, False, False, True]
+    assert [call["scale"] for call in compared] == [3, 3] and len(supervised) == 2
+    for line in lines[1:3]:
+        assert line["loss"] == pytest.approx(20 * line["win"])
+    plain = run_training(tmp_path / "plain", cache, anchor=20.0, steps=1)      # of the same draws
+    assert lines[0]["win"] == plain[0]["win"] and lines[0]["preference"] == plain[0]["preference"]
+    assert lines[0]["loss"] == pytest.approx(3 * plain[0]["preference"] + 20 * plain[0]["win"])
+
+
 def test_every_sample_has_its_own_noise_and_t_and_an_epoch_every_record_once(cache, tmp_path, monkeypatch):
     losses = spy_on_losses(monkeypatch)
     monkeypatch.setattr(model.FlowPrediction, "t_min", 0.4)
-    run_training(tmp_path / "run", cache, batch=2, t_max=0.6)                # four steps: two epochs
+    run_training(tmp_path / "run", cache, batch=2, t_draw="low")             # four steps: two epochs
     t, noise, wins = (torch.cat([batch[k] for batch in losses]) for k in ("t", "noise", "win"))
-    assert len(set(t.tolist())) == 8 and 0.4 < t.min() and t.max() <= 0.6
+    assert len(set(t.tolist())) == 8 and 0.4 < t.min() and t.max() <= 0.6387
     assert_unrelated(noise)
     for epoch in (wins[:4], wins[4:]):
         assert len(epoch.flatten(1).unique(dim=0)) == 4
@@ -1132,13 +1168,13 @@ def test_a_run_from_elsewhere_may_take_other_options(half, cache, tmp_path):
 
 
 # What decides a step, and another value of it; all other options decide where, how and how long a run runs.
-DECIDES = dict(model="other", method="dpo", beta=7.0, anchor=7.0, weighting="velocity", t_max=0.5, lose_per_step=2,
-               ema_decay=0.9, ema_every=7, lr=7.0, warmup=7, batch=16, seed=7)
+DECIDES = dict(model="other", method="dpo", beta=7.0, anchor=7.0, weighting="velocity", t_draw="release",
+               lose_per_step=2, compare_every=7, ema_decay=0.9, ema_every=7, lr=7.0, warmup=7, decay=0.1, batch=16, seed=7)
 
 
 def test_what_decides_a_step_may_not_change_when_a_run_goes_on_and_all_else_may(tmp_path):
     folder, records = tmp_path / "run" / "checkpoints" / "step-000003", data.Records.__new__(data.Records)
-    records.folder, records.hashes = "cache", {"a": "1"}
+    records.folder, records.names, records.hashes = "cache", ["a"], {"a": "1"}
     options = train.Options(model="tiny", out=str(tmp_path / "run"))
     data.write_json(folder / "options.json", {"step": 3, **dataclasses.asdict(options)})
     data.write_json(folder / "records.json", records.hashes)
@@ -1148,9 +1184,30 @@ def test_what_decides_a_step_may_not_change_when_a_run_goes_on_and_all_else_may(
             other = dataclasses.replace(options, **{field.name: DECIDES[field.name]})
             with pytest.raises(UserError, match=re.escape(f"{data.flag(field.name)} ")):
                 train.check_checkpoint(folder, other, records)
-        elif field.name != "out":
+        elif field.name not in ("out", "steps", "epochs"):
             other = dataclasses.replace(options, **{field.name: "another"})
             assert train.check_checkpoint(folder, other, records) == 3, field.name
+
+
+def test_the_number_of_steps_may_change_until_the_rate_has_begun_to_fall(cache, tmp_path):
+    falling = partial(run_training, tmp_path / "run", cache, decay=0.5, save_every=2)
+    falling(steps=2)                                       # rates 1 and 1: of two, none is lower yet
+    falling(steps=4)
+    assert [line["lr"] for line in metrics(tmp_path / "run")] == pytest.approx([1e-4, 1e-4, 1e-4, 5e-5])
+    with pytest.raises(UserError, match=r"step-000004: the rate has begun to fall .* 4 steps.* 8 .*--resume"):
+        falling(steps=8)
+    resume = str(tmp_path / "run" / "checkpoints" / "step-000004")             # the way that the message names
+    lines = run_training(tmp_path / "other", cache, decay=0.5, steps=8, resume=resume)
+    assert [line["lr"] for line in lines] == pytest.approx([1e-4, 7.5e-5, 5e-5, 2.5e-5])
+
+
+def test_a_run_with_comparisons_now_and_then_and_a_falling_rate_goes_on_bit_for_bit(cache, tmp_path):
+    run = partial(run_training, cache=cache, compare_every=2, decay=1.0, save_every=1, steps=3)
+    straight = run(tmp_path / "straight")
+    shutil.copytree(tmp_path / "straight", tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-000003")            # stopped between two comparisons
+    assert run(tmp_path / "run") == straight
+    assert same_tensors(checkpoint(tmp_path / "run", 3), checkpoint(tmp_path / "straight", 3))
 
 
 def test_with_offload_a_run_is_the_same_to_the_bit(straight, cache, looks, tmp_path):

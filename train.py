@@ -42,12 +42,16 @@ class Options:
     beta: float = option(5000.0, "strength of the preference, on the mean squared error (release: 5000)")
     anchor: float = option(1000.0, "weight of the win error added to the loss (paper: 0, see README)")
     weighting: Literal["x0", "velocity"] = option("x0", "of the error at t: 1 for x0 (App. C), 1/t² for velocity")
-    t_max: float = option(0.6387, "largest noise level t; this one is the release's low-noise half (paper: 1)")
+    t_draw: Literal["uniform", "low", "release"] = option("low", "of the noise level t: uniform up to 1 (paper), or up "
+                                                          "to 0.64; or as the release, which seldom draws a small one")
     lose_per_step: int = option(1, "negatives drawn per sample and step, for realdpo; 0: all (paper: 3)")
+    compare_every: int = option(1, "realdpo: steps from one comparison with lose and reference to the next; the anchor "
+                                   "alone trains between them (paper: 1)")
     ema_decay: float = option(0.996, "ω of the reference (Eq. 7, paper: 0.996, release: 0.999); 1: frozen")
     ema_every: int = option(1, "steps between two updates of the reference (paper: not given; release: 100)")
     lr: float = option(1e-5, "learning rate after warm-up (paper: 1e-5; release: 1e-6)", "the optimizer")
     warmup: int = option(20, "steps of linear warm-up (release: 100)")
+    decay: float = option(0.5, "part of the steps, at the end, over which the rate falls to zero (paper: 0)")
     epochs: int = option(0, "passes over the records; default: 10 (paper)", either=True)
     steps: int = option(0, "training steps, in place of --epochs", either=True)
     batch: int = option(8, "samples per step over all GPUs (paper: 8); each a win with its lose")
@@ -70,6 +74,10 @@ PREFERENCE = ("realdpo", "dpo")         # the methods that compare with a refere
 SCORED = ("dpo", "rwr")                 # the methods that learn from scored generated videos, not from real ones
 CHECKPOINTING = {"none": False, "full": True, "selective": "selective"}
 KEEP = 2                                # checkpoints
+# The noise levels of CogVideoX's first 500 training steps, of 1000. The release draws one of them; few are small.
+RELEASE_T = model.VPrediction(dict(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012,
+                                   snr_shift_scale=1.0)).t[:500].float()
+LOW_T = 0.6387                          # the largest of them
 
 
 # ---- One step, from the records to the updated reference ------------------------------------------------------------
@@ -84,16 +92,28 @@ def batch_indices(options, count, step):
     return indices
 
 
+def compares(options, step):
+    """Whether a step looks at negatives and reference. It goes by the step's number, so all ranks do the same."""
+    return options.method != "realdpo" or step % options.compare_every == 0
+
+
 def draw_sample(record, options, step, place, t_min):
     """A record with this step's t, noise and negatives, a function of (seed, step, place in the batch). t is uniform in
-    (t_min, t_max]; t_min is the least noise that the network was trained on."""
+    (t_min, 1] or (t_min, 0.6387], where t_min is the least noise that the network was trained on, or the release's."""
     rng = generator("train", options.seed, step, place)
-    record["t"] = t_min + (options.t_max - t_min) * (1 - torch.rand((), generator=rng))
+    u = torch.rand((), generator=rng)
+    if options.t_draw == "release":
+        record["t"] = RELEASE_T[int(u * len(RELEASE_T))]
+    else:
+        t_max = LOW_T if options.t_draw == "low" else 1.0
+        record["t"] = t_min + (t_max - t_min) * (1 - u)
     record["noise"] = torch.randn(record["win"].shape, generator=rng)
     if "noised" in record:
         noised = record.pop("noised")
         record["image"] = noised[torch.randint(len(noised), (), generator=rng)]
-    if options.lose_per_step and options.method == "realdpo":
+    if not compares(options, step):
+        del record["lose"]
+    elif options.lose_per_step and options.method == "realdpo":
         drawn = torch.randperm(len(record["lose"]), generator=rng)[:options.lose_per_step]
         record["lose"] = record["lose"][drawn]
     return record
@@ -108,11 +128,14 @@ def loss_of(policy, reference, batch, options):
         return sft_loss(policy, win=batch["win"], **common)
     if options.method == "rwr":
         return rwr_loss(policy, videos=batch["lose"], scores=batch["scores"], **common)
-    win, lose, anchor = batch["win"], batch["lose"], options.anchor
-    if options.method == "dpo":                            # the baseline is as published, without an anchor
-        win, lose = best_and_worst(lose, batch["scores"])
-        anchor = 0.0
-    common |= dict(win=win, lose=lose, beta=options.beta, anchor=anchor)
+    if "lose" not in batch:                                # a step between two comparisons
+        loss, metrics = sft_loss(policy, win=batch["win"], **common)
+        return options.anchor * loss, metrics
+    common |= dict(win=batch["win"], lose=batch["lose"], beta=options.beta)
+    if options.method == "realdpo":
+        common |= dict(anchor=options.anchor, scale=options.compare_every)
+    else:                                                  # DPO is as published, without an anchor
+        common["win"], common["lose"] = best_and_worst(batch["lose"], batch["scores"])
     if options.graphs == "all":
         return realdpo_loss(policy, reference, **common)
     return streamed_realdpo_loss(policy, reference, graphs=options.graphs, **common)
@@ -138,9 +161,12 @@ def accumulate_gradients(policy, reference, records, samples, options, step, dev
     return dict(total)
 
 
-def learning_rate(options, step):
-    """The rate of a step: a linear warm-up, then constant."""
-    return options.lr * min(1, (step + 1) / max(1, options.warmup))
+def learning_rate(options, step, steps):
+    """The rate of a step of a run of `steps`: up over the warm-up, down to zero over the last part, --decay, of them.
+    The last iterate of a constant rate is noisy: on the toy, falling makes runs better and their scatter smaller."""
+    up = (step + 1) / max(1, options.warmup)
+    down = (steps - step) / max(1, options.decay * steps)
+    return options.lr * min(1, up, down)
 
 
 def train_step(policy, reference, optimizer, records, options, step, process, stop):
@@ -155,7 +181,7 @@ def train_step(policy, reference, optimizer, records, options, step, process, st
     asked = metrics.pop("asked") > 0
     metrics["grad_norm"] = torch.nn.utils.clip_grad_norm_(policy.parameters(), CLIP).full_tensor().item()
     check_health(metrics, options, step, [records.names[index] for _, index in samples])
-    metrics["lr"] = learning_rate(options, step)
+    metrics["lr"] = learning_rate(options, step, number_of_steps(options, len(records)))
     optimizer.param_groups[0]["lr"] = metrics["lr"]
     optimizer.step()
     optimizer.zero_grad()
@@ -236,10 +262,12 @@ def make_previews(previews, policy, folder, process):
     scenes.vae.cpu()
 
 
-def speed(work, setting, seconds, process):
+def speed(work, setting, step, seconds, process):
     """Metrics of a step that took so long. mfu counts the useful FLOP, hfu also those done twice to save memory."""
-    useful, done = work.flops(setting)
-    metrics = {"seconds": seconds, "tokens_per_second": work.options.batch * work.videos * work.tokens / seconds}
+    share = compares(work.options, step)
+    useful, done = work.flops(setting, share)
+    tokens = work.options.batch * work.videos_of(share) * work.tokens
+    metrics = {"seconds": seconds, "tokens_per_second": tokens / seconds}
     gpu = torch.cuda.get_device_name() if process.device.type == "cuda" else ""
     for name, rate in PEAK.items():
         if name in gpu:
@@ -370,7 +398,19 @@ def check_checkpoint(folder, options, records):
             changed = "is gone" if name not in records.hashes else "is new" if name not in trained_on else "has changed"
             raise UserError(f"{records.folder}: record {name} {changed} since {folder} was written; give the same "
                             "records, or start another --out")
+    check_schedule(folder, saved, options, len(records))
     return saved["step"]
+
+
+def check_schedule(folder, saved, options, count):
+    """Raise UserError if with the number of steps there is now, the steps done so far would have had other rates: a run
+    that goes on must be the one that was never interrupted."""
+    planned = number_of_steps(dataclasses.replace(options, steps=saved["steps"], epochs=saved["epochs"]), count)
+    steps, last = number_of_steps(options, count), saved["step"] - 1
+    if learning_rate(options, last, planned) != learning_rate(options, last, steps):
+        raise UserError(f"{folder}: the rate has begun to fall to zero at the end of {planned} steps (--decay "
+                        f"{options.decay}), so they cannot become {steps} any more; keep their number, or go on from "
+                        "here with --resume and another --out")
 
 
 def load_checkpoint(state, optimizer, folder, step):
@@ -497,11 +537,13 @@ class Setting(NamedTuple):
 
 
 class Work:
-    """What a step costs. `config` is the transformer's; latents (C,F,H,W) of `shape`, n_lose negatives a record."""
+    """What a step costs. `config` is the transformer's; latents (C,F,H,W) of `shape`, n_lose negatives a record.
+    `share` is that of the steps that compare: 1 or 0 for a certain step; where not given, it makes the mean step."""
 
     def __init__(self, options, config, shape, n_lose):
         drawn = min(n_lose, options.lose_per_step or n_lose)
         self.videos = {"realdpo": 1 + drawn, "sft": 1, "dpo": 2, "rwr": n_lose}[options.method]      # of a sample
+        self.share = 1 / options.compare_every if options.method == "realdpo" else 1
         self.options, self.compared, self.layers = options, options.method in PREFERENCE, config["num_layers"]
         self.products, self.attention, self.tokens = model.forward_flops(config, shape[1:])
         self.forward = self.products + self.attention      # FLOP of one video
@@ -510,13 +552,19 @@ class Work:
         with torch.device("meta"):
             self.parameters = sum(p.numel() for p in model.DiT(config).parameters())
 
-    def flops(self, setting):
+    def videos_of(self, share):
+        """How many videos of a sample a step looks at."""
+        return share * self.videos + (1 - share)           # the win alone where it does not compare
+
+    def flops(self, setting, share=None):
         """FLOP of a step over all ranks, without and with what is done twice to save memory."""
+        share = self.share if share is None else share
         again = {"none": 0, "full": self.forward, "selective": self.products}[setting.checkpointing]
-        useful = self.videos * (3 + self.compared) * self.forward      # backward is twice forward; the reference's
-        done = useful + self.videos * again
+        policy, reference = self.videos_of(share), share * self.compared * self.videos
+        useful = (3 * policy + reference) * self.forward   # backward is twice forward
+        done = useful + policy * again
         if self.compared and setting.graphs == "one":
-            done += self.forward                           # the win's error, before its graph
+            done += share * self.forward                   # the win's error, before its graph
         return self.options.batch * useful, self.options.batch * done
 
     def memory(self, setting, shards):
@@ -543,8 +591,9 @@ class Work:
         if not setting.offload:
             return seconds
         part, samples = 4 * self.parameters / shards, self.options.batch / gpus
-        backwards = 1 if setting.graphs == "all" else self.videos
-        passes = 3 * backwards + (setting.graphs == "one")             # policy forward, backward; reference forward
+        backwards = 1 if setting.graphs == "all" else self.videos_of(self.share)
+        references = self.share * self.compared * (1 if setting.graphs == "all" else self.videos)
+        passes = 2 * backwards + references + self.share * (setting.graphs == "one")    # each moves all weights
         sums = 0 if setting.held else samples * backwards              # gradients copied out and added on the CPU
         copied = (samples * passes + sums) * part
         touched = (3 * sums + 13) * part                   # 3 a sum; AdamW 7, clipping 3, the EMA 3
@@ -569,8 +618,8 @@ def choose_setting(work, options, process, mesh):
         here = int(os.environ.get("LOCAL_WORLD_SIZE", process.world_size))
         needed, free = work.host_memory(shards, here), data.free_host_memory()
         if needed > free:
-            raise UserError(f"--offload: {here} processes take {needed / GIB:.0f} GiB of this machine's memory, of which "
-                            f"{free / GIB:.0f} are free; use more machines, or GPUs without --offload")
+            raise UserError(f"--offload: {here} processes take {needed / GIB:.0f} GiB of this machine's memory, of "
+                            f"which {free / GIB:.0f} are free; use more machines, or GPUs without --offload")
     ways = [options.graphs] if options.graphs else ["all", "two", "one"]
     held = [True, False] if options.offload and process.device.type == "cuda" else [False]
     settings = [Setting(options.offload, options.checkpointing, *way) for way in product(ways, held)]
@@ -633,7 +682,7 @@ def number_of_steps(options, count):
 
 def check_options(options, world_size):
     """Raise UserError for options that contradict each other or the number of processes."""
-    least = dict(batch=1, micro_batch=1, ema_every=1, save_every=1, epochs=0, steps=0, lose_per_step=0)
+    least = dict(batch=1, micro_batch=1, ema_every=1, compare_every=1, save_every=1, epochs=0, steps=0, lose_per_step=0)
     for name, smallest in least.items():
         if getattr(options, name) < smallest:
             raise UserError(f"{flag(name)} {getattr(options, name)}: expected at least {smallest}")
@@ -643,8 +692,11 @@ def check_options(options, world_size):
     if share % min(options.micro_batch, share):
         raise UserError(f"--micro-batch {options.micro_batch}: does not divide the {share} samples that each of the "
                         f"{world_size} processes takes of --batch {options.batch}")
-    if not 0.1 <= options.t_max <= 1:
-        raise UserError(f"--t-max {options.t_max}: expected 0.1 to 1")
+    if not 0 <= options.decay <= 1:
+        raise UserError(f"--decay {options.decay}: expected 0 to 1, a part of the steps")
+    if options.method == "realdpo" and options.compare_every > 1 and options.anchor <= 0:
+        raise UserError(f"--compare-every {options.compare_every} needs an --anchor: nothing else trains between two "
+                        "comparisons")
 
 
 def read_records(options, config):
@@ -719,7 +771,7 @@ def train(options, process, mesh):
             if options.max_minutes and tick - begin > 60 * options.max_minutes:
                 stop.set()
             metrics, asked = train_step(policy, reference, optimizer, records, options, step, process, stop)
-            metrics |= speed(work, setting, time.time() - tick, process)
+            metrics |= speed(work, setting, step, time.time() - tick, process)
             done = step + 1
             due = is_due(options, done, steps)
             if held_out and due:

@@ -77,6 +77,8 @@ def test_the_work_of_a_sample_of_5b():
     assert forwards(full) == pytest.approx((8, 10), rel=0.01)
     assert forwards(setting("full", "one")) == pytest.approx((8, 11), rel=0.01)          # the win once more
     assert 8 < forwards(setting(SELECTIVE, "two"))[1] < 10
+    assert forwards(none, compare_every=4) == pytest.approx((4.25, 4.25), rel=0.01)      # (8 + 3 · 3) / 4
+    assert forwards(setting("full", "one"), compare_every=2) == pytest.approx((5.5, 7.5), rel=0.01)
 
 
 def test_offload_leaves_no_weights_on_the_gpu_and_takes_its_time():

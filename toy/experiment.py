@@ -31,24 +31,24 @@ class Trial(NamedTuple):
 
 # A step of SFT costs 3 passes of a video; one of RealDPO with n negatives 3 (1 + n) of the policy and 1 + n of the
 # reference. So 100 steps with three negatives, 200 with one, and 533 of SFT are the same work.
-LOW = 0.6387                                               # the low-noise half of the noise levels, as in the release
-ONE_LOW = dict(lose_per_step=1, steps=200, t_max=LOW)
+LOW = "low"                                               # the low-noise half of the noise levels, as in the release
+ONE_LOW = dict(lose_per_step=1, steps=200, t_draw=LOW)
 TRIALS = {
     "SFT": Trial(dict(method="sft")),
-    "SFT, low t": Trial(dict(method="sft", t_max=LOW)),
+    "SFT, low t": Trial(dict(method="sft", t_draw=LOW)),
     "SFT 533": Trial(dict(method="sft", steps=533)),
-    "SFT 533, low t": Trial(dict(method="sft", steps=533, t_max=LOW)),
+    "SFT 533, low t": Trial(dict(method="sft", steps=533, t_draw=LOW)),
     "SFT 533, velocity": Trial(dict(method="sft", steps=533, weighting="velocity")),
     "RealDPO": Trial(dict(anchor=0.0), ("SFT", "SFT 533")),
     "RealDPO + anchor": Trial(dict(), ("SFT", "SFT 533")),
-    "RealDPO + anchor, low t": Trial(dict(t_max=LOW), ("SFT, low t", "SFT 533, low t", "SFT 533")),
+    "RealDPO + anchor, low t": Trial(dict(t_draw=LOW), ("SFT, low t", "SFT 533, low t", "SFT 533")),
     "RealDPO + anchor, 1 of 3": Trial(dict(lose_per_step=1, steps=200), ("RealDPO + anchor", "SFT 533")),
     "RealDPO + anchor, 1 of 3, low t": Trial(ONE_LOW, ("RealDPO + anchor, low t", "SFT 533, low t", "SFT 533")),
     "the same, Euler negatives": Trial(ONE_LOW, ("RealDPO + anchor, 1 of 3, low t",), "euler"),
     "DPO": Trial(dict(method="dpo"), ("SFT",)),
     "RWR": Trial(dict(method="rwr"), ("SFT",)),
 }
-COMMON = dict(steps=100, t_max=1.0, lose_per_step=0)       # where a row says nothing else
+COMMON = dict(steps=100, t_draw="uniform", lose_per_step=0)       # where a row says nothing else
 RATES = (1e-5, 2e-5, 5e-5, 2e-4, 5e-4, 1e-3, 2e-3)         # among which the first base's validation figures choose
 SIZES = {"real": 48, "held-out": 256, "validation": 128}
 T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)          # Student's t at 97.5 %, by degrees of freedom
