@@ -770,7 +770,8 @@ def this_process():
     torch.cuda.set_device(local)
     if torch.cuda.get_device_capability() < (8, 0):        # older ones compute bf16 as slow as fp32, fp16 overflows
         raise UserError(f"{torch.cuda.get_device_name()}: has no bf16 arithmetic, which the networks need; "
-                        "use a GPU of 2020 or later (Ampere, compute capability 8.0), or the CPU: CUDA_VISIBLE_DEVICES=")
+                        "use a GPU of 2020 or later (Ampere, compute capability 8.0), or the CPU: "
+                        "CUDA_VISIBLE_DEVICES=")
     return Process(rank, world_size, torch.device("cuda", local), torch.bfloat16)
 
 

@@ -102,7 +102,8 @@ def preference_loss(win, lose, ref_win, ref_lose, beta, anchor, scale):
     return loss, {name: value.detach().mean() for name, value in metrics.items()}
 
 
-def realdpo_loss(policy, reference, *, win, lose, cond, beta, t=None, noise=None, weighting="x0", anchor=0.0, scale=1.0):
+def realdpo_loss(policy, reference, *, win, lose, cond, beta, t=None, noise=None, weighting="x0", anchor=0.0,
+                 scale=1.0):
     """The RealDPO loss (Eq. 6, App. C), averaged over samples and negatives.
 
         z = −β/2 · [ (ℓ_θ(win) − ℓ_ref(win)) − (ℓ_θ(lose) − ℓ_ref(lose)) ]        L = −log σ(z)
@@ -110,8 +111,7 @@ def realdpo_loss(policy, reference, *, win, lose, cond, beta, t=None, noise=None
     win (B,C,F,H,W), lose (B,N,C,F,H,W), t (B,), noise (B,C,F,H,W): one t and one ε a sample, shared by the win and its
     negatives, drawn where not given. ℓ is `denoising_error`, a mean over elements, so that β does not depend on the
     latents' size; on the paper's sum it would be β / numel (the authors' 5000 at 16×13×60×90 is 0.00445 on the sum).
-    `anchor` adds anchor · ℓ_θ(win), the supervised loss (the paper has none). `scale` multiplies L but not the anchor:
-    it makes up for the steps that do not compare, where only every few do.
+    `anchor` adds anchor · ℓ_θ(win), the supervised loss (the paper has none). `scale` multiplies L, not the anchor.
 
     Returns (loss, metrics): a scalar, and scalars `preference` (L without scale and anchor, log 2 while policy and
     reference agree), `win`, `lose`, `ref_win`, `ref_lose` (the four errors), `margin` (mean z) and `accuracy` (how

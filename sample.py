@@ -193,7 +193,8 @@ def list_shots(options):
         return [Shot(out, Clip("", Path(options.image), options.prompt, "--image", {}), 0)]
     out = Path(options.out or "videos")
     prompts, bench = read_bench(options.bench)
-    claim(out / "bench.json", bench_settings(options, bench) | dict(transformer=digest(*find_transformer(options.model))))
+    transformer = digest(*find_transformer(options.model))
+    claim(out / "bench.json", bench_settings(options, bench) | dict(transformer=transformer))
     return shots_of(prompts, out, options.samples)
 
 

@@ -347,7 +347,8 @@ def test_checkpointing_recomputes_blocks_and_keeps_the_gradient(how, attentions)
     expected = block_gradients(block)
     products.clear()
     with Count(carried) as count:
-        assert all(torch.equal(ours, theirs) for ours, theirs in zip(block_gradients(block, how), expected, strict=True))
+        for ours, theirs in zip(block_gradients(block, how), expected, strict=True):
+            assert torch.equal(ours, theirs)
     assert len(products) == (2 if how else 1)              # a matrix product, in the backward pass again
     assert count.calls["_scaled_dot_product_flash_attention_for_cpu"] == attentions
 
@@ -783,7 +784,8 @@ def test_negatives_take_half_the_evaluations_of_a_published_video(monkeypatch):
     for options in ({"data": "cache"}, {"image": "a.png"}, {"bench": "shots"}, {"data": "cache", "solver": "euler"},
                     {"data": "cache", "steps": 9}, {"image": "a.png", "solver": "multistep"}):
         sample.main(sample.Options(model="tiny", **options))
-    assert taken == [("multistep", 25), ("euler", 50), ("euler", 50), ("euler", 50), ("multistep", 9), ("multistep", 25)]
+    assert taken == [("multistep", 25), ("euler", 50), ("euler", 50), ("euler", 50), ("multistep", 9),
+                     ("multistep", 25)]
 
 
 def test_one_picture_and_one_sentence_become_an_mp4_which_can_be_a_gif(picture, straight, tmp_path):
@@ -956,7 +958,7 @@ def identity(x_t, cond, t):
 
 
 def test_held_out_records_are_looked_at_at_fixed_times_and_noise(cache, alone, monkeypatch):
-    """A policy that always says 0 has the error of the videos' own mean square, the reference's is that of the noise."""
+    """A policy that always says 0 has the error of the videos' own mean square, the reference's is the noise's."""
     monkeypatch.setattr(train, "EVAL_RECORDS", 3)
     records, options = data.Records(cache), train.Options(beta=3.0)
     look = partial(train.evaluate, zero, identity, records, options)
@@ -1169,7 +1171,8 @@ def test_a_run_from_elsewhere_may_take_other_options(half, cache, tmp_path):
 
 # What decides a step, and another value of it; all other options decide where, how and how long a run runs.
 DECIDES = dict(model="other", method="dpo", beta=7.0, anchor=7.0, weighting="velocity", t_draw="release",
-               lose_per_step=2, compare_every=7, ema_decay=0.9, ema_every=7, lr=7.0, warmup=7, decay=0.1, batch=16, seed=7)
+               lose_per_step=2, compare_every=7, ema_decay=0.9, ema_every=7, lr=7.0, warmup=7, decay=0.1, batch=16,
+               seed=7)
 
 
 def test_what_decides_a_step_may_not_change_when_a_run_goes_on_and_all_else_may(tmp_path):

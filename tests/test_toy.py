@@ -1,10 +1,8 @@
-"""The toy world, its measures, the tiny model, the experiment."""
+"""The toy world, its measures, the tiny model."""
 import re
-from functools import partial
-from itertools import combinations
 from xml.etree import ElementTree
 
-from tests.helpers import NAMES, as_a_process, exported, metrics, same_tensors
+from tests.helpers import NAMES, metrics
 
 import numpy as np
 import pytest
@@ -14,7 +12,7 @@ import data
 import model
 import train
 from model import UserError
-from toy import curves, experiment, judge, make_model, world
+from toy import curves, judge, make_model, world
 
 pytest_plugins = "tests.helpers"
 
@@ -75,38 +73,6 @@ def test_muon_steps_are_orthogonal_and_go_downhill():
         weight.grad = 2 * (weight.detach() - goal)
         make_model.muon([weight], [momentum], 0.1 * (1 - step / 100))
     assert (weight - goal).norm() < 0.1 * goal.norm()
-
-
-@pytest.mark.slow
-def test_the_experiment_makes_a_base_a_seed_compares_and_goes_on(tmp_path, monkeypatch, capsys):
-    make_base = partial(make_model.make_base, clips=16, unseen=16)
-    monkeypatch.setattr(experiment, "make_base",
-                        lambda folder, steps, seed, imperfect: make_base(folder, 2, seed, imperfect))
-    monkeypatch.setattr(experiment, "SIZES", {"real": 2, "held-out": 1, "validation": 1})
-    sft, anchored = experiment.Trial(dict(method="sft", steps=1)), experiment.Trial(dict(steps=1), ("SFT",), "euler")
-    monkeypatch.setattr(experiment, "TRIALS", {"SFT": sft, "RealDPO + anchor": anchored})
-    monkeypatch.setattr(experiment, "RATES", (1e-5, 5e-4))
-
-    def run(seeds, **options):
-        with as_a_process():
-            experiment.main(experiment.Options(out=str(tmp_path), bases=seeds, **options))
-        return [line.split(" | ") for line in capsys.readouterr().out.splitlines()
-                if line.startswith("| ") and " | rvd" not in line]
-
-    rows = run(1)
-    assert [row[0] for row in rows] == ["| clean-trained", "| base", "| SFT", "| RealDPO + anchor"]
-    assert [row[1] for row in rows][:2] == ["–", "–"] and {row[1] for row in rows[2:]} <= {"1e-05", "0.0005"}
-    bases = [exported(model.resolve(tmp_path / "seed-0" / "base", "transformer"))]             # the shipped one
-    made = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("scores*.json")}
-    rows = run(2)
-    # negatives', base's, clean-trained's; of four runs on validation figures and of two on held-out ones
-    assert all(file.stat().st_mtime_ns == time for file, time in made.items()) and len(made) == 9
-    bases += [exported(tmp_path / where) for where in ("seed-1/base", "seed-0/clean-trained")]
-    assert not any(same_tensors(*pair) for pair in combinations(bases, 2))
-    assert len(rows) == 4 and all("±" in row[2] for row in rows)
-    assert re.fullmatch(r"SFT: -?\d+\.\d\d ± \d+\.\d\d \|", rows[-1][-1])
-    with pytest.raises(UserError, match=r"base.json: was made with other settings: steps 6000 \(now 5\)"):
-        run(2, steps=5)
 
 
 def judged_raw(video, figure):

@@ -1,181 +1,317 @@
-"""The experiment: several bases, every method at several learning rates, one table.
+"""The experiment: how far equal runs differ, what every method is worth at equal compute, and where which is better.
 
-    python -m toy.experiment --bases 5 --seed 1 --out DIR          hours; started again it goes on
+    python -m toy.experiment noise --out exp               runs that differ in nothing but their random numbers
+    python -m toy.experiment comparison --out exp          every method, each at its own learning rate
+    python -m toy.experiment budgets --out exp             a quarter to four times the compute, as exp/budget.svg
+    python -m toy.experiment regimes --out exp             other real clips, another base
+
+Each takes hours, goes on where it stopped, and prints its table once no score is missing. Processes with the same --out
+share the work: start it once for each core, with OMP_NUM_THREADS=1.
 """
-import json
-from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
 import data
-import model
-import sample
-import train
-from data import Records, option, write_json
+from data import option
 from model import UserError
-from toy.judge import judge_all
-from toy.laptop import generate_held_out, prepare, run_stage
-from toy.make_model import BASE_STEPS, make_base
-from toy.world import world_of
+from toy.budget import Point, draw_budgets
+from toy.laptop import label_of
+from toy.runs import CHOOSING, Row, Run, Runs, training_options
+
+# ---- The rows -------------------------------------------------------------------------------------------------------
+
+REGIMES = ("12 clips", "one action", "another style", "nearly right")           # see regimes.py
+BUDGETS = (0.25, 0.5, 1.0, 2.0, 4.0)
+BASES = (1, 2, 3, 4, 5)                                    # seed 0's figures were looked at while all this was made
+LOW = dict(t_draw="low")
+RELEASE = dict(t_draw="release")
+ANCHOR_ALONE = dict(beta=0.0, compare_every=1000)         # SFT, but with so large a loss that every gradient is clipped
+HALF = dict(anchor=200.0)                                  # half the preference, for Adam hardly sees a loss's scale
+PAPER = dict(anchor=0.0, lose_per_step=3)
+
+BASE = Row("base", fixed=True, count=1)
+SFT = (
+    Row("sft release", dict(method="sft") | RELEASE, 2e-3, count=4),
+    Row("sft uniform", dict(method="sft"), 2e-3, count=1),
+    Row("sft low", dict(method="sft") | LOW, 2e-3, count=1),
+    Row("sft release clipped", ANCHOR_ALONE | RELEASE, 2e-3, count=1),
+)
+REALDPO = (
+    Row("realdpo 1 low", LOW, 1e-3, count=4),
+    Row("realdpo 4 release half", dict(compare_every=4) | RELEASE | HALF, 2e-3, count=2),
+    Row("realdpo 1 release half", RELEASE | HALF, 1e-3, count=2),
+    Row("realdpo 4 release", dict(compare_every=4) | RELEASE, 2e-3, count=1),
+    Row("realdpo 1 release", RELEASE, 1e-3, count=1),
+    Row("realdpo 2 release half", dict(compare_every=2) | RELEASE | HALF, 2e-3, count=1),
+    Row("realdpo 2 release", dict(compare_every=2) | RELEASE, 2e-3, count=1),
+    Row("realdpo 4 low", dict(compare_every=4) | LOW, 2e-3, count=1),
+    Row("realdpo 2 low", dict(compare_every=2) | LOW, 2e-3, count=1),
+    Row("realdpo 1 low half", LOW | HALF, 1e-3, count=1),
+    Row("realdpo 4 low half", dict(compare_every=4) | LOW | HALF, 2e-3, count=1),
+    Row("realdpo 2 low half", dict(compare_every=2) | LOW | HALF, 2e-3, count=1),
+)
+OTHERS = (
+    Row("paper", PAPER | dict(decay=0.0), 2e-5, count=1),
+    Row("dpo", dict(method="dpo"), 5e-5, count=1),
+    Row("rwr", dict(method="rwr"), 5e-4, count=1),
+)
+ROWS = {row.name: row for row in SFT + REALDPO + OTHERS}
+NOISE = (
+    Row("sft release decay 0", ROWS["sft release"].options | dict(decay=0.0), 1e-3, count=4),
+    ROWS["sft release"],
+    Row("realdpo 1 low decay 0", LOW | dict(decay=0.0), 5e-4, count=4),
+    ROWS["realdpo 1 low"],
+)
 
 
-class Trial(NamedTuple):
-    """One row of the table."""
-    options: dict                                          # of train.py
-    compared: tuple = ()                                   # rows to give the difference to
-    cache: str = "real"                                    # records: "euler" has negatives made in twice the time
+# ---- Statistics -----------------------------------------------------------------------------------------------------
+
+MEASURES = ("limb_change", "jerkiness", "identity_loss", "action_match", "motion")
+T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}                # Student's t at 97.5 %, by the number of bases
+RESAMPLES = 10_000
 
 
-# A step of SFT costs 3 passes of a video; one of RealDPO with n negatives 3 (1 + n) of the policy and 1 + n of the
-# reference. So 100 steps with three negatives, 200 with one, and 533 of SFT are the same work.
-LOW = "low"                                               # the low-noise half of the noise levels, as in the release
-ONE_LOW = dict(lose_per_step=1, steps=200, t_draw=LOW)
-TRIALS = {
-    "SFT": Trial(dict(method="sft")),
-    "SFT, low t": Trial(dict(method="sft", t_draw=LOW)),
-    "SFT 533": Trial(dict(method="sft", steps=533)),
-    "SFT 533, low t": Trial(dict(method="sft", steps=533, t_draw=LOW)),
-    "SFT 533, velocity": Trial(dict(method="sft", steps=533, weighting="velocity")),
-    "RealDPO": Trial(dict(anchor=0.0), ("SFT", "SFT 533")),
-    "RealDPO + anchor": Trial(dict(), ("SFT", "SFT 533")),
-    "RealDPO + anchor, low t": Trial(dict(t_draw=LOW), ("SFT, low t", "SFT 533, low t", "SFT 533")),
-    "RealDPO + anchor, 1 of 3": Trial(dict(lose_per_step=1, steps=200), ("RealDPO + anchor", "SFT 533")),
-    "RealDPO + anchor, 1 of 3, low t": Trial(ONE_LOW, ("RealDPO + anchor, low t", "SFT 533, low t", "SFT 533")),
-    "the same, Euler negatives": Trial(ONE_LOW, ("RealDPO + anchor, 1 of 3, low t",), "euler"),
-    "DPO": Trial(dict(method="dpo"), ("SFT",)),
-    "RWR": Trial(dict(method="rwr"), ("SFT",)),
-}
-COMMON = dict(steps=100, t_draw="uniform", lose_per_step=0)       # where a row says nothing else
-RATES = (1e-5, 2e-5, 5e-5, 2e-4, 5e-4, 1e-3, 2e-3)         # among which the first base's validation figures choose
-SIZES = {"real": 48, "held-out": 256, "validation": 128}
-T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)          # Student's t at 97.5 %, by degrees of freedom
+def resampled_means(values, bases, rng):
+    """Bootstrap means (RESAMPLES,) of `values` (B,N): those of `bases` (RESAMPLES,B), and of each N runs drawn anew."""
+    runs = rng.integers(values.shape[1], size=(*bases.shape, values.shape[1]))
+    return values[bases[..., None], runs].mean((1, 2))
 
 
-def scores_of(run, folder, seed, split):
-    """{measure: [a number a figure]} of the model in `run` on a seed's figures, kept in `run`."""
-    file = Path(run) / f"scores-{split}-{seed}.json"
-    if not file.exists():
-        records = Records(folder / "cache" / split, negatives=False)
-        videos = enumerate(generate_held_out(model.load_dit(run), run, records))
-        write_json(file, judge_all(videos, world_of(seed, split), folder / "continuations"))
-    return json.loads(file.read_text())
+def half_width(values, others=None):
+    """Half the 95 % interval of the mean of `values` (B,N), of N runs on each of B bases; or, with `others` (B,M), of
+    its difference to their mean.
+
+    Both levels are drawn with replacement, bases and then runs of each, 10,000 times; the two sides of a difference
+    have their bases in common. The spread of those means is multiplied by Student's t for so few bases: their
+    percentiles would be too narrow.
+    """
+    rng = np.random.default_rng(0)
+    bases = rng.integers(len(values), size=(RESAMPLES, len(values)))
+    means = resampled_means(values, bases, rng)
+    if others is not None:
+        means = means - resampled_means(others, bases, rng)
+    return T95[len(values)] * means.std()
 
 
-def own_base(folder, seed, steps, imperfect=True):
-    """A model folder with a base of its own, and the shipped autoencoder and text encoder. Seed 0's base is the shipped
-    one too: made in the same way. Raises UserError where there is one of another number of steps."""
-    file, made_by = folder / "base.json", dict(model="tiny", steps=steps)
-    if file.exists():
-        data.check_metadata(file, model.read_json(file), made_by)
-    write_json(file, made_by)                              # for the parts it does not have, see model.resolve
-    shipped = (seed, steps, imperfect) == (0, BASE_STEPS, True)
-    if not shipped and not list(folder.glob("transformer/*.safetensors")):
-        make_base(folder, steps, seed, imperfect)
-    return str(folder)
+def spreads(values):
+    """Standard deviations of `values` (B,N): of a run within its base, and of the bases' true means."""
+    within = values.var(axis=1, ddof=1).mean()
+    between = max(0.0, values.mean(axis=1).var(ddof=1) - within / values.shape[1])
+    return within ** 0.5, between ** 0.5
 
 
-class Seed:
-    """One base, the records made with it, and the runs that start from it."""
+# ---- What is still to be done, and what came out --------------------------------------------------------------------
 
-    def __init__(self, number, options, process, mesh):
-        self.number, self.process, self.mesh = number, process, mesh
-        self.folder = Path(options.out) / f"seed-{number}"
-        self.base = own_base(self.folder / "base", number, options.steps)
-        prepare(self.folder, self.base, number, SIZES, process.rank)
-        videos, euler = f"{self.folder}/videos/real", f"{self.folder}/cache/euler"
-        run_stage(data, process.rank, videos=videos, model=self.base, out=euler)
-        run_stage(sample, process.rank, data=euler, model=self.base, **model.defaults_of("tiny", "sample"))
-
-    def run(self, row, rate):
-        """The folder of a trained row. Raises KeyboardInterrupt where training was asked to stop."""
-        out = self.folder / f"{row}-{rate:g}"
-        trial, options = TRIALS[row], model.defaults_of("tiny", "train") | COMMON
-        options |= dict(model=self.base, data=f"{self.folder}/cache/{trial.cache}", seed=self.number, lr=rate)
-        options = train.Options(out=str(out), **options | trial.options)
-        if not (out / "base.json").exists():
-            out.mkdir(exist_ok=True)
-            with open(out / "log.txt", "a") as log, redirect_stdout(log):
-                complete = train.train(options, self.process, self.mesh)
-            if not complete:
-                raise KeyboardInterrupt
-        return out
-
-    def scores(self, row, rate, split):
-        """`scores_of` a row."""
-        return scores_of(self.run(row, rate), self.folder, self.number, split)
+def runs_of(row, rate):
+    """The runs of a row that go into the table, all at `rate`. Run 0 is not among them: it chooses rates and rows."""
+    runs = []
+    for number in range(1, row.count + 1):
+        for base in BASES:
+            runs.append(Run(row, rate, base, number))
+    return runs
 
 
-def best_rate(row, seed):
-    """The learning rate of the lowest rvd on a base's validation figures, downhill from 5e-4."""
-    rvd, best = {}, RATES.index(5e-4)
-    while True:
-        for rate in RATES[max(0, best - 1):best + 2]:
-            if rate not in rvd:
-                rvd[rate] = np.mean(seed.scores(row, rate, "validation")["rvd"])
-                print(f"{row}, rate {rate:g}: rvd {rvd[rate]:.3f} on validation figures")
-        lowest = RATES.index(min(rvd, key=rvd.get))
-        if lowest == best:
-            return RATES[best]
-        best = lowest
+def choosing(row, rate):
+    """The runs of a row by whose validation figures its rate was chosen, and by which rows are chosen."""
+    return [Run(row, rate, base, number) for base, number in CHOOSING]
 
 
-def interval(values):
-    """The mean over bases and its 95 % interval."""
-    if len(values) < 2:
-        return f"{np.mean(values):.2f}"
-    half = T95[len(values) - 2] * np.std(values, ddof=1) / len(values) ** 0.5
-    return f"{np.mean(values):.2f} ± {half:.2f}"
+def missing(runs, rows, splits=("held-out",)):
+    """[(run, split)] still to be done: those that tell the rates of `rows`, then those that go into the table."""
+    todo = []
+    for row in rows:
+        rate, searching = runs.search(row)
+        todo += searching
+        for split in splits if rate is not None else ():
+            todo += runs.missing(runs_of(row, rate), split)
+    return todo
 
 
-def table(scores, rates):
-    """Markdown of `scores` {row: [what `scores_of` says, a base each]}: the measures, and the difference in rvd to the
-    rows that it is compared with."""
-    rvd = {}
-    for row, bases in scores.items():
-        rvd[row] = np.array([np.mean(base["rvd"]) for base in bases])
-    lines = ["| | rate | rvd | limb_change | jerkiness | identity_loss | action_match | motion | difference in rvd to |",
-             "|---" * 9 + "|"]
-    for row, bases in scores.items():
-        cells = [row, f"{rates[row]:g}" if row in rates else "–", interval(rvd[row])]
-        for measure in ("limb_change", "jerkiness", "identity_loss", "action_match", "motion"):
-            cells.append(f"{np.mean([np.mean(base[measure]) for base in bases]):.2f}")
-        compared = TRIALS[row].compared if row in TRIALS else ()
-        cells.append("; ".join(f"{other}: {interval(rvd[row] - rvd[other])}" for other in compared))
-        lines.append("| " + " | ".join(cells) + " |")
+def missing_choice(runs, rows):
+    """[(run, split)] still to be done before `best_of`."""
+    todo = []
+    for row in rows:
+        rate, searching = runs.search(row)
+        todo += searching
+        if rate is not None:
+            todo += runs.missing(choosing(row, rate), "validation")
+    return todo
+
+
+def best_of(runs, rows):
+    """The row with the lowest rvd on validation figures."""
+    def validated(row):
+        return np.mean([runs.mean(run, "validation") for run in choosing(row, runs.search(row)[0])])
+
+    return min(rows, key=validated)
+
+
+def champions(runs):
+    """The best SFT, the best RealDPO, and the paper's loss."""
+    return best_of(runs, SFT), best_of(runs, REALDPO), ROWS["paper"]
+
+
+def budget_rows(runs, champion):
+    """A row for each budget."""
+    rate, _ = runs.search(champion)
+    rows = []
+    for budget in BUDGETS:
+        name = champion.name if budget == 1 else f"{champion.name} x{budget:g}"
+        rows.append(champion._replace(name=name, budget=budget, start=rate))
+    return rows
+
+
+def base_row(regime):
+    """The base of a regime, as it is."""
+    return BASE._replace(name=f"base, {regime}", regime=regime)
+
+
+def regime_rows(runs, regime):
+    """For each champion a row at its usual rate, and one at the rate that the regime's validation figures choose."""
+    rows = []
+    for champion in champions(runs):
+        rate, _ = runs.search(champion)
+        row = champion._replace(name=f"{champion.name}, {regime}", start=rate, regime=regime, count=1)
+        rows += [row._replace(fixed=True), row]
+    return rows
+
+
+def values_of(runs, row, split="held-out", measure="rvd"):
+    """Means over figures of a row's runs at its rate: (B,N), of N runs on each of B bases."""
+    rate, _ = runs.search(row)
+    values = [runs.mean(run, split, measure) for run in runs_of(row, rate)]
+    return np.array(values).reshape(row.count, len(BASES)).T
+
+
+def label(row):
+    """What a row is called in a table."""
+    if row.options is None:
+        return row.name
+    options = training_options(row)
+    words = [label_of(options)]
+    if options.beta == 0:
+        words = ["SFT, every gradient clipped"]
+    elif options.compare_every > 1:
+        words.append(f"compared every {options.compare_every} steps")
+    if options.lose_per_step > 1:
+        words.append("all three negatives")
+    if options.anchor == HALF["anchor"]:
+        words.append("half the preference")
+    if options.t_draw == "release":
+        words.append("the release's t")
+    else:
+        words.append("t below 0.6387" if options.t_draw == "low" else "all t")
+    if options.decay == 0:
+        words.append("constant rate")
+    return ", ".join(words)
+
+
+def plus_minus(values, others=None):
+    """A mean, or a difference of means, with its interval."""
+    mean = values.mean() - (0 if others is None else others.mean())
+    return f"{mean:.2f} ± {half_width(values, others):.2f}"
+
+
+# ---- The tables -----------------------------------------------------------------------------------------------------
+
+def noise_table(runs):
+    """How far runs of a row differ, with and without the rate's fall."""
+    lines = ["| | decay | rate | rvd, validation figures | rvd, held-out figures | σ of a run | σ of a base |",
+             "|---" * 7 + "|"]
+    for row in NOISE:
+        chosen, judged = values_of(runs, row, "validation"), values_of(runs, row)
+        within, between = spreads(judged)
+        lines.append(f"| {label(row)} | {training_options(row).decay:g} | {runs.search(row)[0]:g} | "
+                     f"{chosen.mean():.3f} | {judged.mean():.3f} ± {half_width(judged):.3f} | {within:.3f} | "
+                     f"{between:.3f} |")
     return "\n".join(lines)
 
 
+def row_line(runs, row, compared):
+    """A line of a table: a row's rvd, its difference to other rows, and its other measures."""
+    rate, _ = runs.search(row)
+    values = values_of(runs, row)
+    cells = [label(row), f"{rate:g}" if rate else "–", str(len(BASES) * row.count), plus_minus(values)]
+    for other in compared:
+        cells.append("" if other is row else plus_minus(values, values_of(runs, other)))
+    for measure in MEASURES:
+        cells.append(f"{values_of(runs, row, measure=measure).mean():.2f}")
+    return "| " + " | ".join(cells) + " |"
+
+
+def comparison_table(runs):
+    """Every method at its own rate, beside the best SFT."""
+    best = best_of(runs, SFT)
+    lines = [f"| | rate | runs | rvd | difference to {label(best)} | " + " | ".join(MEASURES) + " |", "|---" * 10 + "|"]
+    for row in (BASE, *SFT, *REALDPO, *OTHERS):
+        lines.append(row_line(runs, row, [best]))
+    return "\n".join(lines)
+
+
+def budget_table(runs, file):
+    """What the champions reach with every budget, as a table, and as a picture in `file`."""
+    sft, *others = champions(runs)
+    names = [label(row) for row in (sft, *others)]
+    lines = ["| compute | " + " | ".join(names) + f" | {names[1]} − {names[0]} |", "|---" * 5 + "|"]
+    points = {name: [] for name in names}
+    rows = [budget_rows(runs, champion) for champion in (sft, *others)]
+    for i, budget in enumerate(BUDGETS):
+        values = [values_of(runs, champion[i]) for champion in rows]
+        for name, value in zip(names, values):
+            points[name].append(Point(budget, value.mean(), half_width(value)))
+        cells = [plus_minus(value) for value in values]
+        lines.append("| " + " | ".join([f"{budget:g}", *cells, plus_minus(values[1], values[0])]) + " |")
+    draw_budgets(file, points, values_of(runs, BASE).mean(), "rvd after training (lower is better)")
+    return "\n".join(lines)
+
+
+def regime_table(runs):
+    """What the champions reach with other real clips and from another base."""
+    lines = ["| regime | | rate | runs | rvd | difference to the base | to SFT | " + " | ".join(MEASURES) + " |",
+             "|---" * 12 + "|"]
+    for regime in REGIMES:
+        base = base_row(regime)
+        rows = regime_rows(runs, regime)
+        lines.append(f"| {regime} " + row_line(runs, base, [base, base]))
+        for i, row in enumerate(rows):
+            lines.append("| " + row_line(runs, row, [base, rows[i % 2]]))
+    return "\n".join(lines)
+
+
+# ---- The command ----------------------------------------------------------------------------------------------------
+
 @dataclass
 class Options:
-    """Compare the methods on several bases, each pre-trained from a seed of its own."""
-    bases: int = option(5, "how many")
+    """Compare the methods on five bases, each pre-trained from a seed of its own."""
+    part: str = option(help="noise, comparison, budgets or regimes")
     out: str = option("experiment", "folder for everything that is made")
-    seed: int = option(0, "of the first base")
-    steps: int = option(BASE_STEPS, "of a base's pre-training")
 
 
 def main(options):
-    """For each seed a base of its own, and every trial on the same records and noise, at the learning rate that the
-    validation figures choose; then the first seed's clean-trained model, which shows how much room there was, and the
-    table. What is there already is kept."""
-    if not 1 <= options.bases <= len(T95) + 1:
-        raise UserError(f"--bases {options.bases}: expected 1 to {len(T95) + 1}")
-    process, mesh = train.init_distributed()
-    if process.world_size > 1:
-        raise UserError("toy.experiment: run it as one process")
-    seeds = [Seed(number, options, process, mesh) for number in range(options.seed, options.seed + options.bases)]
-    scores, rates = {}, {}
-    ceiling = own_base(seeds[0].folder / "clean-trained", options.seed, options.steps, imperfect=False)
-    scores["clean-trained"] = [scores_of(ceiling, seed.folder, seed.number, "held-out") for seed in seeds]
-    scores["base"] = [scores_of(seed.base, seed.folder, seed.number, "held-out") for seed in seeds]
-    for row in TRIALS:
-        rates[row] = best_rate(row, seeds[0])
-        scores[row] = [seed.scores(row, rates[row], "held-out") for seed in seeds]
-    print(table(scores, rates))
-    print(f"\nheld-out figures, means over the bases; every run is in {options.out}/seed-*/")
+    """Do what is missing of a part, then print its table."""
+    if options.part not in ("noise", "comparison", "budgets", "regimes"):
+        raise UserError(f"{options.part}: expected noise, comparison, budgets or regimes")
+    runs = Runs(options.out)
+    if options.part == "noise":
+        runs.work(lambda: missing(runs, NOISE, ("held-out", "validation")))
+        print(noise_table(runs))
+        return
+    runs.work(lambda: missing_choice(runs, SFT + REALDPO) + missing(runs, [BASE, ROWS["paper"]]))
+    if options.part == "comparison":
+        runs.work(lambda: missing(runs, SFT + REALDPO + OTHERS))
+        print(comparison_table(runs))
+    elif options.part == "budgets":
+        rows = [row for champion in champions(runs) for row in budget_rows(runs, champion)]
+        runs.work(lambda: missing(runs, rows))
+        print(budget_table(runs, Path(options.out) / "budget.svg"))
+    else:
+        rows = []
+        for regime in REGIMES:
+            rows += [base_row(regime), *regime_rows(runs, regime)]
+        runs.work(lambda: missing(runs, rows))
+        print(regime_table(runs))
 
 
 if __name__ == "__main__":

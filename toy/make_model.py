@@ -143,9 +143,13 @@ def make_text_encoder(folder):
     model.save_part(model.T5Encoder(TINY_T5), TINY_T5, folder / "text_encoder", torch.bfloat16, stem="model")
 
 
-def corpus_clip(index, imperfect, seed=0):
-    """Clip `index` of the corpus the base learns from; where `imperfect`, each has faults, of a strength of its own."""
-    strength = float(np.random.default_rng([seed, index, 3]).uniform(0.4, 1)) if imperfect else 0.0
+FAULTS = (0.4, 1.0)                        # least and greatest strength of the faults in the corpus
+CLEAN = (0.0, 0.0)
+
+
+def corpus_clip(index, faults, seed=0):
+    """Clip `index` of the corpus the base learns from. Each has faults, of a strength of its own between those two."""
+    strength = float(np.random.default_rng([seed, index, 3]).uniform(*faults))
     return toy_video(world_of(seed, "corpus"), index, strength=strength)
 
 
@@ -153,7 +157,11 @@ def make_vae(folder, steps):
     """A small CogVideoX autoencoder, trained on clean and imperfect figures alike."""
     torch.manual_seed(0)
     vae, config = model.VAE(TINY_VAE), dict(TINY_VAE)
-    clips = torch.stack([data.from_uint8(corpus_clip(i, i % 2)[0]) for i in tqdm(range(2048), desc="drawing figures")])
+    clips = []
+    for i in tqdm(range(2048), desc="drawing figures"):
+        frames, _ = corpus_clip(i, FAULTS if i % 2 else CLEAN)
+        clips.append(data.from_uint8(frames))
+    clips = torch.stack(clips)
 
     def reconstruct(video, noise):
         mean, std = vae.posterior(video)
@@ -177,7 +185,7 @@ def make_vae(folder, steps):
     model.save_part(vae, config, folder / "vae", torch.bfloat16)
 
 
-def make_base(folder, steps, seed=0, imperfect=True, clips=4096, unseen=128):
+def make_base(folder, steps, seed=0, faults=FAULTS, clips=4096, unseen=128):
     """Pre-train the transformer by flow matching on a corpus of imperfect figures, as the web is of videos, around the
     text encoder and autoencoder in `folder`. Prints the loss on `unseen` clips more: compared with that of another
     number of steps, it tells how far from converged the base is."""
@@ -186,7 +194,7 @@ def make_base(folder, steps, seed=0, imperfect=True, clips=4096, unseen=128):
     vae, encode_text = model.load_vae(folder), model.load_text_encoder(folder)
     empty, samples = encode_text([""])[0], []
     for first in tqdm(range(0, clips + unseen, 16), desc="encoding the corpus"):
-        drawn, rng = [corpus_clip(first + i, imperfect, seed) for i in range(16)], generator("corpus", seed, first)
+        drawn, rng = [corpus_clip(first + i, faults, seed) for i in range(16)], generator("corpus", seed, first)
         video = torch.stack([data.from_uint8(frames) for frames, _ in drawn])
         samples.append((vae.encode(video, rng), vae.encode(video[:, :, :1], rng), encode_text([c for _, c in drawn])))
     win, image, text = (torch.cat(x) for x in zip(*samples))

@@ -149,20 +149,23 @@ def write_toy_video(path, video):
     write_video(path, enlarge(video, 2), FPS)
 
 
+def write_clip(path, video, caption):
+    """NAME.mp4 beside NAME.txt. The mp4 takes its name last, so where there is one, both files are whole."""
+    with whole_file(path.with_suffix(".txt")) as part:
+        part.write_text(caption + "\n")
+    write_toy_video(path, video)
+
+
 def read_toy_video(path, frames=17, size=32):
     """A clip from an mp4 of any size: (F,H,W,3) uint8."""
     return to_uint8(read_video(path, frames, size, size, FPS))
 
 
 def write_toy_videos(folder, count, seed, strength=0.0, frames=17, size=32):
-    """NAME.mp4 beside NAME.txt; each clip is corrupted by a strength between 0 and `strength`. What is there already
-    is left alone: the mp4 takes its name last, so where there is one, both files are whole."""
+    """`count` clips; each is corrupted by a strength between 0 and `strength`. What is there already is left alone."""
     for index in tqdm(range(count), desc="drawing clips", leave=False):
         path = Path(folder) / f"{index:05d}.mp4"
         if path.exists():
             continue
         own = strength * np.random.default_rng([seed, index, 2]).uniform()
-        video, caption = toy_video(seed, index, frames, size, own)
-        with whole_file(path.with_suffix(".txt")) as part:
-            part.write_text(caption + "\n")
-        write_toy_video(path, video)
+        write_clip(path, *toy_video(seed, index, frames, size, own))

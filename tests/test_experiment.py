@@ -1,0 +1,206 @@
+"""The experiment that says what is signal: its search, intervals, regimes and pictures.
+
+    pytest tests/test_experiment.py
+"""
+import shutil, subprocess, sys
+from functools import partial
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+
+import train
+from model import UserError
+from tests.helpers import exported, same_tensors
+from toy import budget, experiment, make_model, regimes, runs
+from toy.world import read_toy_video, toy_video, world_of
+
+
+# ---- The runs -------------------------------------------------------------------------------------------------------
+
+class Known(runs.Runs):
+    """Runs whose rvd is a function of the rate, once they are done; doing them takes no time."""
+
+    def __init__(self, out, rvd):
+        super().__init__(out)
+        self.rvd, self.done = rvd, []
+
+    def scores(self, run, split):
+        return {"rvd": [self.rvd(run)]} if (run, split) in self.done else None
+
+    def do(self, run, split):
+        self.done.append((run, split))
+        return True
+
+
+def test_the_search_finds_the_lowest_rate_and_asks_for_no_more_than_it_needs(tmp_path):
+    found = Known(tmp_path, lambda run: abs(np.log(run.rate / 1e-4)) + 0.01 * run.base)
+    found.processes = None
+    row = runs.Row("row", {}, start=1e-3)
+    assert found.search(row) == (None, [(runs.Run(row, 5e-4, base, 0), "validation") for base in (1, 2)])
+    while found.search(row)[1]:
+        found.do(*found.search(row)[1][0])
+    assert found.search(row)[0] == 1e-4
+    assert {run.rate for run, _ in found.done} == {2e-3, 1e-3, 5e-4, 2e-4, 1e-4, 5e-5}   # both neighbours, no others
+    falling = Known(tmp_path, lambda run: -run.rate)
+    with pytest.raises(UserError, match="row: the best rate lies at an end"):
+        while falling.search(row)[1]:
+            falling.do(*falling.search(row)[1][0])
+    assert found.search(row._replace(fixed=True)) == (1e-3, [])
+
+
+def test_every_row_has_the_compute_of_its_budget():
+    sft = runs.cost_of_a_step(runs.training_options(experiment.SFT[0]))
+    for row in (*experiment.SFT, *experiment.REALDPO, *experiment.OTHERS):
+        for compute in experiment.BUDGETS:
+            options = runs.training_options(row._replace(budget=compute))
+            cost = runs.cost_of_a_step(options)
+            assert abs(options.steps * cost - compute * 533 * sft) <= cost / 2
+    steps = {row.name: runs.training_options(row).steps for row in (*experiment.REALDPO, *experiment.OTHERS)}
+    assert [steps[f"realdpo {n} low"] for n in (1, 2, 4)] == [200, 291, 376] and steps["paper"] == 100
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from toy.runs import locked
+with locked(Path(sys.argv[1])) as held:
+    print(held, flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_folder_is_held_by_one_process_until_that_ends(tmp_path):
+    with runs.locked(tmp_path) as held:
+        assert held
+    other = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], cwd=Path(runs.__file__).parents[1],
+                             stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout.readline() == "True\n"
+        with runs.locked(tmp_path) as held:
+            assert not held
+    finally:
+        other.kill()                                       # it cannot tidy up
+        other.wait()
+    with runs.locked(tmp_path) as held:
+        assert held
+
+
+def test_work_takes_what_no_other_process_holds_and_asks_again_after_each(tmp_path, monkeypatch):
+    first, second = (runs.Run(runs.Row("row", {}), 1e-3, base, 1) for base in (1, 2))
+    mine, held = Known(tmp_path, lambda run: 1.0), [(first, "held-out")]
+    do = mine.do
+    monkeypatch.setattr(mine, "do", lambda *job: job not in held and do(*job))
+    monkeypatch.setattr(train, "init_distributed", lambda: ("process", "mesh"))
+    monkeypatch.setattr(runs.dist, "destroy_process_group", lambda: None)
+    monkeypatch.setattr(runs.time, "sleep", lambda _: held.clear())                     # the other process lets go
+    mine.work(lambda: mine.missing([first, second], "held-out"))
+    assert mine.done == [(second, "held-out"), (first, "held-out")]
+
+
+# ---- The intervals --------------------------------------------------------------------------------------------------
+
+def test_intervals_come_from_bases_and_from_runs():
+    bases = np.array([[1.0], [2.0], [3.0], [4.0], [5.0]])
+    spread = 2.78 * np.sqrt(2 / 5)                         # a bootstrap's standard deviation: that of the five, by √5
+    assert experiment.half_width(bases) == pytest.approx(spread, rel=0.03)
+    assert experiment.half_width(np.tile(bases, 4)) == pytest.approx(spread, rel=0.03)              # runs agree
+    runs_alone = np.tile([[1.0, 3.0]], (5, 1))
+    assert experiment.half_width(runs_alone) == pytest.approx(2.78 * np.sqrt(1 / 2 / 5), rel=0.03)
+    assert experiment.half_width(bases, bases + 1) == pytest.approx(0, abs=1e-12)       # the same bases on both sides
+    both = np.sqrt(2) * experiment.half_width(runs_alone)
+    assert experiment.half_width(runs_alone, runs_alone) == pytest.approx(both, rel=0.03)           # other runs
+
+
+def test_spreads_tell_runs_from_bases():
+    rng = np.random.default_rng(0)
+    values = 5 + 0.3 * rng.standard_normal((5000, 1)) + 0.1 * rng.standard_normal((5000, 4))
+    assert experiment.spreads(values) == pytest.approx((0.1, 0.3), rel=0.05)
+    assert experiment.spreads(0.1 * rng.standard_normal((5000, 4)))[1] < 0.02
+
+
+# ---- Other clips ----------------------------------------------------------------------------------------------------
+
+def test_a_regime_has_the_clips_that_it_names(tmp_path):
+    one_action = regimes.REGIMES["one action"]._replace(count=3)
+    regimes.write_real_clips(one_action, tmp_path / "one", seed=1)
+    captions = [file.read_text() for file in sorted((tmp_path / "one").glob("*.txt"))]
+    assert len(captions) == 3 and all("marches in place" in caption for caption in captions)
+    regimes.write_real_clips(regimes.REGIMES["12 clips"], tmp_path / "twelve", seed=1)
+    assert len(list((tmp_path / "twelve").glob("*.mp4"))) == 12
+    video, _ = toy_video(world_of(1, "real"), 0)
+    styled = regimes.restyle(video)
+    assert styled.shape == video.shape and styled.dtype == np.uint8
+    assert (styled[:, 0, 0] == round(0.6 * 128)).all() and (styled[:, 3:-3, 3:-3] != styled[:, :1, :1]).any()
+    regimes.write_real_clips(regimes.Regime(count=1, restyled=True), tmp_path / "styled", seed=1)
+    again = read_toy_video(tmp_path / "styled" / "00000.mp4")
+    assert np.abs(again.astype(float) - styled).mean() < 3
+
+
+# ---- The picture ----------------------------------------------------------------------------------------------------
+
+def test_the_picture_of_budgets_shows_every_method_with_its_interval(tmp_path):
+    methods = {"SFT": [budget.Point(0.5, 2.0, 0.2), budget.Point(1.0, 1.5, 0.1)],
+               "RealDPO & anchor": [budget.Point(0.5, 1.9, 0.2), budget.Point(1.0, 1.4, 2.0)]}      # half > mean
+    budget.draw_budgets(tmp_path / "budget.svg", methods, base=4.7, title="rvd < base")
+    root = ElementTree.parse(tmp_path / "budget.svg").getroot()
+    texts = {element.text for element in root.iter() if element.tag.endswith("text")}
+    assert {"SFT", "RealDPO & anchor", "rvd < base", "½ ×", "1 ×", "the base"} <= texts
+    marks = [element for element in root.iter() if element.tag.endswith("circle")]
+    heights = [float(element.get("cy")) for element in marks[:2]]
+    assert budget.TOP < heights[0] < heights[1] < budget.TOP + budget.HEIGHT             # less is lower
+    assert "nan" not in (tmp_path / "budget.svg").read_text()
+
+
+# ---- All of it ------------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def small_experiment(monkeypatch):
+    """Two bases of two steps, two clips, rows of one step or two at given rates."""
+    make_base = partial(make_model.make_base, clips=16, unseen=16)
+    monkeypatch.setattr(regimes, "make_base", lambda folder, steps, seed, faults: make_base(folder, 2, seed, faults))
+    monkeypatch.setattr(regimes, "SIZES", {"real": 2, "held-out": 1, "validation": 1})
+    monkeypatch.setitem(regimes.REGIMES, "usual", regimes.Regime(count=2))
+    monkeypatch.setitem(regimes.REGIMES, "12 clips", regimes.Regime(count=1))
+    monkeypatch.setattr(runs, "UNIT", 3)
+    for name, value in dict(BASES=(1, 2), BUDGETS=(1.0, 2.0), REGIMES=("12 clips",)).items():
+        monkeypatch.setattr(experiment, name, value)
+    monkeypatch.setattr(runs, "CHOOSING", ((1, 0), (2, 0)))
+    row = partial(runs.Row, fixed=True, start=1e-3, count=1)
+    sft, anchored = row("sft", dict(method="sft")), row("realdpo", dict(compare_every=2))
+    paper = row("paper", dict(anchor=0.0))
+    monkeypatch.setattr(experiment, "SFT", (sft,))
+    monkeypatch.setattr(experiment, "REALDPO", (anchored,))
+    monkeypatch.setattr(experiment, "OTHERS", (paper,))
+    monkeypatch.setattr(experiment, "ROWS", {"paper": paper})
+    monkeypatch.setattr(experiment, "NOISE", (sft._replace(count=2),))
+
+
+@pytest.mark.slow
+def test_the_experiment_prints_its_tables_and_then_from_kept_scores_alone(tmp_path, small_experiment, capsys):
+    def tables():
+        rows = {}
+        for part in ("noise", "comparison", "budgets", "regimes"):
+            experiment.main(experiment.Options(part=part, out=str(tmp_path)))
+            rows[part] = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+        return rows
+
+    first = tables()
+    assert [row[0] for row in first["comparison"][1:]] == ["| base", "| SFT, all t",
+                                                           "| RealDPO + anchor, compared every 2 steps, all t",
+                                                           "| RealDPO, all t"]
+    assert all("±" in row[3] for row in first["comparison"][1:]) and len(first["budgets"]) == 3
+    assert len(first["regimes"]) == 8 and first["regimes"][1][:2] == ["| 12 clips", "base, 12 clips"]
+    ElementTree.parse(tmp_path / "budget.svg")
+    bases = [exported(tmp_path / f"seed-{seed}" / "base") for seed in (1, 2)]
+    assert not same_tensors(*bases)
+    assert len(list((tmp_path / "seed-1" / "12 clips" / "cache" / "real" / "lose").iterdir())) == 1
+    for folder in tmp_path.glob("seed-*/base"):
+        shutil.rmtree(folder)                              # whatever has to be done now, cannot
+    assert tables() == first
+
+
+def test_an_unknown_part_ends_in_one_line(tmp_path):
+    with pytest.raises(UserError, match="ranking: expected noise, comparison, budgets or regimes"):
+        experiment.main(experiment.Options(part="ranking", out=str(tmp_path)))

@@ -1,0 +1,89 @@
+"""Where training starts and what it is shown: the usual base and real clips, and situations in which SFT may go wrong.
+
+Whatever the regime, the figures that judge are the usual ones of the base's seed, drawn as its corpus was.
+"""
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+import data
+import model
+from data import write_json
+from toy.laptop import prepare
+from toy.make_model import BASE_STEPS, CLEAN, FAULTS, make_base
+from toy.world import GREY, draw_figure, toy_video, world_of, write_clip
+
+SIZES = {"real": 48, "held-out": 256, "validation": 128}   # clips of each kind
+
+
+class Regime(NamedTuple):
+    """A base and real clips."""
+    count: int = SIZES["real"]                             # of real clips
+    action: str = ""                                       # that all of them show; "": any
+    restyled: bool = False                                 # their figures are smaller and darker than the corpus's
+    faults: tuple = FAULTS                                 # least and greatest strength of them in the base's corpus
+
+
+REGIMES = {
+    "usual": Regime(),
+    "12 clips": Regime(count=12),
+    "one action": Regime(action="marches in place"),
+    "another style": Regime(restyled=True),
+    "nearly right": Regime(faults=(0.0, 0.2)),
+    "clean": Regime(faults=CLEAN),
+}
+
+
+def restyle(video):
+    """(F,H,W,3) uint8 with everything three quarters as large, about the middle, and 0.6 times as bright."""
+    size = video.shape[1]
+    small = round(0.75 * size)
+    edge = (size - small) // 2
+    styled = np.broadcast_to((255 * GREY).round().astype(np.uint8), video.shape).copy()
+    for number, frame in enumerate(video):
+        shrunk = Image.fromarray(frame).resize((small, small), Image.Resampling.BOX)
+        styled[number, edge:edge + small, edge:edge + small] = shrunk
+    return (0.6 * styled).round().astype(np.uint8)
+
+
+def write_real_clips(regime, folder, seed):
+    """A regime's real clips as mp4s in `folder`."""
+    world, index, written = world_of(seed, "real"), 0, 0
+    while written < regime.count:
+        if regime.action in draw_figure(world, index).caption:
+            video, caption = toy_video(world, index)
+            path = folder / f"{written:05d}.mp4"
+            if not path.exists():
+                write_clip(path, restyle(video) if regime.restyled else video, caption)
+            written += 1
+        index += 1
+
+
+def own_base(folder, seed, faults=FAULTS, steps=BASE_STEPS):
+    """A model folder with a base of its own, and the shipped autoencoder and text encoder. Seed 0's usual base is the
+    shipped one too: made in the same way. Raises UserError where there is one of another number of steps."""
+    file, made_by = folder / "base.json", dict(model="tiny", steps=steps)
+    if file.exists():
+        data.check_metadata(file, model.read_json(file), made_by)
+    write_json(file, made_by)                              # for the parts it does not have, see model.resolve
+    shipped = (seed, steps, faults) == (0, BASE_STEPS, FAULTS)
+    if not shipped and not list(folder.glob("transformer/*.safetensors")):
+        make_base(folder, steps, seed, faults)
+    return str(folder)
+
+
+def prepare_regime(name, out, seed):
+    """Make what is missing of a regime's base and records, under a seed's folder `out`. Returns the model's and the
+    records' folder."""
+    regime, folder = REGIMES[name], Path(out)
+    if name != "usual":
+        folder = folder / name
+    base = own_base((Path(out) if regime.faults == FAULTS else folder) / "base", seed, regime.faults)
+    if not (folder / "prepared").exists():
+        write_real_clips(regime, folder / "videos" / "real", seed)
+        sizes = SIZES if name == "usual" else {"real": regime.count}
+        prepare(folder, base, seed, sizes, rank=0, scores=name == "usual")
+        (folder / "prepared").touch()
+    return base, f"{folder}/cache/real"
