@@ -71,8 +71,8 @@ def test_a_full_disk_keeps_a_run_whole(room, steps, straight, cache, small_disk)
 STAGES = {                                                 # command: what a kill waits for, beside a random while
     "data.py --videos {videos} --model tiny --out cache": ["cache/win/.*"],
     "sample.py --data cache --model tiny --negatives 2 --steps 2 --guidance 1": ["cache/lose/.*"],
-    "train.py --data cache --model tiny --out run --steps 6 --batch 4 --micro-batch 4 --save-every 1":
-        ["run/checkpoints/*.part", "run/*.part", "run/metrics.jsonl"],
+    "train.py --data cache --model tiny --out run --steps 6 --batch 4 --micro-batch 4 --save-every 1 --bench {bench}":
+        ["run/checkpoints/*.part", "run/*.part", "run/metrics.jsonl", "run/videos/*/.*", "run/videos/*/*.mp4"],
 }
 
 
@@ -96,21 +96,31 @@ def what_counts(file):
 
 
 @pytest.mark.chaos
-def test_killed_commands_end_with_the_files_of_undisturbed_ones(videos, tmp_path):
+def test_killed_commands_end_with_the_files_of_undisturbed_ones(videos, shots, tmp_path):
+    """Each is killed at random, beside a second one that was started in the same folder by mistake."""
     rng, calm, storm = random.Random(0), tmp_path / "calm", tmp_path / "storm"
     calm.mkdir()
     storm.mkdir()
+    refused = 0
     for command, moments in STAGES.items():
-        name, *arguments = command.format(videos=videos).split()
-        start = partial(subprocess.Popen, [sys.executable, REPO / name, *arguments],
-                        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        name, *arguments = command.format(videos=videos, bench=shots).split()
+        start = partial(subprocess.Popen, [sys.executable, REPO / name, *arguments], text=True,
+                        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         begin = time.time()
         assert start(cwd=calm).wait() == 0
         seconds = time.time() - begin
         for _ in range(int(os.environ.get("CHAOS", 2))):
             moment = rng.choice([None, *moments])
-            kill(start(cwd=storm), storm, moment, rng.uniform(0, 0.1) if moment else rng.uniform(0.3, 1) * seconds)
-        assert start(cwd=storm).wait() == 0
+            first, second = start(cwd=storm), start(cwd=storm)
+            kill(first, storm, moment, rng.uniform(0, 0.1) if moment else rng.uniform(0.3, 1) * seconds)
+            kill(second, storm, None, rng.uniform(0, 0.5) * seconds)
+            for process in (first, second):
+                said = process.stderr.read()
+                assert process.returncode in (0, -signal.SIGKILL) or "is at work there" in said, said
+                refused += process.returncode == 1
+        last = start(cwd=storm)
+        assert last.communicate() and last.returncode == 0
+    print(f"{refused} of the second ones were refused")
     ours, theirs = (contents(folder, what_counts) for folder in (storm, calm))
     assert ours == theirs
 
