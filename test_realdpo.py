@@ -1370,6 +1370,16 @@ def test_two_ranks_compute_what_one_does_and_may_alternate_with_it(half, straigh
 
 
 @pytest.mark.slow
+def test_two_ranks_agree_when_to_compare(cache, tmp_path):
+    straight = run_training(tmp_path / "one", cache, compare_every=2)
+    traffic = run_on_ranks([dict(out=tmp_path / "two", cache=cache, compare_every=2)], tmp_path)
+    for ours, theirs in zip(metrics(tmp_path / "two"), straight, strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-6, rel=1e-5)
+    gathered = [step["_allgather_base_ default_pg"] for step in traffic["train_step"]]
+    assert gathered[0] == gathered[2] == 1.5 * gathered[1] == 1.5 * gathered[3]          # between: no reference
+
+
+@pytest.mark.slow
 def test_two_machines_of_two_ranks_compute_what_one_rank_does(half, straight, cache, tmp_path):
     shutil.copytree(half, tmp_path / "from-one")
     runs = [dict(out=tmp_path / "four", cache=cache, save_every=2), dict(out=tmp_path / "from-one", cache=cache),
