@@ -164,10 +164,11 @@ def small_experiment(monkeypatch):
     monkeypatch.setitem(regimes.REGIMES, "usual", regimes.Regime(count=2))
     monkeypatch.setitem(regimes.REGIMES, "12 clips", regimes.Regime(count=1))
     monkeypatch.setattr(runs, "UNIT", 3)
-    for name, value in dict(BASES=(1, 2), BUDGETS=(1.0, 2.0), REGIMES=("12 clips",)).items():
+    for name, value in dict(FEW=(1, 2), BUDGETS=(1.0, 2.0), REGIMES=("12 clips",)).items():
         monkeypatch.setattr(experiment, name, value)
     monkeypatch.setattr(runs, "CHOOSING", ((1, 0), (2, 0)))
-    row = partial(runs.Row, fixed=True, start=1e-3, count=1)
+    row = partial(runs.Row, fixed=True, start=1e-3, count=1, bases=(1, 2))
+    monkeypatch.setattr(experiment, "BASE", row("base", start=0.0))
     sft, anchored = row("sft", dict(method="sft")), row("realdpo", dict(compare_every=2))
     paper = row("paper", dict(anchor=0.0))
     monkeypatch.setattr(experiment, "SFT", (sft,))
@@ -191,7 +192,7 @@ def test_the_experiment_prints_its_tables_and_then_from_kept_scores_alone(tmp_pa
                                                            "| RealDPO + anchor, compared every 2 steps, all t",
                                                            "| RealDPO, all t"]
     assert all("±" in row[3] for row in first["comparison"][1:]) and len(first["budgets"]) == 3
-    assert len(first["regimes"]) == 8 and first["regimes"][1][:2] == ["| 12 clips", "base, 12 clips"]
+    assert len(first["regimes"]) == 5 and first["regimes"][1][:2] == ["| 12 clips", "base, 12 clips"]
     ElementTree.parse(tmp_path / "budget.svg")
     bases = [exported(tmp_path / f"seed-{seed}" / "base") for seed in (1, 2)]
     assert not same_tensors(*bases)

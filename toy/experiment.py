@@ -18,13 +18,12 @@ from data import option
 from model import UserError
 from toy.budget import Point, draw_budgets
 from toy.laptop import label_of
-from toy.runs import CHOOSING, Row, Run, Runs, training_options
+from toy.runs import CHOOSING, FEW, Row, Run, Runs, training_options
 
 # ---- The rows -------------------------------------------------------------------------------------------------------
 
 REGIMES = ("12 clips", "one action", "another style", "nearly right")           # see regimes.py
 BUDGETS = (0.25, 0.5, 1.0, 2.0, 4.0)
-BASES = (1, 2, 3, 4, 5)                                    # seed 0's figures were looked at while all this was made
 LOW = dict(t_draw="low")
 RELEASE = dict(t_draw="release")
 ANCHOR_ALONE = dict(beta=0.0, compare_every=1000)         # SFT, but with so large a loss that every gradient is clipped
@@ -108,7 +107,7 @@ def runs_of(row, rate):
     """The runs of a row that go into the table, all at `rate`. Run 0 is not among them: it chooses rates and rows."""
     runs = []
     for number in range(1, row.count + 1):
-        for base in BASES:
+        for base in row.bases:
             runs.append(Run(row, rate, base, number))
     return runs
 
@@ -154,27 +153,29 @@ def champions(runs):
 
 
 def budget_rows(runs, champion):
-    """A row for each budget."""
+    """A row for each budget, all at the champion's rate."""
     rate, _ = runs.search(champion)
     rows = []
     for budget in BUDGETS:
         name = champion.name if budget == 1 else f"{champion.name} x{budget:g}"
-        rows.append(champion._replace(name=name, budget=budget, start=rate))
+        count = champion.count if budget == 1 else 1
+        bases = FEW if champion.name == "paper" and budget != 1 else champion.bases
+        rows.append(champion._replace(name=name, budget=budget, start=rate, fixed=True, count=count, bases=bases))
     return rows
 
 
 def base_row(regime):
     """The base of a regime, as it is."""
-    return BASE._replace(name=f"base, {regime}", regime=regime)
+    return BASE._replace(name=f"base, {regime}", regime=regime, bases=FEW)
 
 
 def regime_rows(runs, regime):
-    """For each champion a row at its usual rate, and one at the rate that the regime's validation figures choose."""
+    """A row for each champion, at its usual rate."""
     rows = []
     for champion in champions(runs):
         rate, _ = runs.search(champion)
-        row = champion._replace(name=f"{champion.name}, {regime}", start=rate, regime=regime, count=1)
-        rows += [row._replace(fixed=True), row]
+        name = f"{champion.name}, {regime}"
+        rows.append(champion._replace(name=name, start=rate, fixed=True, regime=regime, count=1, bases=FEW))
     return rows
 
 
@@ -182,7 +183,7 @@ def values_of(runs, row, split="held-out", measure="rvd"):
     """Means over figures of a row's runs at its rate: (B,N), of N runs on each of B bases."""
     rate, _ = runs.search(row)
     values = [runs.mean(run, split, measure) for run in runs_of(row, rate)]
-    return np.array(values).reshape(row.count, len(BASES)).T
+    return np.array(values).reshape(row.count, len(row.bases)).T
 
 
 def label(row):
@@ -233,7 +234,7 @@ def row_line(runs, row, compared):
     """A line of a table: a row's rvd, its difference to other rows, and its other measures."""
     rate, _ = runs.search(row)
     values = values_of(runs, row)
-    cells = [label(row), f"{rate:g}" if rate else "–", str(len(BASES) * row.count), plus_minus(values)]
+    cells = [label(row), f"{rate:g}" if rate else "–", str(len(row.bases) * row.count), plus_minus(values)]
     for other in compared:
         cells.append("" if other is row else plus_minus(values, values_of(runs, other)))
     for measure in MEASURES:
@@ -275,8 +276,8 @@ def regime_table(runs):
         base = base_row(regime)
         rows = regime_rows(runs, regime)
         lines.append(f"| {regime} " + row_line(runs, base, [base, base]))
-        for i, row in enumerate(rows):
-            lines.append("| " + row_line(runs, row, [base, rows[i % 2]]))
+        for row in rows:
+            lines.append("| " + row_line(runs, row, [base, rows[0]]))
     return "\n".join(lines)
 
 
