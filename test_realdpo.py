@@ -816,7 +816,8 @@ def test_an_epoch_is_every_record_once_in_an_order_of_its_own():
 def draw(seed=0, step=0, place=0, t_min=0.0, **options):
     """What `draw_sample` makes of a record whose negatives and noised images carry their numbers."""
     record = dict(win=torch.zeros(4, 5, 8, 8), lose=torch.arange(100.0), noised=torch.arange(100.0))
-    return train.draw_sample(record, train.Options(seed=seed, **options), step, place, t_min)
+    options = train.Options(**dict(seed=seed, compare_every=1, t_draw="low") | options)
+    return train.draw_sample(record, options, step, place, t_min)
 
 
 @pytest.mark.parametrize("change", [dict(seed=1), dict(step=1), dict(place=1)], ids=str)
@@ -865,12 +866,12 @@ def scored_batch():
 @pytest.mark.parametrize("weighting", ["x0", "velocity"])
 def test_each_method_takes_its_loss_with_the_options_of_the_run(weighting, graphs, policy_calls):
     batch, given = scored_batch(), preference(2, 3)
-    options = partial(train.Options, beta=3.0, anchor=0.7, weighting=weighting, graphs=graphs)
+    options = partial(train.Options, beta=3.0, anchor=0.7, compare_every=2, weighting=weighting, graphs=graphs)
     same = {name: given[name] for name in ("cond", "t", "noise")} | dict(weighting=weighting)
     best, worst = given["lose"][[0, 1], [1, 0]], given["lose"][[0, 1], [2, 1]][:, None]
     compare = partial(realdpo.realdpo_loss, Toy(1), Toy(2), beta=3.0, **same)
     expected = {
-        "realdpo": compare(win=given["win"], lose=given["lose"], anchor=0.7),
+        "realdpo": compare(win=given["win"], lose=given["lose"], anchor=0.7, scale=2),
         "dpo": compare(win=best, lose=worst, anchor=0.0),
         "sft": realdpo.sft_loss(Toy(1), win=given["win"], **same),
         "rwr": realdpo.rwr_loss(Toy(1), videos=given["lose"], scores=batch["scores"], **same)}
@@ -1170,7 +1171,7 @@ def test_a_run_from_elsewhere_may_take_other_options(half, cache, tmp_path):
 
 
 # What decides a step, and another value of it; all other options decide where, how and how long a run runs.
-DECIDES = dict(model="other", method="dpo", beta=7.0, anchor=7.0, weighting="velocity", t_draw="release",
+DECIDES = dict(model="other", method="dpo", beta=7.0, anchor=7.0, weighting="velocity", t_draw="uniform",
                lose_per_step=2, compare_every=7, ema_decay=0.9, ema_every=7, lr=7.0, warmup=7, decay=0.1, batch=16,
                seed=7)
 

@@ -201,7 +201,7 @@ def distances(denoiser, noise, cond):
 # ---- The commands, called as functions ------------------------------------------------------------------------------
 
 SHORT = dict(model="tiny", steps=4, batch=4, micro_batch=4, lr=1e-4, warmup=1, decay=0.0, beta=25.0,
-             checkpointing="none", graphs="all", save_every=9)
+             anchor=1000.0, compare_every=1, t_draw="low", checkpointing="none", graphs="all", save_every=9)
 
 
 def encode(videos, out, **options):

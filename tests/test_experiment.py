@@ -159,12 +159,13 @@ def test_the_picture_of_budgets_shows_every_method_with_its_interval(tmp_path):
 def small_experiment(monkeypatch):
     """Two bases of two steps, two clips, rows of one step or two at given rates."""
     make_base = partial(make_model.make_base, clips=16, unseen=16)
-    monkeypatch.setattr(regimes, "make_base", lambda folder, steps, seed, faults: make_base(folder, 2, seed, faults))
+    monkeypatch.setattr(regimes, "make_base", lambda folder, steps, seed: make_base(folder, 2, seed))
     monkeypatch.setattr(regimes, "SIZES", {"real": 2, "held-out": 1, "validation": 1})
     monkeypatch.setitem(regimes.REGIMES, "usual", regimes.Regime(count=2))
-    monkeypatch.setitem(regimes.REGIMES, "12 clips", regimes.Regime(count=1))
+    monkeypatch.setitem(regimes.REGIMES, "nearly right", regimes.Regime(count=1, further=1))
+    monkeypatch.setattr(regimes, "CLEAN", 8)
     monkeypatch.setattr(runs, "UNIT", 3)
-    for name, value in dict(FEW=(1, 2), BUDGETS=(1.0, 2.0), REGIMES=("12 clips",)).items():
+    for name, value in dict(FEW=(1, 2), BUDGETS=(1.0, 2.0), REGIMES=("nearly right",)).items():
         monkeypatch.setattr(experiment, name, value)
     monkeypatch.setattr(runs, "CHOOSING", ((1, 0), (2, 0)))
     row = partial(runs.Row, fixed=True, start=1e-3, count=1, bases=(1, 2))
@@ -192,11 +193,13 @@ def test_the_experiment_prints_its_tables_and_then_from_kept_scores_alone(tmp_pa
                                                            "| RealDPO + anchor, compared every 2 steps, all t",
                                                            "| RealDPO, all t"]
     assert all("±" in row[3] for row in first["comparison"][1:]) and len(first["budgets"]) == 3
-    assert len(first["regimes"]) == 5 and first["regimes"][1][:2] == ["| 12 clips", "base, 12 clips"]
+    assert len(first["regimes"]) == 5 and first["regimes"][1][:2] == ["| nearly right", "base, nearly right"]
     ElementTree.parse(tmp_path / "budget.svg")
     bases = [exported(tmp_path / f"seed-{seed}" / "base") for seed in (1, 2)]
     assert not same_tensors(*bases)
-    assert len(list((tmp_path / "seed-1" / "12 clips" / "cache" / "real" / "lose").iterdir())) == 1
+    better = tmp_path / "seed-1" / "nearly right"
+    assert len(list((better / "cache" / "real" / "lose").glob("*.safetensors"))) == 1
+    assert not same_tensors(exported(better / "base"), bases[0])
     for folder in tmp_path.glob("seed-*/base"):
         shutil.rmtree(folder)                              # whatever has to be done now, cannot
     assert tables() == first

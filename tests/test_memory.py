@@ -63,8 +63,9 @@ def test_the_work_of_a_sample_of_5b():
     """FLOP in forwards of one sequence, 332 T: counted by hand from what passes through the network."""
     forward = 332e12
 
-    def forwards(setting, **options):
-        useful, done = train.Work(train.Options(batch=1, **options), model.PUBLISHED_DIT, SHAPE, 3).flops(setting)
+    def forwards(setting, compare_every=1, **options):
+        options = train.Options(batch=1, compare_every=compare_every, **options)
+        useful, done = train.Work(options, model.PUBLISHED_DIT, SHAPE, 3).flops(setting)
         return useful / forward, done / forward
 
     setting = partial(train.Setting, False, held=False)
@@ -113,7 +114,7 @@ class Mesh:
     (129, {}, "two", False), (141, {}, "all", False), (141, dict(graphs="one"), "one", False)])
 def test_a_run_takes_the_fastest_way_that_fits_its_gpu(gigabytes, options, graphs, held, monkeypatch):
     Gpu(monkeypatch, gigabytes)
-    options = train.Options(**options)
+    options = train.Options(compare_every=1, **options)
     work = train.Work(options, model.PUBLISHED_DIT, SHAPE, 3)
     monkeypatch.setattr(data, "free_host_memory", lambda: 2 ** 40)
     process = data.Process(0, 1, torch.device("cuda", 0), torch.bfloat16)

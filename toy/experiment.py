@@ -159,7 +159,8 @@ def budget_rows(runs, champion):
     for budget in BUDGETS:
         name = champion.name if budget == 1 else f"{champion.name} x{budget:g}"
         count = champion.count if budget == 1 else 1
-        bases = FEW if champion.name == "paper" and budget != 1 else champion.bases
+        few = budget == 4 or champion.name == "paper" and budget != 1
+        bases = FEW if few else champion.bases
         rows.append(champion._replace(name=name, budget=budget, start=rate, fixed=True, count=count, bases=bases))
     return rows
 

@@ -185,7 +185,7 @@ def make_vae(folder, steps):
     model.save_part(vae, config, folder / "vae", torch.bfloat16)
 
 
-def make_base(folder, steps, seed=0, faults=FAULTS, clips=4096, unseen=128):
+def make_base(folder, steps, seed=0, clips=4096, unseen=128):
     """Pre-train the transformer by flow matching on a corpus of imperfect figures, as the web is of videos, around the
     text encoder and autoencoder in `folder`. Prints the loss on `unseen` clips more: compared with that of another
     number of steps, it tells how far from converged the base is."""
@@ -194,7 +194,7 @@ def make_base(folder, steps, seed=0, faults=FAULTS, clips=4096, unseen=128):
     vae, encode_text = model.load_vae(folder), model.load_text_encoder(folder)
     empty, samples = encode_text([""])[0], []
     for first in tqdm(range(0, clips + unseen, 16), desc="encoding the corpus"):
-        drawn, rng = [corpus_clip(first + i, faults, seed) for i in range(16)], generator("corpus", seed, first)
+        drawn, rng = [corpus_clip(first + i, FAULTS, seed) for i in range(16)], generator("corpus", seed, first)
         video = torch.stack([data.from_uint8(frames) for frames, _ in drawn])
         samples.append((vae.encode(video, rng), vae.encode(video[:, :, :1], rng), encode_text([c for _, c in drawn])))
     win, image, text = (torch.cat(x) for x in zip(*samples))

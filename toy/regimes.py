@@ -2,6 +2,7 @@
 
 Whatever the regime, the figures that judge are the usual ones of the base's seed, drawn as its corpus was.
 """
+import shutil
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,12 +11,14 @@ from PIL import Image
 
 import data
 import model
+import train
 from data import write_json
-from toy.laptop import prepare
-from toy.make_model import BASE_STEPS, CLEAN, FAULTS, make_base
-from toy.world import GREY, draw_figure, toy_video, world_of, write_clip
+from toy.laptop import prepare, run_stage
+from toy.make_model import BASE_STEPS, make_base
+from toy.world import GREY, draw_figure, toy_video, world_of, write_clip, write_toy_videos
 
 SIZES = {"real": 48, "held-out": 256, "validation": 128}   # clips of each kind
+CLEAN = 256                                                # and of those that make a base nearly right
 
 
 class Regime(NamedTuple):
@@ -23,7 +26,7 @@ class Regime(NamedTuple):
     count: int = SIZES["real"]                             # of real clips
     action: str = ""                                       # that all of them show; "": any
     restyled: bool = False                                 # their figures are smaller and darker than the corpus's
-    faults: tuple = FAULTS                                 # least and greatest strength of them in the base's corpus
+    further: int = 0                                       # steps of SFT that its base has had, on CLEAN other clips
 
 
 REGIMES = {
@@ -31,8 +34,7 @@ REGIMES = {
     "12 clips": Regime(count=12),
     "one action": Regime(action="marches in place"),
     "another style": Regime(restyled=True),
-    "nearly right": Regime(faults=(0.0, 0.2)),
-    "clean": Regime(faults=CLEAN),
+    "nearly right": Regime(further=400),
 }
 
 
@@ -61,26 +63,43 @@ def write_real_clips(regime, folder, seed):
         index += 1
 
 
-def own_base(folder, seed, faults=FAULTS, steps=BASE_STEPS):
+def own_base(folder, seed, steps=BASE_STEPS):
     """A model folder with a base of its own, and the shipped autoencoder and text encoder. Seed 0's usual base is the
     shipped one too: made in the same way. Raises UserError where there is one of another number of steps."""
     file, made_by = folder / "base.json", dict(model="tiny", steps=steps)
     if file.exists():
         data.check_metadata(file, model.read_json(file), made_by)
     write_json(file, made_by)                              # for the parts it does not have, see model.resolve
-    shipped = (seed, steps, faults) == (0, BASE_STEPS, FAULTS)
+    shipped = (seed, steps) == (0, BASE_STEPS)
     if not shipped and not list(folder.glob("transformer/*.safetensors")):
-        make_base(folder, steps, seed, faults)
+        make_base(folder, steps, seed)
     return str(folder)
 
 
-def prepare_regime(name, out, seed):
+def improve(base, folder, seed, steps, processes):
+    """The base after SFT on clean clips that no run is trained on. Returns its folder."""
+    better, clips = folder / "base", folder / "videos" / "clean"
+    if not (better / "base.json").exists():
+        write_toy_videos(clips, CLEAN, world_of(seed, "clean"))
+        run_stage(data, 0, videos=str(clips), model=base, out=f"{folder}/cache/clean")
+        options = train.Options(method="sft", model=base, data=f"{folder}/cache/clean", out=str(better), steps=steps,
+                                lr=2e-3, t_draw="release", decay=0.5, micro_batch=8, checkpointing="none",
+                                save_every=10 ** 9, seed=seed)
+        if not train.train(options, *processes):
+            raise KeyboardInterrupt
+        shutil.rmtree(better / "checkpoints")
+    return str(better)
+
+
+def prepare_regime(name, out, seed, processes):
     """Make what is missing of a regime's base and records, under a seed's folder `out`. Returns the model's and the
     records' folder."""
     regime, folder = REGIMES[name], Path(out)
     if name != "usual":
         folder = folder / name
-    base = own_base((Path(out) if regime.faults == FAULTS else folder) / "base", seed, regime.faults)
+    base = own_base(Path(out) / "base", seed)
+    if regime.further:
+        base = improve(base, folder, seed, regime.further, processes)
     if not (folder / "prepared").exists():
         write_real_clips(regime, folder / "videos" / "real", seed)
         sizes = SIZES if name == "usual" else {"real": regime.count}

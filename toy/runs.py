@@ -143,7 +143,7 @@ class Runs:
         long as another process makes them."""
         seed_folder = self.out / f"seed-{run.base}"
         with locked(seed_folder / "preparing" / run.row.regime) as held:
-            return prepare_regime(run.row.regime, seed_folder, run.base) if held else None
+            return prepare_regime(run.row.regime, seed_folder, run.base, self.processes) if held else None
 
     def judge(self, run, split, trained):
         """Judge the model in the folder `trained` by a base's figures, and keep what it scores as the run's."""

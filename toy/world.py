@@ -15,8 +15,9 @@ from tqdm import tqdm
 
 from data import read_video, to_uint8, whole_file, write_video
 
-# Figures that the base saw, that it is aligned with, that judge the result, and that choose a learning rate before.
-KINDS = ("corpus", "real", "held-out", "validation")
+# Figures that the base saw, that it is aligned with, that judge the result, that choose a learning rate before, and that
+# make a base better.
+KINDS = ("corpus", "real", "held-out", "validation", "clean")
 COUNTS = {"real": 48, "held-out": 16}
 
 
