@@ -139,17 +139,24 @@ def test_hdr_becomes_sdr(transfer, tmp_path):
         assert torch.equal(video(tmp_path / name, 1), video(path, 1)), name
 
 
+SILENT = "h264_metadata=colour_primaries=2:transfer_characteristics=2:matrix_coefficients=2"    # takes the tags off
+
+
 def test_colours_follow_what_the_file_says_and_hd_is_bt709_where_it_says_nothing(tmp_path):
-    for name, height, filters in (("hd", 720, "scale=out_color_matrix=bt709"),
-                                  ("sd", 480, "scale=out_color_matrix=bt601"),
-                                  ("full", 480, "scale=out_range=full:out_color_matrix=bt601,setrange=full"),
-                                  ("tagged", 480, "scale=out_color_matrix=bt709,setparams=colorspace=bt709")):
-        arguments = ["-vf", f"{filters},format=yuv420p", "-c:v", "libx264", "-preset", "ultrafast"]
-        path = write_scene(tmp_path / f"{name}.mp4", [0, 0], *arguments, height=height, width=height * 3 // 2)
+    tagged = "scale=out_color_matrix=bt709,setparams=colorspace=bt709"
+    for name, height, filters, bitstream in (("hd", 592, "scale=out_color_matrix=bt709", SILENT),
+                                             ("wide", 480, "scale=out_color_matrix=bt709", SILENT),
+                                             ("sd", 576, "scale=out_color_matrix=bt601", SILENT),
+                                             ("full", 480, "scale=out_range=full:out_color_matrix=bt601", SILENT),
+                                             ("tagged", 480, tagged, "null")):
+        arguments = ["-vf", f"{filters},format=yuv420p", "-c:v", "libx264", "-preset", "ultrafast", "-bsf:v", bitstream]
+        width = 1280 if name == "wide" else height * 3 // 2
+        shape = dict(height=height, width=width, aspect=width / height)
+        path = write_scene(tmp_path / f"{name}.mp4", [0, 0], *arguments, **shape)
+        assert ("bt709" in data.read_video_header(path).pixels) == (name == "tagged")
         found = data.to_uint8(video(path, 1))[0, 4, 4].astype(int)
         assert np.abs(found - COLOURS["red"]).max() < 6, (name, found)
-    silent = "h264_metadata=colour_primaries=2:transfer_characteristics=2:matrix_coefficients=2"
-    ffmpeg("-i", path, "-c", "copy", "-bsf:v", silent, tmp_path / "file.mkv")      # whose pictures do not say it
+    ffmpeg("-i", path, "-c", "copy", "-bsf:v", SILENT, tmp_path / "file.mkv")      # whose pictures do not say it
     assert torch.equal(video(tmp_path / "file.mkv", 1), video(path, 1))
 
 
