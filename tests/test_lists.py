@@ -30,6 +30,8 @@ LISTS = {                                                  # a list that is read
     "blank at an end": ({"video.txt": "a.mp4\nb.mp4\n\n\n", "prompt.txt": "one\ntwo\n"}, ["one", "two"]),
     "beside": ({"a.txt": "\ufeffone\r\n", "b.TXT": "two"}, ["one", "two"]),
     "kept": (jsonl(dict(file_name="a.mp4", text="one", keep=True), dict(TWO, keep=False)), ["one"]),
+    "kept, in a table": ({"metadata.csv": "file_name,text,keep\na.mp4,one,True\nb.mp4,two,False\n"}, ["one"]),
+    "undecided is not kept": (jsonl(dict(file_name="a.mp4", text="one"), dict(TWO, keep=None)), ["one"]),
 }
 
 
@@ -38,7 +40,7 @@ def test_lists_are_read(kind, videos, tmp_path, capsys):
     content, captions = LISTS[kind]
     clips, _ = data.list_clips(write_list(tmp_path / "list", content, videos))
     assert [clip.caption for clip in clips] == captions
-    assert ("1 clips are not used, by their `keep`" in capsys.readouterr().out) == (kind == "kept")
+    assert ("1 clips are not used, by their `keep`" in capsys.readouterr().out) == ("kept" in kind)
 
 
 FAULTS = {                                                 # a list of which a row is refused: what the line says
@@ -246,14 +248,15 @@ def test_a_list_of_pictures_is_read_like_one_of_videos(tmp_path):
     assert [clip.file.name for clip in read()[0]] == ["a.png", "b.jpeg"]
 
 
-def test_uneven_negatives_are_refused_before_anything_is_encoded(videos, tmp_path, monkeypatch):
+@pytest.mark.parametrize("count", [1, 3])
+def test_uneven_negatives_are_refused_before_anything_is_encoded(count, videos, tmp_path, monkeypatch):
     folder = shutil.copytree(videos, tmp_path / "videos")
     for name in NAMES:
         (folder / "negative_samples" / name).mkdir(parents=True)
-        for k in range(1 if name == "00002" else 2):
+        for k in range(count if name == "00000" else 2):
             shutil.copy(folder / "00000.mp4", folder / "negative_samples" / name / f"{k}.mp4")
     command = f"data --videos {folder} --out {tmp_path / 'out'} --model tiny --given-negatives".split()
-    assert "00002.mp4: has 1 negatives" in refusal(monkeypatch, *command) and not (tmp_path / "out").exists()
+    assert f"00000.mp4: has {count} negatives" in refusal(monkeypatch, *command) and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("part", ["vae", "text_encoder", "transformer"])
