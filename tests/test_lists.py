@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 import data
 import model
 import sample
+from toy import world
 
 pytest_plugins = "tests.helpers"
 
@@ -157,6 +158,16 @@ def test_two_spans_of_a_film_are_two_records_and_know_where_they_begin(videos, t
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     with pytest.raises(model.UserError, match="two clips are named a"):
         data.list_clips(folder)
+
+
+def test_given_negatives_begin_where_their_files_do(videos, tmp_path):
+    data.write_video(tmp_path / "short.mp4", world.toy_video(0, 9, frames=9)[0], 8)
+    clip = data.Clip("a", videos / "00000.mp4", "", "", {}, start=1.0, negatives=(tmp_path / "short.mp4",))
+    films = {}
+    data.check_clip(clip, 1, (9, 32, 32), 8, films)
+    video, _, (negative,) = data.read_clip(clip, (9, 32, 32), 8, films)
+    assert torch.equal(video, data.read_video(clip.file, 9, 32, 32, 8, start=1.0))
+    assert torch.equal(negative, data.read_video(tmp_path / "short.mp4", 9, 32, 32, 8))
 
 
 def test_a_file_is_opened_once_to_check_it_and_once_to_read_it_and_what_is_printed_can_be_pasted(

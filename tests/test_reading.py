@@ -289,6 +289,19 @@ def test_packets_that_never_arrived_are_damage_though_a_decoder_passes_over_them
             video(tmp_path / "b.ts", film=film)
 
 
+@pytest.mark.parametrize("begin, decoded, shown", [
+    (1.5, 13, True), (1.5, 11, True),                      # behind the key at 1 s, from which 1.5 s is made
+    (1.5, 10, False), (1.5, 5, False), (1.0, 10, False),   # before it
+    (1.5, 25, True), (1.5, 26, False)])                    # the clip ends at 2.5 s
+def test_what_lies_between_a_whole_picture_and_the_end_of_the_clip_is_needed(begin, decoded, shown):
+    """Of ten pictures a second, a key every second. The complaint comes when so many have been decoded."""
+    pictures = [data.Picture(i / 10, 0.1, key=i % 10 == 0) for i in range(40)]
+    complaint = "[h264 @ 0x1] [error] error while decoding", decoded, decoded
+    times = [picture.time for picture in pictures]
+    found = data.find_damage(times, pictures, [complaint], begin, begin + 1, cut=False)
+    assert found == ("error while decoding" if shown else None)
+
+
 OPEN = "-c:v libx264 -bf 2 -x264-params open-gop=1:keyint=30:min-keyint=30:scenecut=0"
 CUTS = {                                                   # an encoding, and how the beginning is cut off
     "mpeg2.ts": ("-c:v mpeg2video -q:v 2 -bf 2 -g 15", "bytes"), "hevc.ts": (X265 + ":keyint=15", "bytes"),
