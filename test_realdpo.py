@@ -971,6 +971,9 @@ def test_a_run_logs_every_step_and_starts_at_log_2(straight):
         by_t = {f"eval_{e}_t{t}" for e in ERRORS for t in train.EVAL_T}
         assert {"eval_margin", "eval_accuracy", *by_t} <= line.keys()
     assert lines[0]["preference"] == pytest.approx(math.log(2), abs=1e-6) and lines[0]["margin"] == 0
+    moved = {name: abs(lines[3][f"eval_{name}"] - lines[0][f"eval_{name}"]) for name in ERRORS}
+    for name in ("win", "lose"):                           # in the looks, too, it is the policy that learns
+        assert moved[f"ref_{name}"] < 0.1 * moved[name]
 
 
 def test_the_reference_moves_by_ema_in_fp32(straight):

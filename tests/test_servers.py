@@ -573,6 +573,8 @@ def test_a_video_that_changes_is_judged_anew_however_often_it_was_asked_about(se
     ask_for_verdicts(methods, bench, file, server, parallel=4)
     said = capsys.readouterr().out.splitlines()
     assert [cells(line)[0][0] for line in said if line.startswith(("| x |", "| y |"))][-3:-1] == [20, 40]
+    askings = Counter(row["asking"] for row in vlm.read_rows(tmp_path / "verdict.jsonl", "question").values())
+    assert askings == {0: 3 * 5 * 4, 1: 2 * 5 * 4}         # what was not asked about again stays, but for y's
 
 
 def test_a_question_without_an_answer_is_asked_again(server, many, tmp_path, capsys):
