@@ -4,8 +4,9 @@ from functools import partial
 from itertools import combinations
 from xml.etree import ElementTree
 
-from tests.helpers import NAMES, as_a_process, exported, metrics, same_tensors
+from tests.helpers import NAMES, REPO, as_a_process, exported, metrics, same_tensors
 
+import imageio.v2 as imageio
 import numpy as np
 import pytest
 import torch
@@ -14,7 +15,7 @@ import data
 import model
 import train
 from model import UserError
-from toy import curves, experiment, judge, make_model, world
+from toy import curves, experiment, judge, laptop, make_model, world
 
 pytest_plugins = "tests.helpers"
 
@@ -35,6 +36,13 @@ def test_a_run_is_drawn(straight):
     # Upwards on a page, y falls.
     assert np.corrcoef(y(lines[0]), [line["preference"] for line in logged])[0, 1] == pytest.approx(-1, abs=0.01)
     assert np.corrcoef(y(lines[2]), [line["win"] - line["ref_win"] for line in logged])[0, 1] < -0.99
+    assert np.corrcoef(y(lines[4]), [line["lose"] - line["ref_lose"] for line in logged])[0, 1] < -0.99
+    for first, name in ((6, "win"), (6 + len(train.EVAL_T), "lose")):
+        drawn, looked = [], []
+        for polyline, t in zip(lines[first:], train.EVAL_T):
+            drawn += y(polyline)
+            looked += [line[f"eval_{name}_t{t}"] for line in logged]
+        assert np.corrcoef(drawn, looked)[0, 1] < -0.99, name
     assert min(y(lines[0])) >= 40 and max(y(lines[0])) <= 190
     assert curves.running_mean([(0, 1.0), (1, 3.0), (2, 5.0)], 2) == [(0, 1.0), (1, 2.0), (2, 4.0)]
 
@@ -126,6 +134,55 @@ def test_a_toy_clip_depends_on_seed_and_index_and_survives_mp4(videos):
     assert np.mean([judged_raw(clip, world.draw_figure(0, i))["rvd"] for i, clip in enumerate(stored)]) < 0.2
 
 
+def test_no_two_worlds_draw_the_same_figures():
+    seeds = [world.world_of(seed, kind) for seed in range(20) for kind in world.KINDS]
+    assert len({*seeds}) == len(seeds)
+    figures = [world.draw_figure(seed, index) for seed in range(10) for index in range(10)]
+    assert len({*figures}) == len(figures)
+
+
+def test_limbs_hang_stretch_and_bend_as_their_angles_say():
+    def hands_and_feet(*angles):                           # of both pieces of every limb
+        ends = world.skeleton(np.array([[angles] * 4], float), np.full((1, 4), 0.1))
+        return ends[0, 3::2, 1] - world.ROOT
+
+    np.testing.assert_allclose(hands_and_feet(0, 0), [(0, 0.2)] * 4, atol=1e-9)
+    out = np.array([(0.2, 0), (-0.2, 0), (0.2, 0), (-0.2, 0)])         # the figure's left is the picture's right
+    np.testing.assert_allclose(hands_and_feet(90, 0), out, atol=1e-9)
+    np.testing.assert_allclose(hands_and_feet(90, 90), out / 2 + (0, -0.1), atol=1e-9)           # bent on, upwards
+
+
+def test_the_first_frame_tells_the_phase():
+    """From one end of the swing to the other, in half a turn of the phase; the next half second goes on from there."""
+    figure, rises = world.draw_figure(0, 0)._replace(action="waves its left arm", hertz=1.0), []
+    for phase in np.linspace(-np.pi / 2, np.pi / 2, 9):
+        angles, _ = world.pose(figure._replace(phase=phase), np.array([0, 0.5]))
+        rises.append(angles[0, 0, 0])
+        assert angles[:, 0, 0].sum() == pytest.approx(65 + 115)        # half a cycle later it is as far from the other
+    assert rises == sorted(rises) and rises[0] == pytest.approx(65) and rises[-1] == pytest.approx(115)
+
+
+def test_drawing_clips_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    world.write_toy_videos(tmp_path, 1, seed=0)
+    (tmp_path / "00000.txt").write_text("mine")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(world, "write_video", stop)
+        world.write_toy_videos(tmp_path, 2, seed=0)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["00000.mp4", "00000.txt", "00001.txt"]
+    world.write_toy_videos(tmp_path, 2, seed=0)
+    assert (tmp_path / "00001.mp4").is_file() and (tmp_path / "00000.txt").read_text() == "mine"
+
+
+def test_what_may_follow_does_not_tell_the_figures_own_pace():
+    figure = world.draw_figure(0, 0)
+    for hertz in (0.97, 1.03):
+        other = figure._replace(hertz=hertz * figure.hertz)
+        assert np.array_equal(judge.continuations(other, 17, 32), judge.continuations(figure, 17, 32))
+
+
 def test_the_measures_tell_real_from_corrupt_and_still():
     def scores(change=lambda video: video, **options):     # means over six figures
         judged = []
@@ -135,25 +192,26 @@ def test_the_measures_tell_real_from_corrupt_and_still():
 
     real, *corrupt = [scores(strength=strength) for strength in (0, 0.25, 0.5, 1)]
     frozen, grey = scores(lambda video: video[:1].repeat(17, axis=0)), scores(lambda video: np.full_like(video, 128))
-    for measure in ("rvd", "limb_change", "jerkiness"):
+    for measure in ("rvd", "limb_change", "jerkiness", "identity_loss"):
         values = [score[measure] for score in (real, *corrupt)]
         assert values == sorted(set(values)), (measure, values)
     assert real["rvd"] < 0.05 < corrupt[0]["rvd"] and real["action_match"] == 1
+    assert abs(real["limb_change"]) < 0.5 and corrupt[2]["identity_loss"] > 3 and corrupt[2]["jerkiness"] > 2
     assert real["motion"] == pytest.approx(1, abs=0.05) and real["jerkiness"] == pytest.approx(1, abs=0.05)
     assert frozen["rvd"] > corrupt[1]["rvd"] and frozen["motion"] < 0.01
     assert np.isfinite([*frozen.values(), *grey.values()]).all()
 
 
 def test_a_real_clip_through_the_autoencoder_is_real_and_what_it_is_compared_with_is_kept(tmp_path, monkeypatch):
-    vae, clip = model.load_vae("tiny"), data.from_uint8(world.toy_video(5, 0)[0])
+    vae, clip = model.load_vae("tiny"), data.from_uint8(world.toy_video(5, 1)[0])
     coded = data.to_uint8(vae.decode(vae.encode(clip[None]))[0])
-    scores = judge.judge_all([(0, coded)], 5, tmp_path)
+    scores = judge.judge_all([(1, coded)], 5, tmp_path)
     assert scores["rvd"][0] < 0.1 and abs(scores["limb_change"][0]) < 0.5
     monkeypatch.setattr(model, "load_vae", None)           # from here on there is nothing to make them with
-    assert judge.judge_all([(0, coded)], 5, tmp_path) == scores
+    assert judge.judge_all([(1, coded)], 5, tmp_path) == scores
     monkeypatch.setattr(judge, "PACES", judge.PACES[:3])
-    with pytest.raises(UserError, match=r"5-00000.safetensors: was made with other settings: paces 15 \(now 3\)"):
-        judge.judge_all([(0, coded)], 5, tmp_path)
+    with pytest.raises(UserError, match=r"5-00001.safetensors: was made with other settings: paces 15 \(now 3\)"):
+        judge.judge_all([(1, coded)], 5, tmp_path)
 
 
 def test_a_folder_of_videos_is_judged(tmp_path, capsys):
@@ -173,3 +231,74 @@ def test_a_folder_of_videos_is_judged(tmp_path, capsys):
     (tmp_path / "other").mkdir()
     with pytest.raises(UserError, match="other.*00000.mp4"):
         judge_folder("other")
+
+
+# ---- The laptop's story ---------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def short(monkeypatch):
+    """The whole story in small: two real clips, one held-out figure, two steps a run, videos in two evaluations."""
+    defaults = model.defaults_of
+    quick = {"sample": dict(steps=2, guidance=1.0)}
+    monkeypatch.setattr(model, "defaults_of", lambda path, command: quick.get(command) or defaults(path, command))
+    monkeypatch.setattr(laptop, "COUNTS", {"real": 2, "held-out": 1})
+    monkeypatch.setattr(laptop, "SHOWN", 1)
+    monkeypatch.setattr(judge, "PACES", judge.PACES[7:8])
+    return dict(model="tiny", steps=2, batch=2, micro_batch=2, save_every=1, seed=1, lr=5e-4, checkpointing="none")
+
+
+def test_the_laptops_story(short, tmp_path, monkeypatch, capsys):
+    shown, side_by_side = [], laptop.side_by_side
+    monkeypatch.setattr(laptop, "side_by_side", lambda columns: shown.append(columns) or side_by_side(columns))
+    out = tmp_path / "run"
+    with as_a_process():
+        train.main(train.Options(out=str(out), **short))
+    said, readme = capsys.readouterr().out.replace(str(out), "run-tiny"), (REPO / "README.md").read_text()
+    commands = re.findall(r"^\$ (python (?:data|sample).py .*)", said, re.MULTILINE)
+    told = [line for line in commands if f"\n$ {line}\n" in readme]
+    assert len(commands) == 3 and told == [commands[0], commands[2]]       # the held-out figures' are left out there
+    real = world.read_toy_video(out / "videos" / "real" / "00001.mp4")
+    assert np.abs(real - world.toy_video(world.world_of(1, "real"), 1)[0].astype(int)).mean() < 2
+    # Both runs take the same steps at the same rate.
+    sft, realdpo = metrics(out / "sft"), metrics(out)
+    assert [line["lr"] for line in sft] == [line["lr"] for line in realdpo] and len(sft) == 2
+    assert "ref_win" in realdpo[0] and "ref_win" not in sft[0]
+    assert sft[0]["win"] == pytest.approx(realdpo[0]["win"], rel=1e-5)     # the same records, noise and t
+    names = re.findall(r"^  (\w.*?) +rvd ", said, re.MULTILINE)
+    assert names == ["base", "SFT", "RealDPO + anchor"] and "1 held-out figures" in said
+    # What is shown, column by column, is what --bench has shown.
+    for columns in shown:
+        assert [*columns] == ["base", "step 1", "RealDPO + anchor", "SFT", "real"]
+        places = {"base": out / "videos" / "step-000000", "step 1": out / "videos" / "step-000001",
+                  "RealDPO + anchor": out / "videos" / "step-000002", "SFT": out / "sft" / "videos" / "step-000002"}
+        for name, folder in places.items():
+            assert np.array_equal(columns[name][0], world.read_toy_video(folder / "00000.mp4")), name
+        assert np.array_equal(columns["real"][0], world.toy_video(world.world_of(1, "held-out"), 0)[0])
+    video = np.stack(imageio.mimread(out / "held-out.gif"))
+    assert len(shown) == 2 and video.shape[:3] == (17, 14 + 3 * 32, 6 * 3 * 32)
+    assert {path.name for path in (out / "held-out").iterdir()} == {"base", "sft", "realdpo"}
+
+
+def test_the_laptops_story_ends_where_a_run_is_asked_to_stop(monkeypatch):
+    monkeypatch.setattr(laptop, "prepare", lambda *_: "cache")
+    monkeypatch.setattr(laptop, "write_bench", lambda *_: None)
+    monkeypatch.setattr(laptop.dist, "barrier", lambda: None)
+    monkeypatch.setattr(laptop, "compare_on_held_out", None)           # not to be called
+    process, trained = data.Process(0, 1, torch.device("cpu"), torch.float32), []
+
+    def train_until_asked(options):
+        trained.append((options.method, options.data))
+        return False
+
+    laptop.run(train.Options(out="run"), process, train_until_asked)
+    assert trained == [("sft", "cache")]
+    alone = train.Options(method="dpo")
+    assert laptop.runs_to_compare(alone) == [alone]        # is compared with its base
+
+
+def test_a_held_out_video_depends_on_its_number_alone(cache, monkeypatch):
+    monkeypatch.setattr(laptop.realdpo, "sample", lambda denoiser, noise, cond, **options: noise)
+    monkeypatch.setattr(model.VAE, "decode", lambda vae, latents: latents[:, :3].clamp(-1, 1))
+    records = data.Records(cache)
+    one_by_one, together = (np.stack([*laptop.generate_held_out(None, "tiny", records, batch)]) for batch in (1, 16))
+    assert np.array_equal(one_by_one, together) and len(np.unique(together, axis=0)) == len(records) == 4
