@@ -791,7 +791,8 @@ def test_one_picture_and_one_sentence_become_an_mp4_which_can_be_a_gif(picture, 
     assert video.shape == (17, 32, 32, 3) and len(imageio.mimread(tmp_path / "a.gif")) == 17
     assert np.array_equal(make_video(tmp_path / "b.mp4", picture), video)
     assert not np.array_equal(make_video(tmp_path / "c.mp4", picture, seed=1), video)
-    assert make_video(tmp_path / "d.mp4", picture, prompt="", frames=9).shape == (9, 32, 32, 3)
+    assert make_video(tmp_path / "d.mp4", picture, prompt="", frames=9, fps=4).shape == (9, 32, 32, 3)
+    assert data.read_video_header(tmp_path / "d.mp4").seconds == pytest.approx(9 / 4, abs=0.02)
     # a training run is a model, too
     assert make_video(tmp_path / "e.mp4", picture, model=str(straight)).shape == video.shape
 
@@ -1214,6 +1215,14 @@ def test_a_stopped_run_finishes_its_step_and_saves(steps, options, straight, cac
     (3, 24, 12), (1, 9, 9)])
 def test_parameters_are_sharded_over_eight_gpus_or_the_next_number_that_divides(ranks_a_machine, world, shards):
     assert train.shards_of(world, ranks_a_machine) == shards
+
+
+def test_every_group_waits_for_an_hour():
+    """While rank 0 writes an export of 5B; torch's own limit is half of that, with NCCL a sixth."""
+    with as_a_process():
+        _, mesh = train.init_distributed()
+        for group in (dist.group.WORLD, *mesh.get_all_groups()):
+            assert group._get_backend(torch.device("cpu")).options._timeout.total_seconds() == 3600
 
 
 def test_rank_0_chooses_the_checkpoint_to_go_on_from(half, cache, tmp_path, monkeypatch):

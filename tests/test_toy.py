@@ -1,5 +1,5 @@
 """The toy world, its measures, the tiny model, the experiment."""
-import re
+import os, re
 from functools import partial
 from itertools import combinations
 from xml.etree import ElementTree
@@ -302,3 +302,21 @@ def test_a_held_out_video_depends_on_its_number_alone(cache, monkeypatch):
     records = data.Records(cache)
     one_by_one, together = (np.stack([*laptop.generate_held_out(None, "tiny", records, batch)]) for batch in (1, 16))
     assert np.array_equal(one_by_one, together) and len(np.unique(together, axis=0)) == len(records) == 4
+
+
+def test_negatives_are_scored_by_their_distance_and_anew_when_they_are(own_cache, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(laptop, "draw_figure", lambda *place: drawn.append(place))
+    monkeypatch.setattr(laptop, "continuations", lambda *_: None)
+    monkeypatch.setattr(laptop, "judge", lambda video, *_: {"rvd": float(video.mean())})
+    laptop.score_negatives(own_cache, seed=3)
+    assert drawn == [(world.world_of(3, "real"), number) for number in range(4)]
+    scores = data.Records(own_cache, scores=True)[2]["scores"]
+    videos = model.load_vae("tiny").decode(data.Records(own_cache)[2]["lose"].float())
+    assert scores.tolist() == pytest.approx([-data.to_uint8(video).mean() for video in videos])
+    laptop.score_negatives(own_cache, seed=3)
+    assert len(drawn) == 4                                 # the scores are there
+    later = (own_cache / "scores.json").stat().st_mtime + 10
+    os.utime(own_cache / "lose" / "00001.safetensors", (later, later))
+    laptop.score_negatives(own_cache, seed=3)
+    assert len(drawn) == 8
