@@ -429,6 +429,7 @@ def test_raw_folders_are_searched_as_they_are(tmp_path):
 @pytest.mark.parametrize("said, scores", [
     ("Answer 1: 8\nAnswer 2: 7.5\nAnswer 3: 0\nAnswer 4: 10\nAnswer 5: 9", [8, 7.5, 0, 10, 9]),
     ("Here you are.\n**Answer 1:** 8/10\nAnswer 2: 7\nAnswer 3: 1 \nAnswer 4: 2\nAnswer 5: 3\n", [8, 7, 1, 2, 3]),
+    ("Draft: Answer 1: 3\nAnswer 1: 8\nAnswer 2: 7\nAnswer 3: 1\nAnswer 4: 2\nAnswer 5: 3", [8, 7, 1, 2, 3]),
     ("Answer 1: 8\nAnswer 2: 7\nAnswer 3: 1\nAnswer 4: 2", None), ("", None), ("I cannot judge this.", None),
     ("Answer 1: 8\nAnswer 2: 7\nAnswer 3: 1\nAnswer 4: 2\nAnswer 5: 11", None),
     ("Answer 1: 8\nAnswer 2: 7\nAnswer 3: -1\nAnswer 4: 2\nAnswer 5: 1", None),

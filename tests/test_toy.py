@@ -51,19 +51,20 @@ def test_making_the_tiny_model_goes_on_where_it_stopped(tmp_path):
         weights, calls = [torch.zeros(shape, requires_grad=True) for shape in (3, (4, 2))], []     # Adam's and Muon's
 
         def loss(rng):
-            calls.append(None)
+            calls.append(rng.initial_seed())
             if len(calls) == stop_at:
                 raise KeyboardInterrupt
             return sum((w - torch.randn(w.shape, generator=rng)).square().sum() for w in weights)
 
         make_model.optimize(weights, loss, steps, 0.1, tmp_path / file / "part.safetensors", save_every=2)
-        return torch.cat([w.detach().flatten() for w in weights]), len(calls)
+        return torch.cat([w.detach().flatten() for w in weights]), calls
 
-    straight, _ = fit("straight")
+    straight, draws = fit("straight")
+    assert len({*draws}) == 6                              # every step has random numbers of its own
     with pytest.raises(KeyboardInterrupt):
         fit("cut", stop_at=4)
     continued, calls = fit("cut")
-    assert torch.equal(straight, continued) and calls == 4                              # the last save was after step 2
+    assert torch.equal(straight, continued) and len(calls) == 4                         # the last save was after step 2
     with pytest.raises(UserError, match=r"part.safetensors: was made with other settings: steps 6 \(now 12\)"):
         fit("cut", steps=12)
 
@@ -173,6 +174,13 @@ def test_drawing_clips_goes_on_where_it_stopped(tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["00000.mp4", "00000.txt", "00001.txt"]
     world.write_toy_videos(tmp_path, 2, seed=0)
     assert (tmp_path / "00001.mp4").is_file() and (tmp_path / "00000.txt").read_text() == "mine"
+
+
+def test_limbs_are_measured_as_long_as_they_are():
+    for index in range(3):
+        video, figure = world.toy_video(5, index)[0], world.draw_figure(5, index)
+        _, pieces = world.pose(figure, np.arange(17) / world.FPS)
+        assert np.abs(judge.limb_lengths(judge.track(video)[0]) / (2 * pieces) - 1).mean() < 0.1
 
 
 def test_what_may_follow_does_not_tell_the_figures_own_pace():
