@@ -213,7 +213,7 @@ def test_a_real_clip_through_the_autoencoder_is_real_and_what_it_is_compared_wit
     vae, clip = model.load_vae("tiny"), data.from_uint8(world.toy_video(5, 1)[0])
     coded = data.to_uint8(vae.decode(vae.encode(clip[None]))[0])
     scores = judge.judge_all([(1, coded)], 5, tmp_path)
-    assert scores["rvd"][0] < 0.1 and abs(scores["limb_change"][0]) < 0.5
+    assert scores["rvd"][0] < 0.1 and abs(scores["limb_change"][0]) < 0.5 and scores["action_match"] == [1]
     monkeypatch.setattr(model, "load_vae", None)           # from here on there is nothing to make them with
     assert judge.judge_all([(1, coded)], 5, tmp_path) == scores
     monkeypatch.setattr(judge, "PACES", judge.PACES[:3])
