@@ -952,7 +952,10 @@ def test_held_out_records_are_looked_at_at_fixed_times_and_noise(cache, alone, m
         assert found[f"eval_margin{t}"] == pytest.approx(-1.5 * (differences[0] - differences[1]), rel=1e-4, abs=1e-6)
     for t in (0.1, 0.3, 0.5, 0.7, 0.9):                    # x_t − x₀ = t·(ε − x₀)
         assert found[f"eval_ref_win_t{t}"] == pytest.approx(t ** 2 * (1 + win.square().mean().item()), rel=0.05)
+    noise, loss_of = [], train.loss_of
+    monkeypatch.setattr(train, "loss_of", lambda *given: noise.append(given[2]["noise"]) or loss_of(*given))
     assert look(alone) == found
+    assert_unrelated(torch.cat(noise))                     # of each record and t its own
     monkeypatch.setattr(dist, "all_reduce", lambda numbers: None)
     parts = [look(alone._replace(rank=rank, world_size=2)) for rank in (0, 1)]     # which cannot share three evenly
     for name in found:
