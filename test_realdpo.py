@@ -794,7 +794,8 @@ def test_one_picture_and_one_sentence_become_an_mp4_which_can_be_a_gif(picture, 
     assert video.shape == (17, 32, 32, 3) and len(imageio.mimread(tmp_path / "a.gif")) == 17
     assert np.array_equal(make_video(tmp_path / "b.mp4", picture), video)
     assert not np.array_equal(make_video(tmp_path / "c.mp4", picture, seed=1), video)
-    assert make_video(tmp_path / "d.mp4", picture, prompt="", frames=9).shape == (9, 32, 32, 3)
+    assert make_video(tmp_path / "d.mp4", picture, prompt="", frames=9, fps=4).shape == (9, 32, 32, 3)
+    assert data.read_video_header(tmp_path / "d.mp4").seconds == pytest.approx(9 / 4, abs=0.02)
     # a training run is a model, too
     assert make_video(tmp_path / "e.mp4", picture, model=str(straight)).shape == video.shape
 
@@ -972,7 +973,10 @@ def test_held_out_records_are_looked_at_at_fixed_times_and_noise(cache, alone, m
         assert found[f"eval_margin{t}"] == pytest.approx(-1.5 * (differences[0] - differences[1]), rel=1e-4, abs=1e-6)
     for t in (0.1, 0.3, 0.5, 0.7, 0.9):                    # x_t − x₀ = t·(ε − x₀)
         assert found[f"eval_ref_win_t{t}"] == pytest.approx(t ** 2 * (1 + win.square().mean().item()), rel=0.05)
+    noise, loss_of = [], train.loss_of
+    monkeypatch.setattr(train, "loss_of", lambda *given: noise.append(given[2]["noise"]) or loss_of(*given))
     assert look(alone) == found
+    assert_unrelated(torch.cat(noise))                     # of each record and t its own
     monkeypatch.setattr(dist, "all_reduce", lambda numbers: None)
     parts = [look(alone._replace(rank=rank, world_size=2)) for rank in (0, 1)]     # which cannot share three evenly
     for name in found:
@@ -992,6 +996,9 @@ def test_a_run_logs_every_step_and_starts_at_log_2(straight):
         by_t = {f"eval_{e}_t{t}" for e in ERRORS for t in train.EVAL_T}
         assert {"eval_margin", "eval_accuracy", *by_t} <= line.keys()
     assert lines[0]["preference"] == pytest.approx(math.log(2), abs=1e-6) and lines[0]["margin"] == 0
+    moved = {name: abs(lines[3][f"eval_{name}"] - lines[0][f"eval_{name}"]) for name in ERRORS}
+    for name in ("win", "lose"):                           # in the looks, too, it is the policy that learns
+        assert moved[f"ref_{name}"] < 0.1 * moved[name]
 
 
 def test_the_reference_moves_by_ema_in_fp32(straight):
@@ -1272,6 +1279,14 @@ def test_a_stopped_run_finishes_its_step_and_saves(steps, options, straight, cac
     (3, 24, 12), (1, 9, 9)])
 def test_parameters_are_sharded_over_eight_gpus_or_the_next_number_that_divides(ranks_a_machine, world, shards):
     assert train.shards_of(world, ranks_a_machine) == shards
+
+
+def test_every_group_waits_for_an_hour():
+    """While rank 0 writes an export of 5B; torch's own limit is half of that, with NCCL a sixth."""
+    with as_a_process():
+        _, mesh = train.init_distributed()
+        for group in (dist.group.WORLD, *mesh.get_all_groups()):
+            assert group._get_backend(torch.device("cpu")).options._timeout.total_seconds() == 3600
 
 
 def test_rank_0_chooses_the_checkpoint_to_go_on_from(half, cache, tmp_path, monkeypatch):

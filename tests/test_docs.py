@@ -30,6 +30,26 @@ def test_a_models_own_defaults_apply_to_what_was_not_given(straight):
     assert steps == [25, 8, 5]                             # of 8 samples: ten epochs of 20 records, three, as told
 
 
+@pytest.mark.parametrize("module, names", [(train, ["beta", "lr", "ema_decay", "batch"]),
+                                           (sample, ["negatives", "guidance"])], ids=["train", "sample"])
+def test_a_default_is_what_its_help_says_that_the_paper_or_the_release_takes(module, names):
+    fields = {field.name: field for field in dataclasses.fields(module.Options)}
+    for name in names:
+        found = re.search(r"(?:paper|release): ([\d.e-]+)", fields[name].metadata["help"])
+        assert float(found[1]) == fields[name].default, name
+
+
+def test_a_default_that_differs_from_them_is_what_the_readme_says():
+    differs = README.split("## What differs")[1].split("\n## ")[0]
+    for name, words in (("anchor", "an anchor, "), ("warmup", "warm-up "), ("lr", "learning rate "), ("beta", "β = ")):
+        found = re.search(rf"^\| [^|]*{words}([\d.e-]+)", differs, re.MULTILINE)
+        assert float(found[1]) == getattr(train.Options, name), name
+    assert "| one negative drawn per sample and step |" in differs and train.Options.lose_per_step == 1
+    assert train.Options.ema_every == 1 and "updated every step" in differs
+    assert "a frame is taken every eighth of a second" in " ".join(README.split())
+    assert data.Options.fps == sample.Options.fps == 8
+
+
 @pytest.mark.parametrize("module", [data, sample, train])
 def test_every_option_has_a_help_line(module, capsys):
     with pytest.raises(SystemExit):

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 import data
 import model
 import sample
+from toy import world
 
 pytest_plugins = "tests.helpers"
 
@@ -30,6 +31,8 @@ LISTS = {                                                  # a list that is read
     "blank at an end": ({"video.txt": "a.mp4\nb.mp4\n\n\n", "prompt.txt": "one\ntwo\n"}, ["one", "two"]),
     "beside": ({"a.txt": "\ufeffone\r\n", "b.TXT": "two"}, ["one", "two"]),
     "kept": (jsonl(dict(file_name="a.mp4", text="one", keep=True), dict(TWO, keep=False)), ["one"]),
+    "kept, in a table": ({"metadata.csv": "file_name,text,keep\na.mp4,one,True\nb.mp4,two,False\n"}, ["one"]),
+    "undecided is not kept": (jsonl(dict(file_name="a.mp4", text="one"), dict(TWO, keep=None)), ["one"]),
 }
 
 
@@ -38,7 +41,7 @@ def test_lists_are_read(kind, videos, tmp_path, capsys):
     content, captions = LISTS[kind]
     clips, _ = data.list_clips(write_list(tmp_path / "list", content, videos))
     assert [clip.caption for clip in clips] == captions
-    assert ("1 clips are not used, by their `keep`" in capsys.readouterr().out) == (kind == "kept")
+    assert ("1 clips are not used, by their `keep`" in capsys.readouterr().out) == ("kept" in kind)
 
 
 FAULTS = {                                                 # a list of which a row is refused: what the line says
@@ -157,6 +160,16 @@ def test_two_spans_of_a_film_are_two_records_and_know_where_they_begin(videos, t
         data.list_clips(folder)
 
 
+def test_given_negatives_begin_where_their_files_do(videos, tmp_path):
+    data.write_video(tmp_path / "short.mp4", world.toy_video(0, 9, frames=9)[0], 8)
+    clip = data.Clip("a", videos / "00000.mp4", "", "", {}, start=1.0, negatives=(tmp_path / "short.mp4",))
+    films = {}
+    data.check_clip(clip, 1, (9, 32, 32), 8, films)
+    video, _, (negative,) = data.read_clip(clip, (9, 32, 32), 8, films)
+    assert torch.equal(video, data.read_video(clip.file, 9, 32, 32, 8, start=1.0))
+    assert torch.equal(negative, data.read_video(tmp_path / "short.mp4", 9, 32, 32, 8))
+
+
 def test_a_file_is_opened_once_to_check_it_and_once_to_read_it_and_what_is_printed_can_be_pasted(
         videos, tmp_path, monkeypatch, capsys):
     opened, run, place = [], data.run_ffmpeg, tmp_path / "it's a cache; $HOME"
@@ -246,14 +259,15 @@ def test_a_list_of_pictures_is_read_like_one_of_videos(tmp_path):
     assert [clip.file.name for clip in read()[0]] == ["a.png", "b.jpeg"]
 
 
-def test_uneven_negatives_are_refused_before_anything_is_encoded(videos, tmp_path, monkeypatch):
+@pytest.mark.parametrize("count", [1, 3])
+def test_uneven_negatives_are_refused_before_anything_is_encoded(count, videos, tmp_path, monkeypatch):
     folder = shutil.copytree(videos, tmp_path / "videos")
     for name in NAMES:
         (folder / "negative_samples" / name).mkdir(parents=True)
-        for k in range(1 if name == "00002" else 2):
+        for k in range(count if name == "00000" else 2):
             shutil.copy(folder / "00000.mp4", folder / "negative_samples" / name / f"{k}.mp4")
     command = f"data --videos {folder} --out {tmp_path / 'out'} --model tiny --given-negatives".split()
-    assert "00002.mp4: has 1 negatives" in refusal(monkeypatch, *command) and not (tmp_path / "out").exists()
+    assert f"00000.mp4: has {count} negatives" in refusal(monkeypatch, *command) and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("part", ["vae", "text_encoder", "transformer"])

@@ -91,6 +91,15 @@ def test_offload_leaves_no_weights_on_the_gpu_and_takes_its_time():
     assert work.memory(held, 1)["gradients"] == 4 * work.parameters
     plain = train.Setting(False, FULL, "one", False)
     assert work.seconds(plain, 1, 1, 1e15) < work.seconds(held, 1, 1, 1e15) < work.seconds(out, 1, 1, 1e15)
+    # The weights are copied for each of 8 samples: for the policy's forward and backward and the reference's forward of
+    # two videos, and once more for the win's error. Gradients that are not held go out, and are added, after each.
+    part = 4 * work.parameters
+    for setting, copied, touched in ((held, 8 * 7, 13), (out, 8 * 9, 3 * 8 * 2 + 13)):
+        more = work.seconds(setting, 1, 1, 1e15) - work.seconds(plain, 1, 1, 1e15)
+        assert more == pytest.approx(copied * part / 25e9 + touched * part / 80e9)
+    whole, in_place = train.Setting(True, FULL, "all", False), train.Setting(False, FULL, "all", False)
+    more = work.seconds(whole, 1, 1, 1e15) - work.seconds(in_place, 1, 1, 1e15)
+    assert more == pytest.approx(8 * 4 * part / 25e9 + (3 * 8 + 13) * part / 80e9)     # the two videos in one graph
     assert work.host_memory(1, 1) == 20 * work.parameters and work.host_memory(8, 8) == work.host_memory(1, 1)
 
 
@@ -147,5 +156,8 @@ def test_the_dry_run_prints_what_fits_the_fastest_first(capsys):
     one, eight = (cells[places.index(place)] for place in (("1", "24"), ("8", "80")))
     assert "--offload" in one[-1] and float(one[4]) == pytest.approx(104, abs=1)
     assert "--offload" not in eight[-1] and float(eight[3]) == pytest.approx(41.9, abs=0.1)
+    least = 16 * 8 * 332e12 / (8 * 989e12 * 0.4)           # 16 samples of 8 forwards each, and what is done twice
+    assert least < float(eight[5]) < 1.25 * least
+    assert float(eight[6]) == pytest.approx(1000 * float(eight[5]) / 16 / 3600, abs=0.1)         # hours a 1000 samples
     assert sum(v.numel() for k, v in exported(model.TINY).items() if k != "patch_embed.pos_embedding") == train.Work(
         train.Options(), model.read_dit_config("tiny"), (8, 5, 8, 8), 3).parameters

@@ -139,17 +139,24 @@ def test_hdr_becomes_sdr(transfer, tmp_path):
         assert torch.equal(video(tmp_path / name, 1), video(path, 1)), name
 
 
+SILENT = "h264_metadata=colour_primaries=2:transfer_characteristics=2:matrix_coefficients=2"    # takes the tags off
+
+
 def test_colours_follow_what_the_file_says_and_hd_is_bt709_where_it_says_nothing(tmp_path):
-    for name, height, filters in (("hd", 720, "scale=out_color_matrix=bt709"),
-                                  ("sd", 480, "scale=out_color_matrix=bt601"),
-                                  ("full", 480, "scale=out_range=full:out_color_matrix=bt601,setrange=full"),
-                                  ("tagged", 480, "scale=out_color_matrix=bt709,setparams=colorspace=bt709")):
-        arguments = ["-vf", f"{filters},format=yuv420p", "-c:v", "libx264", "-preset", "ultrafast"]
-        path = write_scene(tmp_path / f"{name}.mp4", [0, 0], *arguments, height=height, width=height * 3 // 2)
+    tagged = "scale=out_color_matrix=bt709,setparams=colorspace=bt709"
+    for name, height, filters, bitstream in (("hd", 592, "scale=out_color_matrix=bt709", SILENT),
+                                             ("wide", 480, "scale=out_color_matrix=bt709", SILENT),
+                                             ("sd", 576, "scale=out_color_matrix=bt601", SILENT),
+                                             ("full", 480, "scale=out_range=full:out_color_matrix=bt601", SILENT),
+                                             ("tagged", 480, tagged, "null")):
+        arguments = ["-vf", f"{filters},format=yuv420p", "-c:v", "libx264", "-preset", "ultrafast", "-bsf:v", bitstream]
+        width = 1280 if name == "wide" else height * 3 // 2
+        shape = dict(height=height, width=width, aspect=width / height)
+        path = write_scene(tmp_path / f"{name}.mp4", [0, 0], *arguments, **shape)
+        assert ("bt709" in data.read_video_header(path).pixels) == (name == "tagged")
         found = data.to_uint8(video(path, 1))[0, 4, 4].astype(int)
         assert np.abs(found - COLOURS["red"]).max() < 6, (name, found)
-    silent = "h264_metadata=colour_primaries=2:transfer_characteristics=2:matrix_coefficients=2"
-    ffmpeg("-i", path, "-c", "copy", "-bsf:v", silent, tmp_path / "file.mkv")      # whose pictures do not say it
+    ffmpeg("-i", path, "-c", "copy", "-bsf:v", SILENT, tmp_path / "file.mkv")      # whose pictures do not say it
     assert torch.equal(video(tmp_path / "file.mkv", 1), video(path, 1))
 
 
@@ -280,6 +287,19 @@ def test_packets_that_never_arrived_are_damage_though_a_decoder_passes_over_them
         (tmp_path / "b.ts").write_bytes(content[:gap] + content[gap + 3 * 188:])
         with pytest.raises(model.UserError, match="b.ts: is damaged"):
             video(tmp_path / "b.ts", film=film)
+
+
+@pytest.mark.parametrize("begin, decoded, shown", [
+    (1.5, 13, True), (1.5, 11, True),                      # behind the key at 1 s, from which 1.5 s is made
+    (1.5, 10, False), (1.5, 5, False), (1.0, 10, False),   # before it
+    (1.5, 25, True), (1.5, 26, False)])                    # the clip ends at 2.5 s
+def test_what_lies_between_a_whole_picture_and_the_end_of_the_clip_is_needed(begin, decoded, shown):
+    """Of ten pictures a second, a key every second. The complaint comes when so many have been decoded."""
+    pictures = [data.Picture(i / 10, 0.1, key=i % 10 == 0) for i in range(40)]
+    complaint = "[h264 @ 0x1] [error] error while decoding", decoded, decoded
+    times = [picture.time for picture in pictures]
+    found = data.find_damage(times, pictures, [complaint], begin, begin + 1, cut=False)
+    assert found == ("error while decoding" if shown else None)
 
 
 OPEN = "-c:v libx264 -bf 2 -x264-params open-gop=1:keyint=30:min-keyint=30:scenecut=0"

@@ -429,6 +429,7 @@ def test_raw_folders_are_searched_as_they_are(tmp_path):
 @pytest.mark.parametrize("said, scores", [
     ("Answer 1: 8\nAnswer 2: 7.5\nAnswer 3: 0\nAnswer 4: 10\nAnswer 5: 9", [8, 7.5, 0, 10, 9]),
     ("Here you are.\n**Answer 1:** 8/10\nAnswer 2: 7\nAnswer 3: 1 \nAnswer 4: 2\nAnswer 5: 3\n", [8, 7, 1, 2, 3]),
+    ("Draft: Answer 1: 3\nAnswer 1: 8\nAnswer 2: 7\nAnswer 3: 1\nAnswer 4: 2\nAnswer 5: 3", [8, 7, 1, 2, 3]),
     ("Answer 1: 8\nAnswer 2: 7\nAnswer 3: 1\nAnswer 4: 2", None), ("", None), ("I cannot judge this.", None),
     ("Answer 1: 8\nAnswer 2: 7\nAnswer 3: 1\nAnswer 4: 2\nAnswer 5: 11", None),
     ("Answer 1: 8\nAnswer 2: 7\nAnswer 3: -1\nAnswer 4: 2\nAnswer 5: 1", None),
@@ -573,6 +574,8 @@ def test_a_video_that_changes_is_judged_anew_however_often_it_was_asked_about(se
     ask_for_verdicts(methods, bench, file, server, parallel=4)
     said = capsys.readouterr().out.splitlines()
     assert [cells(line)[0][0] for line in said if line.startswith(("| x |", "| y |"))][-3:-1] == [20, 40]
+    askings = Counter(row["asking"] for row in vlm.read_rows(tmp_path / "verdict.jsonl", "question").values())
+    assert askings == {0: 3 * 5 * 4, 1: 2 * 5 * 4}         # what was not asked about again stays, but for y's
 
 
 def test_a_question_without_an_answer_is_asked_again(server, many, tmp_path, capsys):

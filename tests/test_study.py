@@ -57,6 +57,7 @@ def test_clips_are_made_and_shown_in_an_order_that_tells_nothing(shots, methods,
     page = (tmp_path / "study" / "study.html").read_text()
     shown = re.findall('"([0-9a-f]{16})"', page.split('"pages"')[1])
     assert shown == [name for pair in zip(*key["clips"].values()) for name in sorted(pair)]
+    assert page.count("<script") == (vlm.HERE / "study.html").read_text().count("<script")       # no caption's
 
 
 def ffmpeg(*arguments):
@@ -173,6 +174,15 @@ def test_raters_and_judges_see_the_picture_that_the_model_got(tmp_path):
     Image.fromarray(picture).save(tmp_path / "a.png")
     (shown,) = vlm.frames_as_jpeg(tmp_path / "a.png", 1)
     assert imageio.imread(shown).shape == (48, 64, 3) and imageio.imread(shown).min() > 250
+
+
+def test_a_clip_of_one_picture_is_shown_to_a_model(tmp_path):
+    picture = np.zeros((1, 32, 48, 3), np.uint8)
+    picture[:, :, 24:] = 250
+    data.write_video(tmp_path / "one.mp4", picture, 8)
+    for jpeg in vlm.frames_as_jpeg(tmp_path / "one.mp4", 8):
+        shown = imageio.imread(jpeg)
+        assert shown[:, :20].max() < 10 and shown[:, 28:].min() > 240
 
 
 def test_of_a_bench_of_clips_raters_see_the_first_frames(videos, tmp_path, copied_clips):

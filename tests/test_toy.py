@@ -33,6 +33,13 @@ def test_a_run_is_drawn(straight):
     # Upwards on a page, y falls.
     assert np.corrcoef(y(lines[0]), [line["preference"] for line in logged])[0, 1] == pytest.approx(-1, abs=0.01)
     assert np.corrcoef(y(lines[2]), [line["win"] - line["ref_win"] for line in logged])[0, 1] < -0.99
+    assert np.corrcoef(y(lines[4]), [line["lose"] - line["ref_lose"] for line in logged])[0, 1] < -0.99
+    for first, name in ((6, "win"), (6 + len(train.EVAL_T), "lose")):
+        drawn, looked = [], []
+        for polyline, t in zip(lines[first:], train.EVAL_T):
+            drawn += y(polyline)
+            looked += [line[f"eval_{name}_t{t}"] for line in logged]
+        assert np.corrcoef(drawn, looked)[0, 1] < -0.99, name
     assert min(y(lines[0])) >= 40 and max(y(lines[0])) <= 190
     assert curves.running_mean([(0, 1.0), (1, 3.0), (2, 5.0)], 2) == [(0, 1.0), (1, 2.0), (2, 4.0)]
 
@@ -42,19 +49,20 @@ def test_making_the_tiny_model_goes_on_where_it_stopped(tmp_path):
         weights, calls = [torch.zeros(shape, requires_grad=True) for shape in (3, (4, 2))], []     # Adam's and Muon's
 
         def loss(rng):
-            calls.append(None)
+            calls.append(rng.initial_seed())
             if len(calls) == stop_at:
                 raise KeyboardInterrupt
             return sum((w - torch.randn(w.shape, generator=rng)).square().sum() for w in weights)
 
         make_model.optimize(weights, loss, steps, 0.1, tmp_path / file / "part.safetensors", save_every=2)
-        return torch.cat([w.detach().flatten() for w in weights]), len(calls)
+        return torch.cat([w.detach().flatten() for w in weights]), calls
 
-    straight, _ = fit("straight")
+    straight, draws = fit("straight")
+    assert len({*draws}) == 6                              # every step has random numbers of its own
     with pytest.raises(KeyboardInterrupt):
         fit("cut", stop_at=4)
     continued, calls = fit("cut")
-    assert torch.equal(straight, continued) and calls == 4                              # the last save was after step 2
+    assert torch.equal(straight, continued) and len(calls) == 4                         # the last save was after step 2
     with pytest.raises(UserError, match=r"part.safetensors: was made with other settings: steps 6 \(now 12\)"):
         fit("cut", steps=12)
 
@@ -92,6 +100,62 @@ def test_a_toy_clip_depends_on_seed_and_index_and_survives_mp4(videos):
     assert np.mean([judged_raw(clip, world.draw_figure(0, i))["rvd"] for i, clip in enumerate(stored)]) < 0.2
 
 
+def test_no_two_worlds_draw_the_same_figures():
+    seeds = [world.world_of(seed, kind) for seed in range(20) for kind in world.KINDS]
+    assert len({*seeds}) == len(seeds)
+    figures = [world.draw_figure(seed, index) for seed in range(10) for index in range(10)]
+    assert len({*figures}) == len(figures)
+
+
+def test_limbs_hang_stretch_and_bend_as_their_angles_say():
+    def hands_and_feet(*angles):                           # of both pieces of every limb
+        ends = world.skeleton(np.array([[angles] * 4], float), np.full((1, 4), 0.1))
+        return ends[0, 3::2, 1] - world.ROOT
+
+    np.testing.assert_allclose(hands_and_feet(0, 0), [(0, 0.2)] * 4, atol=1e-9)
+    out = np.array([(0.2, 0), (-0.2, 0), (0.2, 0), (-0.2, 0)])         # the figure's left is the picture's right
+    np.testing.assert_allclose(hands_and_feet(90, 0), out, atol=1e-9)
+    np.testing.assert_allclose(hands_and_feet(90, 90), out / 2 + (0, -0.1), atol=1e-9)           # bent on, upwards
+
+
+def test_the_first_frame_tells_the_phase():
+    """From one end of the swing to the other, in half a turn of the phase; the next half second goes on from there."""
+    figure, rises = world.draw_figure(0, 0)._replace(action="waves its left arm", hertz=1.0), []
+    for phase in np.linspace(-np.pi / 2, np.pi / 2, 9):
+        angles, _ = world.pose(figure._replace(phase=phase), np.array([0, 0.5]))
+        rises.append(angles[0, 0, 0])
+        assert angles[:, 0, 0].sum() == pytest.approx(65 + 115)        # half a cycle later it is as far from the other
+    assert rises == sorted(rises) and rises[0] == pytest.approx(65) and rises[-1] == pytest.approx(115)
+
+
+def test_drawing_clips_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    world.write_toy_videos(tmp_path, 1, seed=0)
+    (tmp_path / "00000.txt").write_text("mine")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(world, "write_video", stop)
+        world.write_toy_videos(tmp_path, 2, seed=0)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["00000.mp4", "00000.txt", "00001.txt"]
+    world.write_toy_videos(tmp_path, 2, seed=0)
+    assert (tmp_path / "00001.mp4").is_file() and (tmp_path / "00000.txt").read_text() == "mine"
+
+
+def test_limbs_are_measured_as_long_as_they_are():
+    for index in range(3):
+        video, figure = world.toy_video(5, index)[0], world.draw_figure(5, index)
+        _, pieces = world.pose(figure, np.arange(17) / world.FPS)
+        assert np.abs(judge.limb_lengths(judge.track(video)[0]) / (2 * pieces) - 1).mean() < 0.1
+
+
+def test_what_may_follow_does_not_tell_the_figures_own_pace():
+    figure = world.draw_figure(0, 0)
+    for hertz in (0.97, 1.03):
+        other = figure._replace(hertz=hertz * figure.hertz)
+        assert np.array_equal(judge.continuations(other, 17, 32), judge.continuations(figure, 17, 32))
+
+
 def test_the_measures_tell_real_from_corrupt_and_still():
     def scores(change=lambda video: video, **options):     # means over six figures
         judged = []
@@ -101,25 +165,26 @@ def test_the_measures_tell_real_from_corrupt_and_still():
 
     real, *corrupt = [scores(strength=strength) for strength in (0, 0.25, 0.5, 1)]
     frozen, grey = scores(lambda video: video[:1].repeat(17, axis=0)), scores(lambda video: np.full_like(video, 128))
-    for measure in ("rvd", "limb_change", "jerkiness"):
+    for measure in ("rvd", "limb_change", "jerkiness", "identity_loss"):
         values = [score[measure] for score in (real, *corrupt)]
         assert values == sorted(set(values)), (measure, values)
     assert real["rvd"] < 0.05 < corrupt[0]["rvd"] and real["action_match"] == 1
+    assert abs(real["limb_change"]) < 0.5 and corrupt[2]["identity_loss"] > 3 and corrupt[2]["jerkiness"] > 2
     assert real["motion"] == pytest.approx(1, abs=0.05) and real["jerkiness"] == pytest.approx(1, abs=0.05)
     assert frozen["rvd"] > corrupt[1]["rvd"] and frozen["motion"] < 0.01
     assert np.isfinite([*frozen.values(), *grey.values()]).all()
 
 
 def test_a_real_clip_through_the_autoencoder_is_real_and_what_it_is_compared_with_is_kept(tmp_path, monkeypatch):
-    vae, clip = model.load_vae("tiny"), data.from_uint8(world.toy_video(5, 0)[0])
+    vae, clip = model.load_vae("tiny"), data.from_uint8(world.toy_video(5, 1)[0])
     coded = data.to_uint8(vae.decode(vae.encode(clip[None]))[0])
-    scores = judge.judge_all([(0, coded)], 5, tmp_path)
-    assert scores["rvd"][0] < 0.1 and abs(scores["limb_change"][0]) < 0.5
+    scores = judge.judge_all([(1, coded)], 5, tmp_path)
+    assert scores["rvd"][0] < 0.1 and abs(scores["limb_change"][0]) < 0.5 and scores["action_match"] == [1]
     monkeypatch.setattr(model, "load_vae", None)           # from here on there is nothing to make them with
-    assert judge.judge_all([(0, coded)], 5, tmp_path) == scores
+    assert judge.judge_all([(1, coded)], 5, tmp_path) == scores
     monkeypatch.setattr(judge, "PACES", judge.PACES[:3])
-    with pytest.raises(UserError, match=r"5-00000.safetensors: was made with other settings: paces 15 \(now 3\)"):
-        judge.judge_all([(0, coded)], 5, tmp_path)
+    with pytest.raises(UserError, match=r"5-00001.safetensors: was made with other settings: paces 15 \(now 3\)"):
+        judge.judge_all([(1, coded)], 5, tmp_path)
 
 
 def test_a_folder_of_videos_is_judged(tmp_path, capsys):
