@@ -27,11 +27,13 @@ def read_metrics(run):
 
 
 def curve(lines, key, minus=None):
-    """[(step, value)] of the lines that have this number, less another where one is named."""
+    """[(step, value)] of the lines that have this number, less another where one is named: those of a comparison."""
     points = []
     for line in lines:
-        if key in line:
-            points.append((line["step"], line[key] - (line[minus] if minus else 0)))
+        if minus is None and key in line:
+            points.append((line["step"], line[key]))
+        elif minus in line:
+            points.append((line["step"], line[key] - line[minus]))
     return points
 
 
