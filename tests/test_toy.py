@@ -40,14 +40,14 @@ def test_a_run_is_drawn(straight):
             drawn += y(polyline)
             looked += [line[f"eval_{name}_t{t}"] for line in logged]
         assert np.corrcoef(drawn, looked)[0, 1] < -0.99, name
+    assert min(y(lines[0])) >= 40 and max(y(lines[0])) <= 190
+    assert curves.running_mean([(0, 1.0), (1, 3.0), (2, 5.0)], 2) == [(0, 1.0), (1, 2.0), (2, 4.0)]
 
 
 def test_of_a_run_that_compares_now_and_then_the_comparisons_are_drawn():
     lines = [{"step": 0, "win": 3.0, "ref_win": 1.0}, {"step": 1, "win": 5.0}, {"step": 2, "win": 4.0, "ref_win": 3.0}]
     assert curves.curve(lines, "win", "ref_win") == [(0, 2.0), (2, 1.0)]
     assert curves.curve(lines, "win") == [(0, 3.0), (1, 5.0), (2, 4.0)]
-    assert min(y(lines[0])) >= 40 and max(y(lines[0])) <= 190
-    assert curves.running_mean([(0, 1.0), (1, 3.0), (2, 5.0)], 2) == [(0, 1.0), (1, 2.0), (2, 4.0)]
 
 
 def test_making_the_tiny_model_goes_on_where_it_stopped(tmp_path):
