@@ -47,7 +47,7 @@ class Run(NamedTuple):
 
 UNIT = 533                                                 # steps of SFT, the compute of 200 steps of RealDPO
 COMMON = dict(micro_batch=8, checkpointing="none", graphs="all", save_every=10 ** 9, beta=500.0, anchor=100.0,
-              t_draw="uniform", lose_per_step=1, decay=0.5)            # where a row says nothing else
+              t_draw="uniform", compare_every=1, lose_per_step=1, decay=0.5)   # where a row says nothing else
 RATES = (1e-6, 2e-6, 5e-6, 1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2)
 CHOOSING = ((1, 0), (2, 0))                        # base and number of the runs that choose a row's rate
 
