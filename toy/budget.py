@@ -86,11 +86,11 @@ def draw_budgets(file, methods, base, title, ticks=(0.5, 0.7, 1, 1.5, 2, 3, 4, 5
     elements.append(f'<text x="{LEFT + WIDTH + 8}" y="{at + 4:.1f}">the base</text>')
     for number, (label, points) in enumerate(methods.items()):
         elements += draw_method(points, number, len(methods), x, y)
-        row = TOP + HEIGHT - 60 + 20 * number
-        elements.append(mark(MARKS[number], LEFT + 16, row - 4, COLOURS[number]))
-        elements.append(f'<text x="{LEFT + 28}" y="{row}">{escape(label)}</text>')
+        row = TOP + HEIGHT + 62 + 20 * number
+        elements.append(mark(MARKS[number], LEFT + 6, row - 4, COLOURS[number]))
+        elements.append(f'<text x="{LEFT + 18}" y="{row}">{escape(label)}</text>')
     with whole_file(file) as part:
         part.write_text(f'<svg xmlns="http://www.w3.org/2000/svg" width="{LEFT + WIDTH + 80}" '
-                        f'height="{TOP + HEIGHT + 50}" font-family="sans-serif" font-size="12">'
+                        f'height="{TOP + HEIGHT + 60 + 20 * len(methods)}" font-family="sans-serif" font-size="12">'
                         '<rect width="100%" height="100%" fill="white"/>\n' + "\n".join(elements) + "\n</svg>\n",
                         encoding="utf-8")
