@@ -18,11 +18,12 @@ from data import option
 from model import UserError
 from toy.budget import Point, draw_budgets
 from toy.laptop import label_of
-from toy.runs import CHOOSING, FEW, Row, Run, Runs, training_options
+from toy.runs import CHOOSING, FEW, RATES, Row, Run, Runs, training_options
 
 # ---- The rows -------------------------------------------------------------------------------------------------------
 
 REGIMES = ("12 clips", "one action", "another style", "nearly right")           # see regimes.py
+TUNED = "one action"                                       # in which each row has its own rate, too
 BUDGETS = (0.25, 0.5, 1.0, 2.0, 4.0)
 LOW = dict(t_draw="low")
 RELEASE = dict(t_draw="release")
@@ -171,13 +172,15 @@ def base_row(regime):
 
 
 def regime_rows(runs, regime):
-    """A row for each champion, at its usual rate."""
-    rows = []
+    """A row for each champion, at its usual rate; in the regime TUNED then one for each at its own rate there."""
+    usual, tuned = [], []
     for champion in champions(runs):
         rate, _ = runs.search(champion)
-        name = f"{champion.name}, {regime}"
-        rows.append(champion._replace(name=name, start=rate, fixed=True, regime=regime, count=1, bases=FEW))
-    return rows
+        row = champion._replace(name=f"{champion.name}, {regime}", regime=regime, count=1, bases=FEW)
+        usual.append(row._replace(start=rate, fixed=True))
+        lower = rate if champion.name == "paper" else RATES[RATES.index(rate) - 3]
+        tuned.append(row._replace(name=f"{row.name}, own rate", start=lower))
+    return usual + tuned if regime == TUNED else usual
 
 
 def values_of(runs, row, split="held-out", measure="rvd"):
@@ -277,8 +280,9 @@ def regime_table(runs):
         base = base_row(regime)
         rows = regime_rows(runs, regime)
         lines.append(f"| {regime} " + row_line(runs, base, [base, base]))
-        for row in rows:
-            lines.append("| " + row_line(runs, row, [base, rows[0]]))
+        for i, row in enumerate(rows):
+            sft = rows[3 * (i // 3)]                       # at the usual rate, or at its own
+            lines.append("| " + row_line(runs, row, [base, sft]))
     return "\n".join(lines)
 
 
