@@ -417,9 +417,11 @@ def test_the_slurm_script_saves_at_the_signal_and_asks_to_be_queued_again(cache,
     for name, text in (("srun", SRUN), ("scontrol", scontrol)):
         (tmp_path / "bin" / name).write_text(text)
         (tmp_path / "bin" / name).chmod(0o755)
-    environment = os.environ | dict(PATH=f"{tmp_path}/bin:{os.environ['PATH']}", SLURM_NTASKS="2", SLURM_JOB_ID="7",
-                                    SLURM_JOB_NUM_NODES="1", SLURM_JOB_NODELIST="here", OUT=str(tmp_path / "run"))
-    command = ["bash", "assets/train.slurm", *f"--model tiny --data {cache} --batch 4 --save-every 900".split()]
+    path = f"{tmp_path}/bin:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = os.environ | dict(PATH=path, SLURM_NTASKS="2", SLURM_JOB_ID="7", SLURM_JOB_NUM_NODES="1",
+                                    SLURM_JOB_NODELIST="here", OUT=str(tmp_path / "run"))
+    options = f"--model tiny --data {cache} --batch 4 --save-every 900 --decay 0"
+    command = ["bash", "assets/train.slurm", *options.split()]
     job = subprocess.Popen([*command, "--steps", "5000"], cwd=tmp_path / "repo", env=environment)
     log = tmp_path / "run" / "metrics.jsonl"
     while job.poll() is None and not (log.is_file() and log.read_text()):
