@@ -41,7 +41,7 @@ SFT = (
 REALDPO = (
     Row("realdpo 1 low", LOW, 1e-3, count=4),
     Row("realdpo 4 release half", dict(compare_every=4) | RELEASE | HALF, 2e-3, count=2),
-    Row("realdpo 1 release half", RELEASE | HALF, 1e-3, count=2),
+    Row("realdpo 1 release half", RELEASE | HALF, 1e-3, count=1),
     Row("realdpo 4 release", dict(compare_every=4) | RELEASE, 2e-3, count=1),
     Row("realdpo 1 release", RELEASE, 1e-3, count=1),
     Row("realdpo 2 release half", dict(compare_every=2) | RELEASE | HALF, 2e-3, count=1),
