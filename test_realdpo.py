@@ -885,6 +885,15 @@ def test_each_method_takes_its_loss_with_the_options_of_the_run(weighting, graph
     assert policy.calls == policy_calls
 
 
+def test_the_console_says_a_step_in_a_line_of_100_columns():
+    numbers = dict(loss=1.2345, win=0.01, ref_win=0.0123, lose=0.1, ref_lose=0.05, margin=2.345, accuracy=1.0, lr=5e-5,
+                   seconds=7.612, mfu=0.384)
+    line = train.console_line(6249, numbers)
+    assert line == ("step 6249  loss 1.23  win -2.3e-03  lose +5.0e-02  margin 2.35  acc 1.00  lr 5e-05  7.61 s  "
+                    "mfu 38%")
+    assert len(line) <= 100
+
+
 @pytest.mark.parametrize("steps, warmup, decay, rates", [
     (5, 2, 0.0, [0.5, 1, 1, 1, 1]),
     (10, 2, 0.4, [0.5, 1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25]),

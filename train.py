@@ -277,12 +277,12 @@ def speed(work, setting, step, seconds, process):
 
 
 def console_line(step, metrics):
-    """What to watch, in one line; everything else is in metrics.jsonl."""
-    line = f"step {step:5d}  loss {metrics['loss']:.4g}"
+    """What to watch, in one line of at most 100 columns; everything else is in metrics.jsonl."""
+    line = f"step {step:4d}  loss {metrics['loss']:.3g}"
     if "ref_win" in metrics:                               # the differences: t and noise are the same on both sides
-        line += (f"  win {metrics['win'] - metrics['ref_win']:+.2e}  lose {metrics['lose'] - metrics['ref_lose']:+.2e}"
-                 f"  margin {metrics['margin']:.3g}  acc {metrics['accuracy']:.2f}")
-    line += f"  lr {metrics['lr']:.1e}  {metrics['seconds']:.2f} s"
+        line += (f"  win {metrics['win'] - metrics['ref_win']:+.1e}  lose {metrics['lose'] - metrics['ref_lose']:+.1e}"
+                 f"  margin {metrics['margin']:.2f}  acc {metrics['accuracy']:.2f}")
+    line += f"  lr {metrics['lr']:.0e}  {metrics['seconds']:.3g} s"
     if "mfu" in metrics:
         line += f"  mfu {metrics['mfu']:.0%}"
     if "eval_margin" in metrics:
