@@ -60,7 +60,8 @@ def test_no_tensor_is_on_the_wrong_device_where_networks_are_on_a_gpu(cache, mon
                                         solver=solver, progress=False).device)
             policy.checkpointing = "selective"
             with pytest.raises(Reached):
-                train.train_step(policy, reference, None, records, train.Options(batch=2, anchor=1.0, graphs="all"), 0,
+                options = train.Options(batch=2, anchor=1.0, graphs="all", t_draw="low")       # a draw without item()
+                train.train_step(policy, reference, None, records, options, 0,
                                  data.Process(0, 1, device, torch.bfloat16), threading.Event())
     finally:
         model.rope_table.cache_clear()                     # it holds fake tensors
