@@ -215,7 +215,7 @@ def test_clips_are_inspected_by_keyboard_reloaded_and_saved(browser, videos, tmp
     expected = [{**row, **changed.get(i, {})} for i, row in enumerate(rows)]
     expected[2]["text"] = saved[2]["text"]
     assert saved == expected and saved[2]["text"] in (HOSTILE + " kd", " kd" + HOSTILE)
-    browser.until("document.getElementById('notice').innerText.includes('cannot play')")      # 8.mp4, which is not there
+    browser.until("document.getElementById('notice').innerText.includes('cannot play')")         # 8.mp4 is not there
 
 
 def edit(browser, page):
