@@ -1,5 +1,5 @@
 """What the tests share: small networks with known answers, toy clips and caches, the commands called as functions."""
-import io, json, multiprocessing, shutil, signal, sys
+import io, json, multiprocessing, re, shutil, signal, sys
 from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
@@ -326,8 +326,23 @@ def contents(folder, what=Path.read_bytes):
 # ---- Toy clips, a cache of their records, runs on it ----------------------------------------------------------------
 
 NAMES = ["00000", "00001", "00002", "00003"]
+SHIPPED = model.TINY
 HOSTILE = ("\"quoted\" 'text' <script>window.ran = 1</script><img src=x onerror='window.ran = 1'> </script> \\ € 人 {x}"
            "\u2028")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def two_blocks(tmp_path_factory):
+    """The tests' "tiny" has the first two of the five blocks that are SHIPPED: blocks take most of their time."""
+    folder = shutil.copytree(SHIPPED, tmp_path_factory.mktemp("models") / "tiny")
+    config = folder / "transformer" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | dict(num_layers=2)))
+    weights = exported(folder)
+    kept = {name: weights[name] for name in weights if not re.match(r"transformer_blocks\.[2-4]\.", name)}
+    save_file(kept, folder / "transformer" / "diffusion_pytorch_model.safetensors")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model, "TINY", folder)
+        yield
 
 
 @pytest.fixture(scope="session")

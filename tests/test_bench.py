@@ -3,8 +3,8 @@ import os, subprocess, sys
 from functools import partial
 
 from tests import USERS_THREADS
-from tests.helpers import (Count, DIT, REPO, SCHEDULER, T5, VAE, distances, inputs, randn, relative, save_networks,
-                           touched)
+from tests.helpers import (Count, DIT, REPO, SCHEDULER, SHIPPED, T5, VAE, distances, inputs, randn, relative,
+                           save_networks, touched)
 
 import numpy as np
 import pytest
@@ -69,7 +69,7 @@ def test_25_steps_of_the_multistep_solver_against_50_of_euler(which):
     cond = Condition(model.load_text_encoder("tiny")([caption for _, caption in clips]),
                      model.load_vae("tiny").encode(video[:, :, :1]))
     torch.manual_seed(0)
-    denoiser = (model.load_dit("tiny") if which == "tiny"
+    denoiser = (model.load_dit(SHIPPED) if which == "tiny"
                 else model.Denoiser(model.DiT(make_model.TINY_DIT), model.VPrediction(SCHEDULER), None))
     multistep, euler = distances(denoiser, randn(4, 8, 5, 8, 8), cond)
     print(f"\n{which}: multistep, 25 evaluations: {multistep:.4f}; Euler, 50: {euler:.4f}")
