@@ -524,8 +524,12 @@ class Records:
         return len(self.names)
 
     def __getitem__(self, index):
+        return self.read(index)
+
+    def read(self, index, negatives=True):
+        """The tensors of a record, without its negatives where a step does not look at them."""
         record = {}
-        for kind in self.kinds:
+        for kind in self.kinds if negatives else ["win"]:
             record |= read_tensors(self.folder / kind / f"{self.names[index]}.safetensors")
         if self.scores is not None:
             record["scores"] = self.scores[index]
@@ -811,6 +815,9 @@ def command(main, options, name):
         if "by peer" not in str(e) and "remote process" not in str(e):                  # gloo's words, and NCCL's
             raise
         sys.exit("another rank has gone, so this one ends too; its own last line says why")
+    except BrokenPipeError:                                # | head has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())             # for what Python still flushes
+        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit("interrupted; nothing finished is lost, and the same command goes on from here")
 
@@ -838,9 +845,13 @@ def whole_file(path):
             part.unlink()
 
 
+class InUse(UserError):
+    """Another process is at work in a folder."""
+
+
 @contextmanager
 def sole_owner(folder):
-    """Hold `folder` for this process alone. Raises UserError, with who is at work there, where another does.
+    """Hold `folder` for this process alone. Raises InUse, with who is at work there, where another does.
 
     The lock is the operating system's and ends with the process, however that ends. Over NFS it is the server's: where
     a whole machine dies, NFSv4 lets go after its lease, about 90 s. A file system that has no locks is named.
@@ -860,7 +871,7 @@ def sole_owner(folder):
         except BlockingIOError:
             file.seek(0)
             who = file.read().decode() or "another process"
-            raise UserError(f"{folder}: {who} is at work there; wait for it or choose another --out") from None
+            raise InUse(f"{folder}: {who} is at work there; wait for it or choose another --out") from None
         except OSError as e:
             if e.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
                 raise UserError(f"{folder}: cannot be written ({e}); make room or choose another --out") from e

@@ -111,9 +111,7 @@ def draw_sample(record, options, step, place, t_min):
     if "noised" in record:
         noised = record.pop("noised")
         record["image"] = noised[torch.randint(len(noised), (), generator=rng)]
-    if not compares(options, step):
-        del record["lose"]
-    elif options.lose_per_step and options.method == "realdpo":
+    if "lose" in record and options.lose_per_step and options.method == "realdpo":
         drawn = torch.randperm(len(record["lose"]), generator=rng)[:options.lose_per_step]
         record["lose"] = record["lose"][drawn]
     return record
@@ -149,7 +147,8 @@ def accumulate_gradients(policy, reference, records, samples, options, step, dev
     for part in range(parts):
         rows = []
         for place, index in samples[part * size:(part + 1) * size]:
-            rows.append(draw_sample(records[index], options, step, place, policy.t_min))
+            record = records.read(index, negatives=compares(options, step))
+            rows.append(draw_sample(record, options, step, place, policy.t_min))
         batch = {name: torch.stack([row[name] for row in rows]).to(device).float() for name in rows[0]}
         send_gradients(policy, False)
         loss, metrics = loss_of(policy, reference, batch, options)

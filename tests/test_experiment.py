@@ -2,7 +2,8 @@
 
     pytest tests/test_experiment.py
 """
-import shutil, subprocess, sys
+import shutil
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from xml.etree import ElementTree
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 import train
+from data import sole_owner
 from model import UserError
 from tests.helpers import exported, same_tensors
 from toy import budget, experiment, make_model, regimes, runs
@@ -31,7 +33,6 @@ class Known(runs.Runs):
 
     def do(self, run, split):
         self.done.append((run, split))
-        return True
 
 
 def test_the_search_finds_the_lowest_rate_and_asks_for_no_more_than_it_needs(tmp_path):
@@ -61,40 +62,18 @@ def test_every_row_has_the_compute_of_its_budget():
     assert [steps[f"realdpo {n} low"] for n in (1, 2, 4)] == [200, 291, 376] and steps["paper"] == 100
 
 
-HOLD = """
-import sys, time
-from pathlib import Path
-from toy.runs import locked
-with locked(Path(sys.argv[1])) as held:
-    print(held, flush=True)
-    time.sleep(60)
-"""
-
-
-def test_a_folder_is_held_by_one_process_until_that_ends(tmp_path):
-    with runs.locked(tmp_path) as held:
-        assert held
-    other = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], cwd=Path(runs.__file__).parents[1],
-                             stdout=subprocess.PIPE, text=True)
-    try:
-        assert other.stdout.readline() == "True\n"
-        with runs.locked(tmp_path) as held:
-            assert not held
-    finally:
-        other.kill()                                       # it cannot tidy up
-        other.wait()
-    with runs.locked(tmp_path) as held:
-        assert held
-
-
 def test_work_takes_what_no_other_process_holds_and_asks_again_after_each(tmp_path, monkeypatch):
     first, second = (runs.Run(runs.Row("row", {}), 1e-3, base, 1) for base in (1, 2))
-    mine, held = Known(tmp_path, lambda run: 1.0), [(first, "held-out")]
-    do = mine.do
-    monkeypatch.setattr(mine, "do", lambda *job: job not in held and do(*job))
+    mine, other = Known(tmp_path, lambda run: 1.0), ExitStack()
+    judged = mine.do
+    monkeypatch.setattr(mine, "do", partial(runs.Runs.do, mine))
+    monkeypatch.setattr(mine, "prepare", lambda run: (tmp_path, tmp_path))
+    monkeypatch.setattr(mine, "train", lambda *_: None)
+    monkeypatch.setattr(mine, "judge", lambda run, split, trained: judged(run, split))
     monkeypatch.setattr(train, "init_distributed", lambda: ("process", "mesh"))
     monkeypatch.setattr(runs.dist, "destroy_process_group", lambda: None)
-    monkeypatch.setattr(runs.time, "sleep", lambda _: held.clear())                     # the other process lets go
+    monkeypatch.setattr(runs.time, "sleep", lambda _: other.close())                    # the other process lets go
+    other.enter_context(sole_owner(mine.folder(first)))
     mine.work(lambda: mine.missing([first, second], "held-out"))
     assert mine.done == [(second, "held-out"), (first, "held-out")]
 

@@ -353,6 +353,13 @@ def test_a_command_ends_in_a_line_and_a_status(error, line, monkeypatch):
     assert re.search(line, end_of(monkeypatch, error))
 
 
+def test_a_command_whose_reader_has_gone_ends_without_a_word(monkeypatch):
+    """Such as | head. What Python still has to flush must not fail again."""
+    silenced = []
+    monkeypatch.setattr(os, "dup2", lambda _, stream: silenced.append(stream))
+    assert end_of(monkeypatch, BrokenPipeError()) == 1 and silenced == [sys.stdout.fileno()]
+
+
 def test_a_mistake_of_ours_ends_in_a_traceback(monkeypatch):
     with pytest.raises(RuntimeError, match="of the sizes"):
         end_of(monkeypatch, RuntimeError("of the sizes"))

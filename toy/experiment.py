@@ -173,14 +173,18 @@ def base_row(regime):
 
 def regime_rows(runs, regime):
     """A row for each champion, at its usual rate; in the regime TUNED then one for each at its own rate there."""
-    usual, tuned = [], []
+    rows = []
     for champion in champions(runs):
         rate, _ = runs.search(champion)
-        row = champion._replace(name=f"{champion.name}, {regime}", regime=regime, count=1, bases=FEW)
-        usual.append(row._replace(start=rate, fixed=True))
-        lower = rate if champion.name == "paper" else RATES[RATES.index(rate) - 3]
-        tuned.append(row._replace(name=f"{row.name}, own rate", start=lower))
-    return usual + tuned if regime == TUNED else usual
+        name = f"{champion.name}, {regime}"
+        rows.append(champion._replace(name=name, regime=regime, start=rate, fixed=True, count=1, bases=FEW))
+    if regime != TUNED:
+        return rows
+    tuned = []
+    for row in rows:
+        lower = row.start if row.options == ROWS["paper"].options else RATES[RATES.index(row.start) - 3]
+        tuned.append(row._replace(name=f"{row.name}, own rate", start=lower, fixed=False))
+    return rows + tuned
 
 
 def values_of(runs, row, split="held-out", measure="rvd"):

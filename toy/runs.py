@@ -3,8 +3,8 @@
 A run is a folder, and what it scored is a file in there. So work that was interrupted goes on, and processes with the
 same folder share it: one that finds a run locked takes the next.
 """
-import fcntl, json, shutil, time
-from contextlib import contextmanager, redirect_stdout
+import json, shutil, time
+from contextlib import redirect_stdout, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 import model
 import train
-from data import Records, write_json
+from data import InUse, Records, sole_owner, write_json
 from model import UserError
 from toy.judge import judge_all
 from toy.laptop import generate_held_out
@@ -66,20 +66,6 @@ def training_options(row):
     options, sft = train.Options(**COMMON | row.options), train.Options(**COMMON, method="sft")
     options.steps = round(row.budget * UNIT * cost_of_a_step(sft) / cost_of_a_step(options))
     return options
-
-
-@contextmanager
-def locked(folder):
-    """Hold a folder against other processes: yields whether it is held. The end of a process, in whatever way, lets go
-    of what it held."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            held = True
-        except BlockingIOError:
-            held = False
-        yield held
 
 
 class Runs:
@@ -139,11 +125,11 @@ class Runs:
         shutil.rmtree(folder / "checkpoints")              # four times the model's size, and nothing reads them again
 
     def prepare(self, run):
-        """The folders of the base and of the records that a run starts with, made where they are missing; or None as
-        long as another process makes them."""
+        """The folders of the base and of the records that a run starts with, made where they are missing. Raises InUse
+        as long as another process makes them."""
         seed_folder = self.out / f"seed-{run.base}"
-        with locked(seed_folder / "preparing" / run.row.regime) as held:
-            return prepare_regime(run.row.regime, seed_folder, run.base, self.processes) if held else None
+        with sole_owner(seed_folder / "preparing" / run.row.regime):
+            return prepare_regime(run.row.regime, seed_folder, run.base, self.processes)
 
     def judge(self, run, split, trained):
         """Judge the model in the folder `trained` by a base's figures, and keep what it scores as the run's."""
@@ -156,20 +142,17 @@ class Runs:
               f"rvd {self.mean(run, split):.3f} on {split} figures", flush=True)
 
     def do(self, run, split):
-        """Train and judge a run, as far as that is still to be done. Returns whether this process could: else another
-        one is at it, or at what it needs."""
+        """Train and judge a run, as far as that is still to be done. Raises InUse where another process is at it, or at
+        what it needs."""
         folder = self.folder(run)
-        with locked(folder) as held:
-            if held and self.scores(run, split) is None:
-                prepared = self.prepare(run)
-                if prepared is None:
-                    return False
-                base, cache = prepared
-                trained = base if run.row.options is None else folder
-                if trained == folder and not (folder / "base.json").exists():
-                    self.train(run, base, cache)
-                self.judge(run, split, trained)
-            return held
+        with sole_owner(folder):
+            if self.scores(run, split) is not None:
+                return
+            base, cache = self.prepare(run)
+            trained = base if run.row.options is None else folder
+            if trained == folder and not (folder / "base.json").exists():
+                self.train(run, base, cache)
+            self.judge(run, split, trained)
 
     def work(self, plan):
         """Do what `plan()` says is missing, [(run, split)], until nothing is."""
@@ -177,7 +160,8 @@ class Runs:
             if self.processes is None:
                 self.processes = train.init_distributed()
             for run, split in todo:
-                if self.do(run, split):
+                with suppress(InUse):
+                    self.do(run, split)
                     break                                  # what is missing now may be something else
             else:
                 time.sleep(5)                              # other processes are at all that is missing
