@@ -77,7 +77,8 @@ class Film(NamedTuple):
 
 def read_video_header(path):
     """The Film in a file. Raises UserError for one that is missing, not a video, or in colours that ffmpeg lacks."""
-    log, films = run_ffmpeg(path)[1], []
+    log = run_ffmpeg(path)[1]
+    films = []
     if "Stream #" not in log:
         reason = re.findall(r"\[(?:error|fatal)\] (.*)", log)[0]
         raise UserError(f"{path}: is damaged or not a video ({reason})")
@@ -108,7 +109,10 @@ def picture_filters(film, size, instants=()):
     is the filter that scales them, by `dar` and `sar`; `instants` are those that choose the moments, if not all."""
     apart = re.search(r"([\w-]+)/([\w-]+)/([\w-]+)", film.pixels)       # or one word, for all three
     alike = re.search(r"[( ]((bt|smpte|fcc|ycgco)[\w-]*)[,)]", film.pixels)
-    matrix, primaries, transfer = apart.groups() if apart else 3 * [alike[1] if alike else "unknown"]
+    if apart:
+        matrix, primaries, transfer = apart.groups()
+    else:
+        matrix = primaries = transfer = alike[1] if alike else "unknown"
     hdr = transfer in ("arib-std-b67", "smpte2084")        # HLG or PQ
     if matrix == "unknown" and (hdr or film.height > 576 or film.width >= 1280):
         matrix = "bt2020nc" if hdr else "bt709"            # what players take HD for where the file does not say
@@ -141,7 +145,8 @@ class Picture(NamedTuple):
 def decode(path, film, filters, *output, start=0.0, seconds=math.inf):
     """What ffmpeg's `filters` make of a film from `start` on, or from its first whole picture if that comes later, and
     its Pictures, with times from there on. Raises UserError where less than `seconds` of that are whole."""
-    decoder, margin = [], 2
+    decoder = []
+    margin = 2
     if film.codec == "vp9" or film.codec == "vp8" and film.alpha:
         # ffmpeg's own decoders drop the transparency; that of VP9 takes any damage for a picture.
         decoder = ["-c:v", "libvpx-vp9" if film.codec == "vp9" else "libvpx"]
@@ -185,7 +190,8 @@ def read_video(path, frames, height, width, fps, start=0.0, film=None):
     # round them. A fine grid first, on which the last picture is held.
     instants = ("setpts=PTS-1000", f"fps={30 * fps}:start_time=0:round=up",
                 "tpad=stop_mode=clone:stop_duration=2", f"fps={fps}:round=up")
-    filters, needed = f"{picture_filters(film, cover, instants)},crop={width}:{height}:exact=1", (frames - 1) / fps
+    filters = f"{picture_filters(film, cover, instants)},crop={width}:{height}:exact=1"
+    needed = (frames - 1) / fps
     pixels, pictures = decode(path, film, filters, "-frames:v", str(frames), "-f", "rawvideo", "-", start=start,
                               seconds=needed)
     video = np.frombuffer(bytearray(pixels), np.uint8).reshape(-1, height, width, 3)
@@ -292,7 +298,9 @@ def paired_rows(files, prompts):
 def metadata_rows(path, faults):
     """(where, fields) of metadata.jsonl or metadata.csv: the layout of Hugging Face's video folders. Raises UserError
     for one that has another form as a whole."""
-    lines, head, number = read_lines(path), [], 0
+    lines = read_lines(path)
+    head = []
+    number = 0
     table = csv.reader([line + "\n" for line in lines], strict=True)
     if path.suffix == ".csv":
         with suppress(csv.Error):                          # of a head that cannot be read
@@ -354,7 +362,8 @@ def make_clip(folder, where, fields):
         wrong = re.search("[\0\ud800-\udfff]", fields[key])
         if wrong:
             raise UserError(f"{where}: character {wrong.start() + 1} of its {key} is {wrong[0]!a}, expected UTF-8")
-    file, start = fields["file_name"].strip(), read_start(where, fields)
+    file = fields["file_name"].strip()
+    start = read_start(where, fields)
     if Path(file).name in ("", ".."):
         raise UserError(f"{where}: file_name is {file!r}, expected the name of a file")
     spellings = [folder / file, *(folder / unicodedata.normalize(form, file) for form in ("NFC", "NFD"))]
@@ -368,7 +377,9 @@ def read_list(folder, files="video.txt", prompts="prompt.txt", what="video"):
     other rows. The folder has `files` and `prompts`, one line per sample; or metadata.jsonl or metadata.csv with
     file_name and text; or NAME.mp4 beside NAME.txt. Raises UserError for one without any, or with two, or that cannot
     be read."""
-    folder, clips, faults = Path(folder), [], []
+    folder = Path(folder)
+    clips = []
+    faults = []
     lists = [name for name in (files, "metadata.jsonl", "metadata.csv") if (folder / name).is_file()]
     if len(lists) > 1:
         raise UserError(f"{folder}: holds {lists[0]} and {lists[1]}; only one can be read: move the other away")
@@ -402,7 +413,8 @@ def read_list(folder, files="video.txt", prompts="prompt.txt", what="video"):
 def list_clips(folder, given_negatives=False):
     """The clips of a folder, in a fixed order, without those that a row's `keep` drops, and what is wrong with others;
     prints what is not used. Raises UserError as `read_list` does, for two clips of one name, and where none is left."""
-    folder, clips = Path(folder), {}
+    folder = Path(folder)
+    clips = {}
     images = {composed(path.stem): path for path in sorted(folder.glob("first_frames/*"))}
     generated = {composed(path.name): sorted(path.glob("[!.]*")) for path in folder.glob("negative_samples/*")}
     listed, faults = read_list(folder)
@@ -477,7 +489,8 @@ class Records:
     """
 
     def __init__(self, folder, negatives=True, scores=False):
-        self.folder, self.scores = Path(folder), None
+        self.folder = Path(folder)
+        self.scores = None
         self.names = sorted(p.stem for p in (self.folder / "win").glob("*.safetensors"))
         if not self.names:
             place = quote(str(folder))
@@ -498,7 +511,8 @@ class Records:
                 common = common or {k: v for k, v in metadata.items() if k not in own}
                 check_metadata(file, metadata, common, now="other records:")
                 if kind == "win":
-                    self.hashes[name], win_shape = metadata.get("hash"), shapes["win"]
+                    self.hashes[name] = metadata.get("hash")
+                    win_shape = shapes["win"]
                     continue
                 if metadata.get("win") != self.hashes[name] or shapes["lose"][1:] != win_shape:
                     raise UserError(f"{file}: was made for another encoding of its clip; delete it and run: "
@@ -529,7 +543,9 @@ class Records:
     def read(self, index, negatives=True):
         """The tensors of a record, without its negatives where a step does not look at them."""
         record = {}
-        for kind in self.kinds if negatives else ["win"]:
+        for kind in self.kinds:
+            if kind == "lose" and not negatives:
+                continue
             record |= read_tensors(self.folder / kind / f"{self.names[index]}.safetensors")
         if self.scores is not None:
             record["scores"] = self.scores[index]
@@ -586,7 +602,8 @@ def read_ahead(clips, read, faults):
     """Yield (clip, read(clip)) in order, while threads read the clips after it, READERS at a time. A UserError goes to
     the list `faults`."""
     with ThreadPool(READERS) as pool:
-        coming, queue = iter(clips), deque()
+        coming = iter(clips)
+        queue = deque()
         while True:
             for clip in islice(coming, READERS - len(queue)):
                 queue.append((clip, pool.apply_async(read, [clip])))
@@ -733,7 +750,8 @@ def parse(options, name, argv=None):
     style = partial(argparse.RawDescriptionHelpFormatter, max_help_position=28, width=118)
     parser = argparse.ArgumentParser(description=options.__doc__, allow_abbrev=False, formatter_class=style)
     parser.error = lambda message: sys.exit(f"error: {message}; {' '.join(parser.format_usage().split())}")
-    section, either = parser, None
+    section = parser
+    either = None
     for each in fields(options):
         if each.metadata["group"]:
             section = parser.add_argument_group(each.metadata["group"])
@@ -768,7 +786,8 @@ def this_process():
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if not torch.cuda.is_available():
         return Process(rank, world_size, torch.device("cpu"), torch.float32)
-    local, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    gpus = torch.cuda.device_count()
     if local >= gpus:
         raise UserError(f"--nproc_per_node needs {local + 1} GPUs or more, this machine has {gpus}")
     torch.cuda.set_device(local)
@@ -957,7 +976,8 @@ def main(options):
     listed = {clip.name for clip in clips}
     clips, faults = clips[rank::world], faults[rank::world]                 # every rank has read the whole list
     folder = resolve(options.model, "transformer/config.json", "vae", "text_encoder", "tokenizer")
-    out, shape = Path(options.out), clip_shape(options, folder)
+    out = Path(options.out)
+    shape = clip_shape(options, folder)
     made_by = dict(vae=digest(folder / "vae"), text_encoder=digest(folder / "text_encoder"),
                    frames=shape[0], height=shape[1], width=shape[2])
     made_by |= {name: getattr(options, name) for name in ("fps", "image_noise", "given_negatives", "seed")}

@@ -45,7 +45,10 @@ class T5Block(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        width, inner, hidden, self.heads = c["d_model"], c["num_heads"] * c["d_kv"], c["d_ff"], c["num_heads"]
+        width = c["d_model"]
+        inner = c["num_heads"] * c["d_kv"]
+        hidden = c["d_ff"]
+        self.heads = c["num_heads"]
         linear, norm = partial(nn.Linear, bias=False), partial(nn.RMSNorm, width, eps=c["layer_norm_epsilon"])
         attention = {name: linear(width, inner) for name in "qkv"} | {"o": linear(inner, width)}
         gated = {"wi_0": linear(width, hidden), "wi_1": linear(width, hidden), "wo": linear(hidden, width)}
@@ -222,7 +225,8 @@ class Upsample(nn.Module):
         self.conv, self.time = nn.Conv2d(channels, channels, 3, padding=1), time
 
     def forward(self, x):
-        odd, done = x.shape[2] % 2, []
+        odd = x.shape[2] % 2
+        done = []
         for i, frame in enumerate(x.unbind(2)):            # one by one: each becomes four times, or eight, its size
             frame = self.conv(nnf.interpolate(frame, scale_factor=2.0))
             done += [frame] * (2 if self.time and x.shape[2] > 1 and i >= odd else 1)
@@ -235,7 +239,8 @@ class Coder(nn.Module):
 
     def __init__(self, direction, widths, layers, c_in, c_out, norm, resample, time_levels):
         super().__init__()
-        self.direction, levels = direction, nn.ModuleList()
+        self.direction = direction
+        levels = nn.ModuleList()
         for i, (before, width) in enumerate(zip([widths[0], *widths], widths)):
             resnets = [Resnet(before if n == 0 else width, width, norm) for n in range(layers)]
             level = nn.ModuleDict({"resnets": nn.ModuleList(resnets)})
@@ -266,7 +271,8 @@ class VAE(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        self.config, self.scale = c, c["scaling_factor"]   # which brings latents to about unit variance
+        self.config = c
+        self.scale = c["scaling_factor"]                   # which brings latents to about unit variance
         widths, layers = c["block_out_channels"], c["layers_per_block"]
         groups, latents = c["norm_num_groups"], c["latent_channels"]
         time_levels = int(math.log2(c["temporal_compression_ratio"]))
@@ -296,7 +302,8 @@ class VAE(nn.Module):
     @torch.no_grad()
     def decode(self, latents):
         """Video (B,3,F,H,W), fp32, about [-1,1], of scaled latents (B,C,f,h,w), f odd."""
-        past, z = {}, latents / self.scale
+        past = {}
+        z = latents / self.scale
         return torch.cat([self.decoder(z[:, :, chunk], past).float() for chunk in chunks(z.shape[2], 2)], dim=2)
 
 
@@ -307,7 +314,9 @@ class AdaptiveNorm(nn.Module):
 
     def __init__(self, width, time_width, eps, chunks):
         super().__init__()
-        self.linear, self.norm, self.chunks = nn.Linear(time_width, chunks * width), nn.LayerNorm(width, eps), chunks
+        self.linear = nn.Linear(time_width, chunks * width)
+        self.norm = nn.LayerNorm(width, eps)
+        self.chunks = chunks
 
     def forward(self, time):
         return self.linear(nnf.silu(time))[:, None].chunk(self.chunks, dim=-1)
@@ -346,7 +355,8 @@ class Attention(nn.Module):
         super().__init__()
         self.to_q, self.to_k, self.to_v = (nn.Linear(width, width) for _ in range(3))
         self.norm_q, self.norm_k = (nn.LayerNorm(width // heads, eps=1e-6) for _ in range(2))
-        self.to_out, self.heads = nn.Sequential(nn.Linear(width, width)), heads
+        self.to_out = nn.Sequential(nn.Linear(width, width))
+        self.heads = heads
 
     def forward(self, x, rope):
         q, k, v = (rearrange(to(x), "b s (h d) -> b s h d", h=self.heads) for to in (self.to_q, self.to_k, self.to_v))
@@ -399,8 +409,12 @@ class DiT(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        self.config, heads, p = c, c["num_attention_heads"], c["patch_size"]
-        width, time_width, eps = heads * c["attention_head_dim"], c["time_embed_dim"], c["norm_eps"]
+        self.config = c
+        heads = c["num_attention_heads"]
+        p = c["patch_size"]
+        width = heads * c["attention_head_dim"]
+        time_width = c["time_embed_dim"]
+        eps = c["norm_eps"]
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(c["in_channels"], width, p, stride=p),
                                           "text_proj": nn.Linear(c["text_embed_dim"], width)})
         if c["use_learned_positional_embeddings"]:         # a buffer, not a parameter: published as one, never trained
@@ -425,8 +439,10 @@ class DiT(nn.Module):
         f, h, w = x.shape[2], x.shape[3] // p, x.shape[4] // p
         time = self.time_embedding(time_code)                                                               # (B,T)
         # The convolution of the patches is a matrix product, since its stride is its kernel.
-        patches, proj = rearrange(x, "b c f (h p) (w q) -> b (f h w) (c p q)", p=p, q=p), self.patch_embed["proj"]
-        text, video = self.patch_embed["text_proj"](text), nnf.linear(patches, proj.weight.flatten(1), proj.bias)
+        patches = rearrange(x, "b c f (h p) (w q) -> b (f h w) (c p q)", p=p, q=p)
+        proj = self.patch_embed["proj"]
+        text = self.patch_embed["text_proj"](text)
+        video = nnf.linear(patches, proj.weight.flatten(1), proj.bias)
         if self.config["use_learned_positional_embeddings"]:
             positions = self.learned_positions((f, h, w), n_text).to(text)                                  # (1,S,D)
             text, video = text + positions[:, :n_text], video + positions[:, n_text:]
@@ -439,7 +455,9 @@ class DiT(nn.Module):
 
     def learned_positions(self, grid, n_text):
         """The learned table's rows for text and video (1,S,D). A shorter clip has the first; other sizes have none."""
-        length, frames, size = self.config["max_text_seq_length"], self.learned_grid[0], self.learned_grid[1:]
+        length = self.config["max_text_seq_length"]
+        frames = self.learned_grid[0]
+        size = self.learned_grid[1:]
         if n_text != length or grid[0] > frames or grid[1:] != size:
             raise UserError(f"{n_text} text tokens and a token grid (frames, height, width) of {grid}; "
                             f"the learned positions are for {length} and at most {frames} frames of {size}")
@@ -449,7 +467,8 @@ class DiT(nn.Module):
 def forward_flops(config, grid):
     """FLOP of one sequence's forward pass in matrix products (24·D² a token and block) and in attention (4·S²·D a
     block), and its tokens S; latents of a `grid` (F,H,W)."""
-    width, layers = config["num_attention_heads"] * config["attention_head_dim"], config["num_layers"]
+    width = config["num_attention_heads"] * config["attention_head_dim"]
+    layers = config["num_layers"]
     tokens = config["max_text_seq_length"] + math.prod(grid) // config["patch_size"] ** 2
     return layers * 24 * width ** 2 * tokens, layers * 4 * tokens ** 2 * width, tokens
 
@@ -697,7 +716,8 @@ def fill(target, folder, prefix=""):
     """Fill the tensors of `target` {name: tensor}, which may be sharded, from all .safetensors files in a folder, each
     rank only its own shards. Names and shapes must match exactly; names without `prefix` are passed over. A checkpoint
     has a tensor in several files, each rank's part in one. An index could add nothing, so none is read."""
-    files, numbers = {}, Counter()
+    files = {}
+    numbers = Counter()
     for file in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(file, "pt") as f:
@@ -744,7 +764,8 @@ def save_part(net, config, where, dtype=None, stem="diffusion_pytorch_model", co
     """Write a network, or None, and its config as the folder `where`, whole or not at all. Every rank calls it; rank 0
     then holds the whole network in CPU memory (22 GB of fp32 at 5B, 11 GB more if it becomes bf16). Raises UserError
     where there is no room."""
-    tensors, part = {}, where.with_name(where.name + ".part")
+    tensors = {}
+    part = where.with_name(where.name + ".part")
     if net:                                                # a collective, which leaves it all on rank 0
         tensors = get_model_state_dict(net, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if torch.distributed.is_initialized() and torch.distributed.get_rank() > 0:
@@ -802,7 +823,8 @@ def load_dit(path, device="cpu", dtype=torch.float32, shard=lambda net: None):
     """Load the diffusion transformer of a model folder, hub id, run or checkpoint as a `Denoiser`. `shard(net)` may
     distribute the still empty network; each rank then reads only its own slices of the files. Raises UserError for one
     that is missing, broken or of another kind."""
-    stored, folder = find_transformer(path), resolve(path, "transformer/config.json", "scheduler")
+    stored = find_transformer(path)
+    folder = resolve(path, "transformer/config.json", "scheduler")
     config = read_dit_config(folder)
     refuse(config, use_rotary_positional_embeddings=True, patch_size_t=None, ofs_embed_dim=None,
            in_channels=2 * config["out_channels"], activation_fn="gelu-approximate", timestep_activation_fn="silu",

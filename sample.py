@@ -34,15 +34,18 @@ class Scenes:
         self.latent_frames = (frames - 1) // 4 + 1
         pictures = {prompt.file: read_image(prompt.file, height, width) for prompt in prompts}
         encode_text = load_text_encoder(options.model, device, dtype)
-        self.texts = {text: encode_text([text]) for text in {"", *(prompt.caption for prompt in prompts)}}  # (1,L,D)
+        captions = {prompt.caption for prompt in prompts}
+        self.texts = {text: encode_text([text]) for text in {"", *captions}}             # (1,L,D)
         del encode_text
-        self.vae, self.images = load_vae(options.model, device, dtype), {}
+        self.vae = load_vae(options.model, device, dtype)
+        self.images = {}
         for file, picture in pictures.items():             # each once, however many prompts show it: (1,C,1,H,W)
             self.images[file] = self.vae.encode(picture[None].to(device), generator("image", options.seed))
 
     def sample(self, denoiser, prompt, number=0):
         """Latents (1,C,F,H,W) of a prompt's video, from noise that depends on seed, name and number alone."""
-        image, options = self.images[prompt.file], self.options
+        image = self.images[prompt.file]
+        options = self.options
         shape = 1, image.shape[1], self.latent_frames, *image.shape[3:]
         noise = torch.randn(shape, generator=generator("video", options.seed, prompt.name, number, 0))
         return sample(denoiser, noise.to(image.device), Condition(self.texts[prompt.caption], image),
@@ -99,7 +102,8 @@ def negatives(options):
     """The offline stage: `lose` latents for this rank's share of the records that have none yet, stored as they leave
     the sampler, never decoded. Ranks never wait for each other."""
     rank, world, device, dtype = this_process()
-    records, lose_folder = Records(options.data, negatives=False), Path(options.data) / "lose"
+    records = Records(options.data, negatives=False)
+    lose_folder = Path(options.data) / "lose"
     made_by = {name: getattr(options, name) for name in ("negatives", "steps", "guidance", "solver", "seed")}
     made_by["transformer"] = digest(*find_transformer(options.model))
     claim(lose_folder / "made_by.json", made_by)
@@ -115,7 +119,8 @@ def negatives(options):
         record = records[index]
         noise = [torch.randn(record["win"].shape, generator=generator("negative", options.seed, name, k))
                  for k in range(options.negatives)]
-        cond, lose = Condition(record["text"][None].to(device), record["image"][None].to(device)), []
+        cond = Condition(record["text"][None].to(device), record["image"][None].to(device))
+        lose = []
         for part in torch.stack(noise).to(device).split(at_once):
             lose.append(sample(denoiser, part, cond.repeat(len(part)), steps=options.steps, guidance=options.guidance,
                                solver=options.solver, uncond=empty, progress=False).bfloat16())
@@ -148,7 +153,8 @@ def read_bench(folder):
     `data.read_list` knows. Raises UserError for one that cannot be read."""
     if not folder:
         raise UserError("--bench is missing: the folder of pictures with captions that the videos are made of")
-    pictures, captions = "images.txt", []
+    pictures = "images.txt"
+    captions = []
     for path in sorted(Path(folder).glob("*.txt")):
         if path.name in ("video.txt", "videos.txt"):       # the release has these as well
             continue

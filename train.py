@@ -143,13 +143,16 @@ def accumulate_gradients(policy, reference, records, samples, options, step, dev
     """Forward and backward of this rank's (place in the batch, record index) pairs, a micro-batch at a time. Returns
     the mean of their metrics. The parts are equal, so the mean of their gradients is the batch's."""
     size = min(options.micro_batch, len(samples))
-    parts, total = len(samples) // size, Counter()
+    parts = len(samples) // size
+    total = Counter()
     for part in range(parts):
         rows = []
         for place, index in samples[part * size:(part + 1) * size]:
             record = records.read(index, negatives=compares(options, step))
             rows.append(draw_sample(record, options, step, place, policy.t_min))
-        batch = {name: torch.stack([row[name] for row in rows]).to(device).float() for name in rows[0]}
+        batch = {}
+        for name in rows[0]:
+            batch[name] = torch.stack([row[name] for row in rows]).to(device).float()
         send_gradients(policy, False)
         loss, metrics = loss_of(policy, reference, batch, options)
         send_gradients(policy, part == parts - 1)
@@ -208,7 +211,8 @@ EVAL_RECORDS = 8                        # so many take 4.1 % of the time of the 
 def evaluate(policy, reference, records, options, process):
     """Preference loss, margin, accuracy and the four errors on the first held-out records at fixed t and fixed noise:
     their means over t, {"eval_margin": …}, and at each t, {"eval_margin_t0.1": …}."""
-    options, sums = dataclasses.replace(options, method="realdpo", graphs="all"), Counter()
+    options = dataclasses.replace(options, method="realdpo", graphs="all")
+    sums = Counter()
     count = min(len(records), EVAL_RECORDS)
     for i in range(math.ceil(count / process.world_size)):             # as many on every rank: they are collectives
         number = process.rank + i * process.world_size
@@ -394,7 +398,11 @@ def check_checkpoint(folder, options, records):
     trained_on = model.read_json(folder / "records.json")
     for name in sorted({*trained_on, *records.hashes}):
         if trained_on.get(name) != records.hashes.get(name):
-            changed = "is gone" if name not in records.hashes else "is new" if name not in trained_on else "has changed"
+            changed = "has changed"
+            if name not in records.hashes:
+                changed = "is gone"
+            elif name not in trained_on:
+                changed = "is new"
             raise UserError(f"{records.folder}: record {name} {changed} since {folder} was written; give the same "
                             "records, or start another --out")
     check_schedule(folder, saved, options, len(records))
@@ -405,7 +413,8 @@ def check_schedule(folder, saved, options, count):
     """Raise UserError if with the number of steps there is now, the steps done so far would have had other rates: a run
     that goes on must be the one that was never interrupted."""
     planned = number_of_steps(dataclasses.replace(options, steps=saved["steps"], epochs=saved["epochs"]), count)
-    steps, last = number_of_steps(options, count), saved["step"] - 1
+    steps = number_of_steps(options, count)
+    last = saved["step"] - 1
     if learning_rate(options, last, planned) != learning_rate(options, last, steps):
         raise UserError(f"{folder}: the rate has begun to fall to zero at the end of {planned} steps (--decay "
                         f"{options.decay}), so they cannot become {steps} any more; keep their number, or go on from "
@@ -520,10 +529,12 @@ PEAK = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H200 NVL": 835e12, "H100": 989
         "L40S": 362e12, "4090": 165e12}
 CARDS = {24: "4090", 48: "L40S", 80: "H100", 141: "H200"}
 UTILISATION = 0.4                       # of these FLOP/s; others measured 38 % compiled and 30 % eager
-COPY, HOST = 25e9, 80e9                 # bytes a second between CPU and GPU, and through a server's CPU memory
+COPY = 25e9                             # bytes a second between CPU and GPU
+HOST = 80e9                             # bytes a second through a server's CPU memory
 # Activations of all tokens, in bf16, that a block's graph keeps, and those that are there while the block is
 # back-propagated: counted on the real code with tensors without data, to which the tests hold `Work.memory`.
-KEPT, BACKWARD = {"none": 25, "full": 1, "selective": 2}, 25
+KEPT = {"none": 25, "full": 1, "selective": 2}
+BACKWARD = 25
 
 
 class Setting(NamedTuple):
@@ -543,7 +554,9 @@ class Work:
         drawn = min(n_lose, options.lose_per_step or n_lose)
         self.videos = {"realdpo": 1 + drawn, "sft": 1, "dpo": 2, "rwr": n_lose}[options.method]      # of a sample
         self.share = 1 / options.compare_every if options.method == "realdpo" else 1
-        self.options, self.compared, self.layers = options, options.method in PREFERENCE, config["num_layers"]
+        self.options = options
+        self.compared = options.method in PREFERENCE
+        self.layers = config["num_layers"]
         self.products, self.attention, self.tokens = model.forward_flops(config, shape[1:])
         self.forward = self.products + self.attention      # FLOP of one video
         width = config["num_attention_heads"] * config["attention_head_dim"]
@@ -589,7 +602,8 @@ class Work:
         seconds = self.flops(setting)[1] / (gpus * rate * UTILISATION)
         if not setting.offload:
             return seconds
-        part, samples = 4 * self.parameters / shards, self.options.batch / gpus
+        part = 4 * self.parameters / shards
+        samples = self.options.batch / gpus
         backwards = 1 if setting.graphs == "all" else self.videos_of(self.share)
         references = self.share * self.compared * (1 if setting.graphs == "all" else self.videos)
         passes = 2 * backwards + references + self.share * (setting.graphs == "one")    # each moves all weights
@@ -610,12 +624,14 @@ class Work:
 def choose_setting(work, options, process, mesh):
     """The Setting of a run: the options, and where these leave it open, what is fastest of what fits the GPU. Raises
     UserError where nothing fits, before anything is loaded."""
-    shards, room = mesh.size(-1), math.inf
+    shards = mesh.size(-1)
+    room = math.inf
     if process.device.type == "cuda":
         room = torch.cuda.get_device_properties(process.device).total_memory
     if options.offload:
         here = int(os.environ.get("LOCAL_WORLD_SIZE", process.world_size))
-        needed, free = work.host_memory(shards, here), data.free_host_memory()
+        needed = work.host_memory(shards, here)
+        free = data.free_host_memory()
         if needed > free:
             raise UserError(f"--offload: {here} processes take {needed / GIB:.0f} GiB of this machine's memory, of "
                             f"which {free / GIB:.0f} are free; use more machines, or GPUs without --offload")
@@ -636,12 +652,14 @@ def dry_run(options, clips=5000, n_lose=3):
     frames = (config["sample_frames"] - 1) // config["temporal_compression_ratio"] + 1
     shape = (config["out_channels"], frames, config["sample_height"], config["sample_width"])
     check_options(options, 1)
-    work, steps = Work(options, config, shape, n_lose), number_of_steps(options, clips)
+    work = Work(options, config, shape, n_lose)
+    steps = number_of_steps(options, clips)
     without = product([False], ["selective", "full"], ["all", "two", "one"], [False])
     offload = product([True], ["selective", "full"], ["all", "two", "one"], [True, False])
     settings = [Setting(*each) for each in [*without, *offload]]
     between = options.save_every * work.flops(settings[1])[1]          # FLOP of the steps between two checkpoints
-    look, video = EVAL_RECORDS * len(EVAL_T) * 2 * (1 + n_lose) * work.forward, 25 * 2 * work.forward
+    look = EVAL_RECORDS * len(EVAL_T) * 2 * (1 + n_lose) * work.forward
+    video = 25 * 2 * work.forward
     print(f"computed, not measured, at {UTILISATION:.0%} of a GPU's peak: {work.parameters:,} parameters, "
           f"{work.videos} videos a sample, {work.tokens:,} tokens a video; of the time of {options.save_every} steps, "
           f"a look at {EVAL_RECORDS} held-out records takes {look / between:.1%}, a video of --bench "
@@ -649,17 +667,21 @@ def dry_run(options, clips=5000, n_lose=3):
           f"{'s/step':>6}  {'h/1000 samples':>14}  {f'h/{steps} steps':>12}  {'h, negatives':>12}  options")
     for place in options.dry_run:
         machines, here = machines_and_gpus(place)
-        gpus, shards = machines * here, shards_of(machines * here, here)
+        gpus = machines * here
+        shards = shards_of(machines * here, here)
         check_options(options, gpus)
         for memory, card in CARDS.items():
             sampling = clips * n_lose * 25 * 2 * work.forward / (gpus * PEAK[card] * UTILISATION)
             for seconds, setting in work.fitting(settings, 0.97 * memory * GIB, gpus, shards, PEAK[card])[:3]:
                 gib = sum(work.memory(setting, shards).values()) / GIB
-                host = setting.offload * work.host_memory(shards, here) / GIB
-                words = "--offload " * setting.offload + f"--checkpointing {setting.checkpointing}"
+                words = f"--checkpointing {setting.checkpointing} --graphs {setting.graphs}"
+                host = 0
+                if setting.offload:
+                    words = f"--offload {words}"
+                    host = work.host_memory(shards, here) / GIB
                 print(f"{place:>4} × {memory:<3} {gib:5.1f}  {host:5.0f}  {seconds:6.1f}  "
                       f"{1000 * seconds / options.batch / 3600:14.1f}  {steps * seconds / 3600:12.1f}  "
-                      f"{sampling / 3600:12.1f}  {words} --graphs {setting.graphs}")
+                      f"{sampling / 3600:12.1f}  {words}")
 
 
 def machines_and_gpus(text):
@@ -720,7 +742,8 @@ def read_records(options, config):
 def stop_signals():
     """Yield an Event that is set when this process is to finish its step, save and exit: by SIGTERM (pre-emption;
     launchers repeat it), by SIGUSR1 or SIGUSR2 (SLURM's --signal) or by Ctrl-C; a second Ctrl-C ends it at once."""
-    stop, before = threading.Event(), {}
+    stop = threading.Event()
+    before = {}
 
     def finish_step(number, _):
         stop.set()
@@ -741,11 +764,14 @@ def stop_signals():
 def train(options, process, mesh):
     """Steps until done or asked to stop, checkpoints on the way, the trained transformer at the end. Returns whether
     training is complete."""
-    begin, main_rank, out = time.time(), process.rank == 0, Path(options.out)
+    begin = time.time()
+    main_rank = process.rank == 0
+    out = Path(options.out)
     check_options(options, process.world_size)
     config = model.read_dit_config(options.model)
     records, held_out = read_records(options, config)
-    checkpoint, first = choose_checkpoint(options, process), 0
+    checkpoint = choose_checkpoint(options, process)
+    first = 0
     if checkpoint:                                         # what can be refused is refused before anything is loaded
         first = check_checkpoint(checkpoint, options, records)
         data.say(f"continuing from {checkpoint}")

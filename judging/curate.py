@@ -34,7 +34,10 @@ def read_judgement(answer):
 def find_videos(folder):
     """(videos in or below a folder, {kind: number} of what is left out). Linked folders are followed, hidden ones are
     not; a file or folder that is linked to counts once, so loops end."""
-    videos, left_out, folders, seen = [], Counter(), [folder], {os.path.realpath(folder)}
+    videos = []
+    left_out = Counter()
+    folders = [folder]
+    seen = {os.path.realpath(folder)}
     while folders:
         for path in sorted(folders.pop().iterdir()):
             real = os.path.realpath(path)
@@ -73,7 +76,9 @@ def main(options):
     others = ", ".join(f"{number} {kind}" for kind, number in left_out.items())
     print(f"{options.videos}: {len(videos)} clips; left out: {others or 'nothing'}")
     clips = {Path(os.path.relpath(path, out)).as_posix(): path for path in videos}
-    server, file, asked = Server(options), out / "metadata.jsonl", dict(theme=options.theme, vlm=options.vlm)
+    server = Server(options)
+    file = out / "metadata.jsonl"
+    asked = dict(theme=options.theme, vlm=options.vlm)
     question = (HERE / "curate.txt").read_text(encoding="utf-8").format(theme=options.theme)
 
     def judge(name):

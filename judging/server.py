@@ -54,7 +54,8 @@ def is_this_machine(host):
 
 def find_proxy(address):
     """The proxy that the environment names for an address, or "". Raises UserError for a kind that urllib lacks."""
-    parts, proxies = urlsplit(address), urllib.request.getproxies()
+    parts = urlsplit(address)
+    proxies = urllib.request.getproxies()
     proxy = proxies.get(parts.scheme) or proxies.get("all") or ""
     if not proxy or urllib.request.proxy_bypass(parts.netloc) or is_this_machine(parts.hostname):
         return ""
@@ -104,7 +105,8 @@ def seconds_asked(retry_after):
 
 def answer_in(choice, max_tokens):
     """The text of a reply's choice, without the thinking before it. Raises Trouble if it is cut, refused or empty."""
-    content, end = choice.get("content") or "", str(choice.get("finish_reason") or "stop").lower()
+    content = choice.get("content") or ""
+    end = str(choice.get("finish_reason") or "stop").lower()
     if isinstance(content, list):                          # of parts; thinking may be one
         parts = [part for part in content if isinstance(part, dict) and part.get("type") == "text"]
         content = "".join(str(part.get("text")) for part in parts)
@@ -130,7 +132,8 @@ class Server:
         if not options.vlm or not re.fullmatch("[!-~]*", key):
             raise UserError(f"--vlm {options.vlm}: expected the name of a model of the server, and in {KEY} a key "
                             "without blanks and special characters")
-        self.options, self.address = options, chat_address(options.endpoint)
+        self.options = options
+        self.address = chat_address(options.endpoint)
         # With a name of our own: servers behind Cloudflare refuse urllib's.
         self.headers = {"Content-Type": "application/json", "User-Agent": "realdpo"}
         if key:
@@ -140,7 +143,9 @@ class Server:
         self.opener = urllib.request.build_opener(AnyStatus(), urllib.request.ProxyHandler(proxies))
         self.via = f"by the proxy {proxy.rpartition('@')[2]}: " if proxy else ""       # without its password
         self.tokens, self.takes_temperature = "max_tokens", True
-        self.answered, self.failures, self.trial = False, [], TRIAL
+        self.answered = False
+        self.failures = []
+        self.trial = TRIAL
         self.tell = print                                  # what is being waited for, or "" when that is over
 
     def ask(self, text, images, read, temperature=0):
@@ -148,7 +153,9 @@ class Server:
         twice where it fails or `read` makes None of the answer. Raises UserError for what all questions would meet."""
         urls = ["data:image/jpeg;base64," + base64.b64encode(image).decode() for image in images]
         content = [{"type": "image_url", "image_url": {"url": url}} for url in urls] + [{"type": "text", "text": text}]
-        waited, waits, asked_again = 0, 0, False
+        waited = 0
+        waits = 0
+        asked_again = False
         while True:
             try:
                 answer = answer_in(self.request(content, temperature), self.options.max_tokens)
@@ -182,7 +189,9 @@ class Server:
         try:
             request = urllib.request.Request(self.address, json.dumps(body).encode(), self.headers)
             with self.opener.open(request, timeout=self.options.timeout) as reply:
-                status, headers, text = reply.status, reply.headers, reply.read().decode(errors="replace")
+                status = reply.status
+                headers = reply.headers
+                text = reply.read().decode(errors="replace")
         except (OSError, HTTPException, ValueError) as e:
             reason = e.reason if isinstance(e, URLError) else e            # URLError: the server was not reached
             words = f"{type(reason).__name__}: {reason}"

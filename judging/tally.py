@@ -52,7 +52,8 @@ class Options:
 
 def main(options):
     """Table 1 of the paper from raters' answers: ratings in per cent of the highest, and comparisons won."""
-    key, raters = read_json(Path(f"{Path(options.study)}-key.json")), {}
+    key = read_json(Path(f"{Path(options.study)}-key.json"))
+    raters = {}
     for file in options.answers:
         answers = read_json(Path(file))
         study, rater = answers["study"], str(answers["rater"])

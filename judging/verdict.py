@@ -40,7 +40,8 @@ def list_questions(options):
         raise UserError(f"--repeat {options.repeat}: expected how often to ask each question, at least 1")
     template, *sections = (HERE / "verdict.txt").read_text(encoding="utf-8").split("\n# ")
     prompts, bench = read_bench(options.bench)
-    videos, questions = list_videos(options.videos, prompts, bench), {}
+    videos = list_videos(options.videos, prompts, bench)
+    questions = {}
     for asking, (method, prompt, video), section in product(range(options.repeat), videos, sections):
         dimension, lines = section.split("\n", 1)
         text = template.format(caption=prompt.caption, dimension=dimension, questions=lines)
@@ -53,9 +54,11 @@ def list_questions(options):
 def ask_verdicts(options, file):
     """Ask about every video in a folder of methods; the answers go to `file`, which keeps them."""
     questions, bench = list_questions(options)
-    server, asked = Server(options), dict(vlm=options.vlm, bench=bench)
+    server = Server(options)
+    asked = dict(vlm=options.vlm, bench=bench)
     shown = {subject(row): question.split()[0] for question, (row, *_) in questions.items()}
-    answered, kept = filter(is_done, read_rows(file, "question").values()), []
+    answered = filter(is_done, read_rows(file, "question").values())
+    kept = []
     for row in answered:
         check_metadata(file, row, asked)
         if shown.get(subject(row)) in (None, row["question"].split()[0]):      # else the video has changed since then

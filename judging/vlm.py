@@ -22,7 +22,8 @@ def frames_as_jpeg(video, count):
     most 768 pixels a side."""
     suffix = Path(video).suffix.lower()
     if count == 1 and (suffix in SUFFIXES["picture"] or suffix not in SUFFIXES["video"]):
-        image, file = open_image(video), BytesIO()
+        image = open_image(video)
+        file = BytesIO()
         image.thumbnail((768, 768))
         image.save(file, "JPEG", quality=95)
         return [file.getvalue()]
@@ -46,11 +47,13 @@ def frames_as_jpeg(video, count):
 def read_rows(file, key):
     """{row[key]: row} of the JSON lines that earlier calls wrote; of two with one key, the later. Raises UserError for
     a line that is none of theirs, save half a line at the end, which a killed call may leave."""
-    rows, lines = {}, read_lines(file) if file.is_file() else []
+    rows = {}
+    lines = read_lines(file) if file.is_file() else []
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line or "{}")
-            rows.update({row[key]: row} if row else {})
+            if row:
+                rows[row[key]] = row
         except (ValueError, TypeError, LookupError) as e:
             if number < len(lines) or file.read_bytes().endswith(b"\n"):
                 raise UserError(f"{file}, row {number}: is not one that this command wrote; give another --out") from e

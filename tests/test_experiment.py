@@ -5,7 +5,6 @@
 import shutil
 from contextlib import ExitStack
 from functools import partial
-from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np

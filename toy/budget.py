@@ -1,6 +1,7 @@
 """What each method reaches with how much compute, as a picture with intervals."""
 import math
 from html import escape
+from itertools import chain
 from typing import NamedTuple
 
 from data import whole_file
@@ -59,7 +60,9 @@ def draw_axes(x, y, budgets, ticks):
 
 def draw_method(points, number, count, x, y):
     """The SVG elements of one method: a line, its marks and their intervals."""
-    colour, elements, path = COLOURS[number], [], []
+    colour = COLOURS[number]
+    elements = []
+    path = []
     for point in points:
         at = x.place(point.budget) + APART * (number - (count - 1) / 2)
         height = y.place(point.mean)
@@ -72,11 +75,12 @@ def draw_method(points, number, count, x, y):
 
 def draw_budgets(file, methods, base, title, ticks=(0.5, 0.7, 1, 1.5, 2, 3, 4, 5)):
     """Write the picture. `methods` {label: [Point]}, `base` the rvd before training, a dashed line."""
-    budgets = sorted({point.budget for points in methods.values() for point in points})
-    tops = [point.mean + point.half for points in methods.values() for point in points]
-    bottoms = [point.mean - point.half for points in methods.values() for point in points]
+    all_points = list(chain(*methods.values()))
+    budgets = sorted({point.budget for point in all_points})
+    tops = [point.mean + point.half for point in all_points]
+    bottoms = [point.mean - point.half for point in all_points]
     x = Scale(budgets[0] / 1.25, budgets[-1] * 1.25, LEFT, LEFT + WIDTH)
-    lowest = max(min(bottoms), 0.5 * min(point.mean for points in methods.values() for point in points))
+    lowest = max(min(bottoms), 0.5 * min(point.mean for point in all_points))
     y = Scale(0.9 * lowest, 1.1 * max(*tops, base), TOP + HEIGHT, TOP)
     elements = draw_axes(x, y, budgets, [tick for tick in ticks if y.low < tick < y.high])
     elements.append(f'<text x="{LEFT}" y="22" font-weight="bold">{escape(title)}</text>')

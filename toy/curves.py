@@ -4,6 +4,7 @@
 """
 import json
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import data
@@ -69,7 +70,7 @@ def panels_of(lines):
 
 def draw_panel(title, curves, left, last_step):
     """The SVG elements of one panel whose frame begins at x = `left`."""
-    values = [value for points in curves.values() for _, value in points]
+    values = [value for _, value in chain(*curves.values())]
     low, high = min(values), max(values)
     elements = [f'<text x="{left}" y="20" font-weight="bold">{title}</text>',
                 f'<rect x="{left}" y="{TOP}" width="{WIDTH}" height="{HEIGHT}" fill="none" stroke="#999"/>',

@@ -124,7 +124,9 @@ def missing(runs, rows, splits=("held-out",)):
     for row in rows:
         rate, searching = runs.search(row)
         todo += searching
-        for split in splits if rate is not None else ():
+        if rate is None:
+            continue
+        for split in splits:
             todo += runs.missing(runs_of(row, rate), split)
     return todo
 
@@ -313,7 +315,9 @@ def main(options):
         runs.work(lambda: missing(runs, SFT + REALDPO + OTHERS))
         print(comparison_table(runs))
     elif options.part == "budgets":
-        rows = [row for champion in champions(runs) for row in budget_rows(runs, champion)]
+        rows = []
+        for champion in champions(runs):
+            rows += budget_rows(runs, champion)
         runs.work(lambda: missing(runs, rows))
         print(budget_table(runs, Path(options.out) / "budget.svg"))
     else:

@@ -86,7 +86,8 @@ def judge(video, figure, reals):
     measures. Bigger is worse, save for the last two. `motion` stands beside the others because a still picture fools
     all but `rvd`."""
     errors = [1000 * np.mean((video / 255.0 - real / 255.0) ** 2) for real in reals]
-    rvd, real = min(errors), reals[np.argmin(errors)]
+    rvd = min(errors)
+    real = reals[np.argmin(errors)]
     (centre, area), (real_centre, real_area) = track(video), track(real)
     peak, real_peak = change(centre, 2).max(axis=0), change(real_centre, 2).max(axis=0)
     varies = lambda x: 100 * np.mean(limb_lengths(x).std(axis=0) / limb_lengths(x).mean(axis=0))
@@ -107,7 +108,10 @@ def judge_all(videos, world, folder):
     for number, video in videos:
         reals = coded_continuations(world, number, *video.shape[:2], folder)
         scores.append(judge(video, draw_figure(world, number), reals))
-    return {measure: [score[measure] for score in scores] for measure in scores[0]}
+    gathered = {}
+    for measure in scores[0]:
+        gathered[measure] = [score[measure] for score in scores]
+    return gathered
 
 
 def mean_line(scores):

@@ -40,7 +40,9 @@ def score_negatives(cache, seed):
     newest = max(lose.stat().st_mtime for lose in (cache / "lose").iterdir())
     if file.exists() and file.stat().st_mtime >= newest:
         return
-    records, vae, scores = Records(cache), model.load_vae("tiny"), {}
+    records = Records(cache)
+    vae = model.load_vae("tiny")
+    scores = {}
     for i, name in enumerate(tqdm(records.names, desc="scoring negatives")):
         figure = draw_figure(world_of(seed, "real"), i)
         videos = [data.to_uint8(video) for video in vae.decode(records[i]["lose"].float())]
@@ -91,7 +93,8 @@ def generate_held_out(denoiser, path, records, batch=16):
     """Yield a denoiser's video (F,H,W,3) uint8 of each record, through the autoencoder of the model at `path`, from
     noise that depends on the record's number alone."""
     settings = model.defaults_of("tiny", "sample")
-    vae, uncond = model.load_vae(path), records.empty_text()[None]
+    vae = model.load_vae(path)
+    uncond = records.empty_text()[None]
     for first in range(0, len(records), batch):
         numbers = range(first, min(first + batch, len(records)))
         rows = [records[i] for i in numbers]
@@ -125,7 +128,8 @@ def side_by_side(columns, times=3):
 
 def compare_on_held_out(options, runs):
     """Held-out figures of the base and of `runs` (Options each): what they score."""
-    records, out = Records(f"{options.out}/cache/held-out", negatives=False), Path(options.out)
+    records = Records(f"{options.out}/cache/held-out", negatives=False)
+    out = Path(options.out)
     world = world_of(options.seed, "held-out")
     models = [("base", "base", "tiny"), *((label_of(each), each.method, each.out) for each in runs)]
     print(f"{len(records)} held-out figures (mean):")
@@ -142,7 +146,8 @@ def compare_on_held_out(options, runs):
 def draw_progress(options, runs):
     """held-out.gif and .mp4: figures as the last run's model made them at its start, on the way and at its end, beside
     the other run's and the real ones. The videos are those that --bench asked for."""
-    out, columns = Path(options.out), {}
+    out = Path(options.out)
+    columns = {}
     start, *on_the_way, end = sorted(out.glob("videos/step-??????"))
     columns["base"] = read_shown(start)
     for folder in on_the_way:

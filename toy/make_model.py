@@ -130,7 +130,8 @@ def optimize(parameters, loss, steps, lr, file, seed=0, save_every=500):
 def make_text_encoder(folder):
     """A SentencePiece vocabulary of the toy captions and a random T5, frozen: it only has to tell captions apart."""
     import sentencepiece
-    words, rng = {"a", "figure", *SPEEDS}, np.random.default_rng(0)
+    words = {"a", "figure", *SPEEDS}
+    rng = np.random.default_rng(0)
     for action in ACTIONS:
         words.update(action.split())
     words = sorted(words)
@@ -156,7 +157,8 @@ def corpus_clip(index, faults, seed=0):
 def make_vae(folder, steps):
     """A small CogVideoX autoencoder, trained on clean and imperfect figures alike."""
     torch.manual_seed(0)
-    vae, config = model.VAE(TINY_VAE), dict(TINY_VAE)
+    vae = model.VAE(TINY_VAE)
+    config = dict(TINY_VAE)
     clips = []
     for i in tqdm(range(2048), desc="drawing figures"):
         frames, _ = corpus_clip(i, FAULTS if i % 2 else CLEAN)
@@ -165,7 +167,8 @@ def make_vae(folder, steps):
 
     def reconstruct(video, noise):
         mean, std = vae.posterior(video)
-        past, z = {}, mean + std * noise(mean)
+        past = {}
+        z = mean + std * noise(mean)
         video = torch.cat([vae.decoder(z[:, :, chunk], past) for chunk in model.chunks(z.shape[2], 2)], dim=2)
         return video, mean, std
 
@@ -192,9 +195,11 @@ def make_base(folder, steps, seed=0, clips=4096, unseen=128):
     (folder / "transformer").mkdir(exist_ok=True)          # the text encoder asks it for the length of a caption
     (folder / "transformer" / "config.json").write_text(json.dumps(TINY_DIT))
     vae, encode_text = model.load_vae(folder), model.load_text_encoder(folder)
-    empty, samples = encode_text([""])[0], []
+    empty = encode_text([""])[0]
+    samples = []
     for first in tqdm(range(0, clips + unseen, 16), desc="encoding the corpus"):
-        drawn, rng = [corpus_clip(first + i, FAULTS, seed) for i in range(16)], generator("corpus", seed, first)
+        drawn = [corpus_clip(first + i, FAULTS, seed) for i in range(16)]
+        rng = generator("corpus", seed, first)
         video = torch.stack([data.from_uint8(frames) for frames, _ in drawn])
         samples.append((vae.encode(video, rng), vae.encode(video[:, :, :1], rng), encode_text([c for _, c in drawn])))
     win, image, text = (torch.cat(x) for x in zip(*samples))

@@ -52,7 +52,9 @@ def restyle(video):
 
 def write_real_clips(regime, folder, seed):
     """A regime's real clips as mp4s in `folder`."""
-    world, index, written = world_of(seed, "real"), 0, 0
+    world = world_of(seed, "real")
+    index = 0
+    written = 0
     while written < regime.count:
         if regime.action in draw_figure(world, index).caption:
             video, caption = toy_video(world, index)
@@ -66,7 +68,8 @@ def write_real_clips(regime, folder, seed):
 def own_base(folder, seed, steps=BASE_STEPS):
     """A model folder with a base of its own, and the shipped autoencoder and text encoder. Seed 0's usual base is the
     shipped one too: made in the same way. Raises UserError where there is one of another number of steps."""
-    file, made_by = folder / "base.json", dict(model="tiny", steps=steps)
+    file = folder / "base.json"
+    made_by = dict(model="tiny", steps=steps)
     if file.exists():
         data.check_metadata(file, model.read_json(file), made_by)
     write_json(file, made_by)                              # for the parts it does not have, see model.resolve
@@ -94,7 +97,8 @@ def improve(base, folder, seed, steps, processes):
 def prepare_regime(name, out, seed, processes):
     """Make what is missing of a regime's base and records, under a seed's folder `out`. Returns the model's and the
     records' folder."""
-    regime, folder = REGIMES[name], Path(out)
+    regime = REGIMES[name]
+    folder = Path(out)
     if name != "usual":
         folder = folder / name
     base = own_base(Path(out) / "base", seed)

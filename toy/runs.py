@@ -63,7 +63,8 @@ def cost_of_a_step(options):
 
 def training_options(row):
     """train.Options of a row, with as many steps as its budget buys."""
-    options, sft = train.Options(**COMMON | row.options), train.Options(**COMMON, method="sft")
+    options = train.Options(**COMMON | row.options)
+    sft = train.Options(**COMMON, method="sft")
     options.steps = round(row.budget * UNIT * cost_of_a_step(sft) / cost_of_a_step(options))
     return options
 
@@ -72,7 +73,9 @@ class Runs:
     """The runs under a folder `out`, done or still to be done."""
 
     def __init__(self, out):
-        self.out, self.known, self.processes = Path(out), {}, None
+        self.out = Path(out)
+        self.known = {}
+        self.processes = None
 
     def folder(self, run):
         """Where a run is kept."""
@@ -115,7 +118,8 @@ class Runs:
 
     def train(self, run, base, cache):
         """Train a run. Raises KeyboardInterrupt where it was asked to stop."""
-        folder, options = self.folder(run), training_options(run.row)
+        folder = self.folder(run)
+        options = training_options(run.row)
         options.model, options.data, options.out = base, cache, str(folder)
         options.lr, options.seed = run.rate, 10 * run.base + run.number
         with open(folder / "log.txt", "a") as log, redirect_stdout(log):

@@ -134,7 +134,8 @@ def render(ends, size):
 
 def toy_video(seed, index, frames=17, size=32, strength=0.0):
     """Clip `index` of the world `seed`, as (F,H,W,3) uint8, and its caption."""
-    figure, times = draw_figure(seed, index), np.arange(frames) / FPS
+    figure = draw_figure(seed, index)
+    times = np.arange(frames) / FPS
     rng = np.random.default_rng([seed, index, 1])                                   # the same faults at every strength
     motion = wrong_pose(figure, times, strength, rng) if strength else pose(figure, times)
     return render(skeleton(*motion), size), figure.caption
