@@ -1,5 +1,5 @@
 """What the tests share: small networks with known answers, toy clips and caches, the commands called as functions."""
-import io, json, multiprocessing, re, shutil, signal, sys
+import gc, io, json, multiprocessing, re, shutil, signal, sys
 from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +25,7 @@ from realdpo import Condition
 from toy import world
 
 REPO = Path(data.__file__).parent
+gc.freeze()                                                # no collection looks at what is loaded by now
 
 # Further processes are forked from one that has only loaded torch, once for all tests.
 processes = multiprocessing.get_context("forkserver" if sys.platform != "win32" else "spawn")
