@@ -54,10 +54,10 @@ def to_uint8(video):
 
 
 def run_ffmpeg(path, *arguments, options=()):
-    """(output, log) of ffmpeg, which reads a video with `options`. Raises UserError for a file that is not there."""
+    """Run ffmpeg on a video, opened with `options`. Returns (output, log). Raises UserError if the file is missing."""
     if not Path(path).is_file():
         raise UserError(f"{path}: no such video")
-    # A picture with a flaw is left out instead of patched up. One thread decodes, so that the log is in order.
+    # Damaged pictures are dropped, not patched up. One decoding thread keeps the log in order.
     done = subprocess.run([get_ffmpeg_exe(), "-nostdin", "-hide_banner", "-nostats", "-v", "level+info", "-debug_ts",
                            "-max_error_rate", "1", "-err_detect", "explode", "-threads", "1", *options,
                            "-i", f"file:{path}", *arguments], capture_output=True)
@@ -76,23 +76,23 @@ class Film(NamedTuple):
 
 
 def read_video_header(path):
-    """The Film in a file. Raises UserError for one that is missing, not a video, or in colours that ffmpeg lacks."""
+    """The Film in a file. Raises UserError if it is missing, not a video, or in colours that ffmpeg cannot convert."""
     log = run_ffmpeg(path)[1]
     films = []
     if "Stream #" not in log:
         reason = re.findall(r"\[(?:error|fatal)\] (.*)", log)[0]
         raise UserError(f"{path}: is damaged or not a video ({reason})")
-    # ffmpeg's own line on each stream, with those below it that are indented. What a file says of itself, in titles and
-    # comments, is indented too and cannot pass for a stream; what is said of covers and other streams stands apart.
+    # ffmpeg prints a line for each stream and indents the details below it. A file's own titles and comments are
+    # indented as well, so nothing in them can pass for a stream.
     for about in re.findall(r"^\[info\]   Stream #0:.*(?:\n\[info\]     .*)*", log, re.MULTILINE):
         found = re.match(r".*?(0:\d+)[^:]*: Video: (\w+)(?: \(.*?\))*, (\w+(?:\(.*?\))?), (\d+)x(\d+)(.*)", about)
         if found and not re.search(r"\((attached pic|still image|timed thumbnails)\)", found[6]):
             films.append((about, found))
     if not films:
         raise UserError(f"{path}: holds no moving picture")
-    moving = [film for film in films if film[1][2] not in ("png", "mjpeg", "bmp", "webp")]     # no unmarked cover
+    moving = [film for film in films if film[1][2] not in ("png", "mjpeg", "bmp", "webp")]     # covers are not films
     about, found = (moving or films)[0]
-    # Dolby Vision 5, and what else is compatible with nothing, has a matrix of its own.
+    # Dolby Vision 5, and other profiles without a compatible base layer, use a colour matrix of their own.
     dolby = re.search(r"\n.info. +DOVI configuration record:.* profile: (5|\d+(?=.*compatibility id: 0))", about)
     if dolby:
         raise UserError(f"{path}: is Dolby Vision of profile {dolby[1]}, which ffmpeg shows in wrong colours; export "
@@ -105,9 +105,9 @@ def read_video_header(path):
 
 
 def picture_filters(film, size, instants=()):
-    """ffmpeg's filters from decoded pictures, upright already, to what a player shows: RGB with square pixels. `size`
-    is the filter that scales them, by `dar` and `sar`; `instants` are those that choose the moments, if not all."""
-    apart = re.search(r"([\w-]+)/([\w-]+)/([\w-]+)", film.pixels)       # or one word, for all three
+    """The ffmpeg filters that turn decoded, upright pictures into what a player shows: RGB with square pixels. `size`
+    is the filter that scales them (it may use `dar` and `sar`); `instants` are filters that pick moments in time."""
+    apart = re.search(r"([\w-]+)/([\w-]+)/([\w-]+)", film.pixels)       # three names, or one for all three
     alike = re.search(r"[( ]((bt|smpte|fcc|ycgco)[\w-]*)[,)]", film.pixels)
     if apart:
         matrix, primaries, transfer = apart.groups()
@@ -115,20 +115,20 @@ def picture_filters(film, size, instants=()):
         matrix = primaries = transfer = alike[1] if alike else "unknown"
     hdr = transfer in ("arib-std-b67", "smpte2084")        # HLG or PQ
     if matrix == "unknown" and (hdr or film.height > 576 or film.width >= 1280):
-        matrix = "bt2020nc" if hdr else "bt709"            # what players take HD for where the file does not say
-    filters = ["bwdif=mode=send_frame:deint=interlaced"]   # two instants woven into one picture are taken apart
+        matrix = "bt2020nc" if hdr else "bt709"            # what players assume for HD if the file does not say
+    filters = ["bwdif=mode=send_frame:deint=interlaced"]   # an interlaced picture shows two instants: separate them
     filters += instants
     if film.pixels.startswith("yuv") and matrix not in ("unknown", "reserved"):
-        filters.append(f"setparams=colorspace={matrix}")   # the file may know it where its pictures do not
-    if film.alpha:                                         # white behind it: the negative before black, turned again
+        filters.append(f"setparams=colorspace={matrix}")   # the container may know what the stream does not say
+    if film.alpha:                                         # blending goes over black: for white, blend the negative
         filters += ["format=gbrap", "negate", "premultiply=inplace=1"]
     filters += [size, "setsar=1"]
     if hdr:
         filters += [f"setparams=color_primaries={primaries.replace('unknown', 'bt2020')}:color_trc={transfer}",
-                    "format=yuv444p10le", "zscale=t=linear:npl=100",               # from code values to light,
-                    "format=gbrpf32le", "zscale=p=bt709",                          # of other primaries,
-                    "tonemap=hable:desat=0",                                       # the brightest rolled off,
-                    "zscale=t=bt709:r=pc", "format=gbrp"]                          # and back
+                    "format=yuv444p10le", "zscale=t=linear:npl=100",               # code values to linear light,
+                    "format=gbrpf32le", "zscale=p=bt709",                          # SDR's primaries,
+                    "tonemap=hable:desat=0",                                       # highlights compressed,
+                    "zscale=t=bt709:r=pc", "format=gbrp"]                          # back to code values
     filters.append("format=rgb24")
     if film.alpha:
         filters.append("negate")
@@ -137,18 +137,18 @@ def picture_filters(film, size, instants=()):
 
 class Picture(NamedTuple):
     """A picture as it left the decoder."""
-    time: float                                            # at which it is shown, in seconds
+    time: float                                            # when it is shown, in seconds
     duration: float
-    key: bool                                              # decoded without others
+    key: bool                                              # whether it can be decoded without others
 
 
 def decode(path, film, filters, *output, start=0.0, seconds=math.inf):
-    """What ffmpeg's `filters` make of a film from `start` on, or from its first whole picture if that comes later, and
-    its Pictures, with times from there on. Raises UserError where less than `seconds` of that are whole."""
+    """Decode a film from `start` on, or from its first intact picture if that comes later. Returns what `filters` make
+    of it and its Pictures, with times counted from there. Raises UserError for damage in the first `seconds` of it."""
     decoder = []
     margin = 2
     if film.codec == "vp9" or film.codec == "vp8" and film.alpha:
-        # ffmpeg's own decoders drop the transparency; that of VP9 takes any damage for a picture.
+        # ffmpeg's own decoders drop the transparency, and the one for VP9 does not notice damage.
         decoder = ["-c:v", "libvpx-vp9" if film.codec == "vp9" else "libvpx"]
     while True:
         seek = max(0, min(start, film.seconds) - margin)
@@ -159,9 +159,9 @@ def decode(path, film, filters, *output, start=0.0, seconds=math.inf):
         packets, pictures, complaints = read_log(log)
         keys = [picture.time for picture in pictures if picture.key]
         if seek and not (keys and keys[0] == pictures[0].time <= start - seek):
-            margin *= 4                                    # what is on show at `start` began earlier still
+            margin *= 4                                    # the picture shown at `start` began even earlier
         elif keys and not start and any("first frame" in line for line, *_ in complaints):
-            start = max(keys[0], 1e-6)                     # MPEG-4's decoder shows grey before
+            start = max(keys[0], 1e-6)                     # before it, MPEG-4's decoder shows grey
         else:
             break
     if not pictures:
@@ -170,24 +170,24 @@ def decode(path, film, filters, *output, start=0.0, seconds=math.inf):
     cut = complaints and not begins_with_key(path, film, place)
     damage = find_damage(packets, pictures, complaints, begin, begin + seconds, cut)
     if damage and damage.startswith("Reconfiguring"):
-        raise UserError(f"{path}: changes the size or format of its pictures on the way; encode it again")
+        raise UserError(f"{path}: changes the size or format of its pictures halfway; encode it again")
     if damage:
         raise UserError(f"{path}: is damaged ({damage})")
     return made, [picture._replace(time=picture.time - begin) for picture in pictures]
 
 
 def read_video(path, frames, height, width, fps, start=0.0, film=None):
-    """A video as a player shows it, (3,F,height,width) fp32 in [-1,1]: frame k is what is seen k/fps s after `start`,
-    or after the first picture; upright, with square pixels, de-interlaced, in SDR, over white, resized to cover and cut
-    at the centre. Where it ends within a frame of the last instant, its last picture is held. `film` is its header, if
-    that has been read. Raises UserError for a file that is missing, not a video, damaged or too short."""
+    """A video as a player shows it, (3,F,height,width) fp32 in [-1,1]. Frame k is what is on screen k/fps s after
+    `start`, or after the first picture: upright, with square pixels, de-interlaced, in SDR, on white, resized to cover
+    and cropped at the centre. The last picture is held if the video ends less than a frame too early. `film` is its
+    header, if already read. Raises UserError for a file that is missing, not a video, damaged or too short."""
     film = film or read_video_header(path)
     flags = "area" if film.width * film.height > width * height else "bicubic"
-    if (film.width, film.height) != (width, height):       # at the same size, ffmpeg's usual colours to the bit
+    if (film.width, film.height) != (width, height):       # at the same size, ffmpeg's default colours, bit for bit
         flags += "+accurate_rnd+full_chroma_int+full_chroma_inp"
     cover = f"scale=w='max({width},round({height}*dar))':h='max({height},round({width}/dar))':flags={flags}"
-    # On show at k/fps is the last picture that began by then: begins are rounded up, less 1 ms, to which some formats
-    # round them. A fine grid first, on which the last picture is held.
+    # What is on screen at k/fps is the last picture that began by then, so times are rounded up; first 1 ms is taken
+    # off, since some formats round to that. The last picture is held on a fine grid, before the coarse one is taken.
     instants = ("setpts=PTS-1000", f"fps={30 * fps}:start_time=0:round=up",
                 "tpad=stop_mode=clone:stop_duration=2", f"fps={fps}:round=up")
     filters = f"{picture_filters(film, cover, instants)},crop={width}:{height}:exact=1"
@@ -205,7 +205,7 @@ def read_video(path, frames, height, width, fps, start=0.0, film=None):
 
 
 def open_image(path):
-    """A picture as a viewer shows it, upright, in sRGB, over white: an RGB image of Pillow. Raises UserError for a file
+    """A picture as a viewer shows it, upright, in sRGB, on white, as Pillow's RGB image. Raises UserError for a file
     that is missing or not a picture."""
     try:
         with Image.open(path) as image:
@@ -218,7 +218,7 @@ def open_image(path):
         if image.mode != "CMYK" or not profile:
             image = image.convert("RGBA" if image.has_transparency_data else "RGB")
         if profile:
-            with suppress(ImageCms.PyCMSError):            # a broken profile: viewers pass over it too
+            with suppress(ImageCms.PyCMSError):            # a broken profile: viewers ignore it too
                 image = ImageCms.profileToProfile(image, BytesIO(profile), ImageCms.createProfile("sRGB"),
                                                   outputMode="RGB" if image.mode == "CMYK" else None)
         image = image.convert("RGBA")
@@ -228,7 +228,7 @@ def open_image(path):
 
 
 def read_image(path, height, width):
-    """A picture as a viewer shows it, (3,1,height,width) fp32 in [-1,1], resized to cover and cut at the centre.
+    """A picture as a viewer shows it, (3,1,height,width) fp32 in [-1,1], resized to cover and cropped at the centre.
     Raises UserError for a file that is missing or not a picture."""
     image = open_image(path)
     smaller = height < image.height and width < image.width
@@ -237,7 +237,7 @@ def read_image(path, height, width):
 
 
 def write_video(path, frames, fps):
-    """(F,H,W,3) uint8 -> .mp4 (H.264, plays anywhere; even sides) or .gif, by the name's ending."""
+    """(F,H,W,3) uint8 -> .mp4 (H.264, plays anywhere; even sides) or .gif, by the file's suffix."""
     kind = Path(path).suffix[1:]
     coding = dict(fps=fps, quality=None, macro_block_size=2, output_params=["-crf", "12"])
     if kind == "gif":
@@ -248,7 +248,7 @@ def write_video(path, frames, fps):
 
 # ---- A folder of videos or pictures with captions -------------------------------------------------------------------
 
-# A file of another kind counts only if it has a caption beside it and no file of such a kind has its name.
+# A file with another suffix counts only if it has a caption beside it and no file with one of these has its name.
 SUFFIXES = {"video": ".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .ts .mts .m2ts .wmv .flv .ogv .3gp .gif".split(),
             "picture": ".png .jpg .jpeg .webp .bmp .tif .tiff .gif .avif".split()}
 
@@ -258,28 +258,28 @@ class Clip(NamedTuple):
     name: str                                              # of its record
     file: Path
     caption: str
-    where: str | Path                                      # the row of a list or the file that says so
-    extra: dict                                            # what else it says, such as keep
-    start: float = 0.0                                     # of what is wanted of a video, in seconds
-    image: Path | None = None                              # a first frame of its own, where the folder has one
-    negatives: tuple[Path, ...] = ()                       # generated videos, where they are asked for
+    where: str | Path                                      # the row or file that the caption comes from
+    extra: dict                                            # the row's other fields, such as keep
+    start: float = 0.0                                     # where in the video the clip begins, in seconds
+    image: Path | None = None                              # a separate first frame, if the folder has one
+    negatives: tuple[Path, ...] = ()                       # generated videos, with --given-negatives
 
 
 def composed(name):
-    """A name as most systems write it, é as one character. macOS writes two, and lists are made on either."""
+    """A name with é as one character. macOS stores it as two, and lists are written on either kind of system."""
     return unicodedata.normalize("NFC", name)
 
 
 def record_name(file):
-    """The name of a file's record: its path in one word, cut and given a hash if that is too long."""
+    """The name of a file's record: its path as one word, shortened to a hash at the end if it is too long."""
     name = "_".join(part for part in Path(composed(file)).with_suffix("").parts if part not in ("/", ".."))
     raw = os.fsencode(name)
     return name if len(raw) <= 200 else raw[:180].decode(errors="ignore") + hashlib.sha256(raw).hexdigest()[:20]
 
 
 def read_lines(path):
-    """The lines of a UTF-8 file, with or without a byte order mark; only \\n and \\r\\n end a line, for captions hold
-    other separators. A byte that is not UTF-8 becomes a surrogate, which `make_clip` reports."""
+    """The lines of a UTF-8 file, with or without a byte order mark. Only \\n and \\r\\n end a line, since captions may
+    contain other separators. A byte that is not UTF-8 becomes a surrogate, which `make_clip` reports."""
     text = path.read_bytes().decode("utf-8-sig", "surrogateescape")
     return text.replace("\r\n", "\n").removesuffix("\n").split("\n")
 
@@ -296,8 +296,8 @@ def paired_rows(files, prompts):
 
 
 def metadata_rows(path, faults):
-    """(where, fields) of metadata.jsonl or metadata.csv: the layout of Hugging Face's video folders. Raises UserError
-    for one that has another form as a whole."""
+    """(where, fields) of metadata.jsonl or metadata.csv, the layout of Hugging Face's video folders. Faulty rows go to
+    `faults`. Raises UserError if the file as a whole has another form."""
     lines = read_lines(path)
     head = []
     number = 0
@@ -323,11 +323,11 @@ def metadata_rows(path, faults):
             yield where, fields
         except (ValueError, csv.Error) as e:
             faults.append(f"{where}: {e}; expected file_name and text")
-        number = max(number + 1, table.line_num)           # a row of a CSV file may span lines
+        number = max(number + 1, table.line_num)           # a CSV row may span several lines
 
 
 def sidecar_rows(folder, what, faults):
-    """(where, fields) of NAME.mp4 beside NAME.txt. NAME.xyz, of an unknown kind, counts if no known has that NAME."""
+    """(where, fields) of NAME.mp4 beside NAME.txt. An unknown suffix counts if no known one goes with that NAME."""
     files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
     captions = {composed(path.stem): path for path in files if path.suffix.lower() == ".txt"}
     claimed = {composed(path.stem) for path in files if path.suffix.lower() in SUFFIXES[what]}
@@ -373,10 +373,10 @@ def make_clip(folder, where, fields):
 
 
 def read_list(folder, files="video.txt", prompts="prompt.txt", what="video"):
-    """The Clips of a folder of videos or pictures (`what`) with captions, in a fixed order, and what is wrong with
+    """The Clips of a folder of videos or pictures (`what`) with captions, in a fixed order, and what is wrong with its
     other rows. The folder has `files` and `prompts`, one line per sample; or metadata.jsonl or metadata.csv with
-    file_name and text; or NAME.mp4 beside NAME.txt. Raises UserError for one without any, or with two, or that cannot
-    be read."""
+    file_name and text; or NAME.mp4 beside NAME.txt. Raises UserError if it has none of these, has two, or cannot be
+    read."""
     folder = Path(folder)
     clips = []
     faults = []
@@ -411,8 +411,9 @@ def read_list(folder, files="video.txt", prompts="prompt.txt", what="video"):
 
 
 def list_clips(folder, given_negatives=False):
-    """The clips of a folder, in a fixed order, without those that a row's `keep` drops, and what is wrong with others;
-    prints what is not used. Raises UserError as `read_list` does, for two clips of one name, and where none is left."""
+    """The clips of a folder, in a fixed order, without those whose row has a false `keep`, and what is wrong with the
+    others. Prints what is not used. Raises UserError as `read_list` does, for two clips with one name, and if no clip
+    is left."""
     folder = Path(folder)
     clips = {}
     images = {composed(path.stem): path for path in sorted(folder.glob("first_frames/*"))}
@@ -443,8 +444,8 @@ def list_clips(folder, given_negatives=False):
 # ---- Records: what training reads -----------------------------------------------------------------------------------
 
 def digest(folder, prefix=""):
-    """A short name for the weights in a folder, or for those whose names begin with `prefix`: a hash of its small files
-    and of the size and first MiB of others."""
+    """A short hash of the weights in a folder, or of those whose names begin with `prefix`. Of each file it reads the
+    name, the size and the first MiB."""
     sha = hashlib.sha256(prefix.encode())
     for file in sorted(p for p in folder.iterdir() if p.suffix in (".json", ".safetensors", ".model")):
         sha.update(f"{file.name} {file.stat().st_size}".encode())
@@ -454,7 +455,7 @@ def digest(folder, prefix=""):
 
 
 def hash_of(record):
-    """A short hash of a record's tensors, by which its negatives know that they are of this record."""
+    """A short hash of a record's tensors, by which negatives are matched to the record they were made for."""
     sha = hashlib.sha256()
     for name in sorted(record):
         sha.update(record[name].cpu().contiguous().view(torch.uint8).numpy())
@@ -473,7 +474,7 @@ def check_metadata(path, found, expected, now="now"):
 
 
 def is_made(file, expected):
-    """Whether a record is there. Raises UserError for one that has not the `expected` metadata."""
+    """Whether a record exists. Raises UserError if its metadata differ from what is `expected`."""
     if not file.exists():
         return False
     check_metadata(file, read_header(file)[1], expected)
@@ -484,8 +485,8 @@ class Records:
     """The records of a cache as a sequence of dicts of tensors, checked to belong together.
 
     win (C,F,H,W), image (C,1,H,W), text (L,D); with `negatives`, also lose (N,C,F,H,W). Latents are scaled, bf16.
-    With `scores`, also scores (N,) of the negatives, from CACHE/scores.json: {record: [one number per negative]},
-    bigger is better, which any reward model can write.
+    With `scores`, also scores (N,) of the negatives, from CACHE/scores.json: {record: [one number per negative]}.
+    Higher is better; any reward model can write that file.
     """
 
     def __init__(self, folder, negatives=True, scores=False):
@@ -497,9 +498,9 @@ class Records:
             raise UserError(f"{folder}: holds no records; make them with: python data.py --videos DIR --out {place}"
                             f" and: python sample.py --data {place}")
         self.kinds = ["win", "lose"] if negatives else ["win"]
-        self.hashes = {}                                   # {name: hashes of what it holds}, in order
+        self.hashes = {}                                   # {name: hashes of its contents}, in order
         for kind in self.kinds:
-            common = None                                  # what all records of a kind share
+            common = None                                  # the metadata that all records of a kind share
             for name in self.names:
                 file = self.folder / kind / f"{name}.safetensors"
                 if not file.is_file():
@@ -524,7 +525,7 @@ class Records:
                 self.hashes[name] += f" {row}"
 
     def read_scores(self, file, count):
-        """Scores (records, count). Raises UserError where the file has not `count` finite numbers for each record."""
+        """Scores (records, count). Raises UserError unless the file has `count` finite numbers for each record."""
         try:
             stored = json.loads(file.read_text())
             scores = torch.stack([torch.tensor(stored[name]).float().reshape(count) for name in self.names])
@@ -562,7 +563,8 @@ READERS = 4                                                # clips read ahead in
 
 
 def clip_shape(options, folder):
-    """(frames, height, width) of the clips: as asked, else as the model was trained. Raises UserError for a bad one."""
+    """(frames, height, width) of the clips: as asked, else as the model was trained. Raises UserError for a size that
+    the model does not take."""
     c = read_dit_config(folder)
     space = 2 ** (len(read_config(folder, "vae", "AutoencoderKLCogVideoX")["block_out_channels"]) - 1)
     multiple = space * c["patch_size"]
@@ -579,15 +581,15 @@ def clip_shape(options, folder):
 
 
 def check_clip(clip, negatives, shape, fps, films):
-    """Raise UserError if a clip is faulty or has another number of negatives, as far as headers tell, which go to the
-    dict `films`: {file: Film}."""
+    """Raise UserError if a clip is faulty, as far as its header tells, or has another number of negatives. The headers
+    are kept in the dict `films`, {file: Film}."""
     if len(clip.negatives) != negatives:
         raise UserError(f"{clip.file}: has {len(clip.negatives)} negatives in negative_samples/{clip.file.stem}, "
                         f"expected {negatives} as for most clips")
     for video in (clip.file, *clip.negatives):
         films[video] = read_video_header(video)
         start = clip.start if video == clip.file else 0.0
-        if films[video].seconds < start + (shape[0] - 1) / fps:        # a header may be wrong: let the pictures decide
+        if films[video].seconds < start + (shape[0] - 1) / fps:        # the header may be wrong: count the pictures
             read_video(video, *shape, fps, start, films[video])
 
 
@@ -599,8 +601,8 @@ def read_clip(clip, shape, fps, films):
 
 
 def read_ahead(clips, read, faults):
-    """Yield (clip, read(clip)) in order, while threads read the clips after it, READERS at a time. A UserError goes to
-    the list `faults`."""
+    """Yield (clip, read(clip)) in order, while READERS threads read the clips that come next. A clip that raises
+    UserError is left out, and its message goes to the list `faults`."""
     with ThreadPool(READERS) as pool:
         coming = iter(clips)
         queue = deque()
@@ -619,13 +621,13 @@ def read_ahead(clips, read, faults):
 
 
 def check_faults(faults, options):
-    """Raise UserError for what is wrong with single clips, unless --skip-bad leaves such clips out."""
+    """Raise UserError for the first faulty clip, unless --skip-bad leaves such clips out."""
     if faults and not options.skip_bad:
         raise UserError(f"{faults[0]} (clips with a fault: {len(faults)}; --skip-bad leaves them out)")
 
 
 def report_left_out(file, faults):
-    """Write what is wrong with the clips that were left out, and nothing where all are in."""
+    """Write down what is wrong with the clips that were left out, if any were."""
     file.unlink(missing_ok=True)                           # of an earlier run
     if faults:
         with whole_file(file) as part:
@@ -634,7 +636,7 @@ def report_left_out(file, faults):
 
 
 def encode_clip(clip, pixels, vae, options, device):
-    """Tensors of one record, without the text; and the negatives', where the folder brings them."""
+    """The tensors of one record, without the text, and those of its negatives, if the folder has them."""
     def encode(video, *key):
         return vae.encode(video[None].to(device), generator("posterior", options.seed, clip.name, *key))[0].bfloat16()
 
@@ -657,14 +659,14 @@ def encode_captions(clips, folder, out, device, dtype):
     return embeddings
 
 
-# ---- Damage: what ffmpeg says of it, and what of that lies inside a clip --------------------------------------------
+# ---- Damage: which of ffmpeg's complaints are about the clip itself -------------------------------------------------
 
 def read_log(log):
-    """What ffmpeg did: the times of the packets that it read, in seconds or nan, the Pictures that it decoded, and what
-    it complained of, each a line with the numbers of packets and Pictures before it."""
+    """What ffmpeg did, by its log: the times of the packets that it read, in seconds or nan; the Pictures that it
+    decoded; and its complaints, each a line with the numbers of packets and Pictures before it."""
     packets, pictures, complaints = [], [], []
     looking, _, working = log.partition("\n[info] Stream mapping:")
-    # While it looks what there is, it reads the first packets, and tries the decoder on them; the latter is no matter.
+    # While it probes the file, it reads the first packets and tries the decoder on them; only the reading matters.
     lines = [line for line in looking.splitlines() if re.match(r"\[in#0/.*\[error\]|\[in#.*CRC mismatch", line)]
     for line in lines + working.splitlines():
         line = line.replace("NOPTS", "nan")
@@ -673,17 +675,17 @@ def read_log(log):
         if packet:
             packets.append(float(packet[1]))
         elif picture:
-            key = re.search("keyframe:1|dec:libvpx", line)             # libvpx does not say, and begins with a key
+            key = re.search("keyframe:1|dec:libvpx", line)             # libvpx does not tell, but begins with a key
             pictures.append(Picture(float(picture[1]), float(picture[2]), bool(key)))
         elif re.search(r" @ .*(\[error\]|\[fatal\]|corrupt|concealing|first frame)", line):
             complaints.append((line, len(packets), len(pictures)))
-        elif "Reconfiguring" in line:                      # the filters, which at most 20 pictures wait for
+        elif "Reconfiguring" in line:                      # the filters, in which up to 20 pictures may wait
             complaints.append((line, len(packets), max(0, len(pictures) - 20)))
     return packets, pictures, complaints
 
 
 def begins_with_key(path, film, options):
-    """Whether the first picture of a film can do without others, by its own bytes or by what the file says of it."""
+    """Whether the first picture of a film can be decoded alone, by its own bytes or by what the container says."""
     for reading in ["-dump"], ["-dump", "-fflags", "+noparse+nofillin"]:
         log = run_ffmpeg(path, "-map", film.stream, "-c", "copy", "-copyinkf", "-frames:v", "1", "-f", "null", "-",
                          options=[*options, *reading])[1]
@@ -694,26 +696,27 @@ def begins_with_key(path, film, options):
 
 def find_damage(packets, pictures, complaints, begin, end, cut):
     """The first complaint about what is shown from `begin` to `end`, or None. A recording may begin anywhere (`cut`:
-    without a key), and two may be joined: what precedes a whole picture and cannot be decoded is no damage."""
+    not with a key picture), and two may be joined: pictures before the first intact one that cannot be decoded are no
+    damage."""
     times = [picture.time for picture in pictures]
     keys = [picture.time for picture in pictures if picture.key]
     before = [time for time in keys if time <= begin]
-    whole = max(before, default=begin)                     # from here on all is needed
+    whole = max(before, default=begin)                     # from here on, everything is needed
     steps = np.diff([time for time in times if whole <= time <= end])
     even = len(steps) == 0 or max(steps) < 1.8 * np.median(steps)                  # no picture is missing
-    others = before and (cut or packets[0] in times and packets[0] < whole)        # precede it
+    earlier_ones = before and (cut or packets[0] in times and packets[0] < whole)
     for line, read, decoded in complaints:
-        if line.startswith("[in#"):                        # about one of the next two packets
+        if line.startswith("[in#"):                        # it is about one of the next two packets
             since = packets[read - 1] if read else -math.inf
             suspect, behind = packets[read:read + 2], packets[read + 2:read + 3]
-            joined = even and behind and behind[0] in keys                         # where numbers begin anew
+            joined = even and behind and behind[0] in keys                         # packets are numbered anew there
             earlier = suspect and max(suspect) < whole
             passed = "corrupt" in line and (joined or earlier)
-        else:                                              # about a picture that is not out yet: they come out late
+        else:                                              # it is about a picture that the decoder still holds
             since = times[decoded - 1] if decoded else -math.inf
-            # An open group of H.264 refers to what precedes it, though its pictures can do without.
+            # An open group of H.264 refers to pictures before it, which it can do without.
             lacking = re.search("mmco|co located|referenc|submitting", line)
-            passed = since < whole and even and (others or lacking)
+            passed = since < whole and even and (earlier_ones or lacking)
             passed = passed and not re.search("corrupt dec|Reconf", line)
         if since < end and not passed:
             return re.sub(r".*\[(error|fatal|warning|info)\] ", "", line)
@@ -726,18 +729,18 @@ HUB_MODEL = "zai-org/CogVideoX-5b-I2V"
 
 
 def default_model():
-    """The model where no --model is given, and why: CogVideoX-5B-I2V with a GPU, the tiny one without."""
+    """The model if no --model is given, and why: CogVideoX-5B-I2V with a GPU, the tiny one without."""
     return (HUB_MODEL, "a GPU is here") if torch.cuda.is_available() else ("tiny", "no GPU is here")
 
 
 def option(default=MISSING, help="", group=None, either=False):
-    """A field of an Options class; without a default, a positional argument. `group` heads a new section of --help. Of
-    all that are `either`, only one may be given."""
+    """A field of an Options class; without a default, a positional argument. `group` starts a new section of --help.
+    Only one of those marked `either` may be given."""
     return field(default=default, metadata=dict(help=help, group=group, either=either))
 
 
 def flag(name):
-    """What a field of Options is called on the command line: ema_every -> --ema-every."""
+    """The name of a field of Options on the command line: ema_every -> --ema-every."""
     return "--" + name.replace("_", "-")
 
 
@@ -782,7 +785,8 @@ Process = namedtuple("Process", "rank world_size device dtype")
 
 
 def this_process():
-    """This process, alone or under torchrun. Raises UserError where more GPUs are asked for than exist."""
+    """This Process, alone or under torchrun. Raises UserError if more GPUs are asked for than exist, or for one that
+    is too old."""
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if not torch.cuda.is_available():
         return Process(rank, world_size, torch.device("cpu"), torch.float32)
@@ -791,7 +795,7 @@ def this_process():
     if local >= gpus:
         raise UserError(f"--nproc_per_node needs {local + 1} GPUs or more, this machine has {gpus}")
     torch.cuda.set_device(local)
-    if torch.cuda.get_device_capability() < (8, 0):        # older ones compute bf16 as slow as fp32, fp16 overflows
+    if torch.cuda.get_device_capability() < (8, 0):        # older ones have no fast bf16, and fp16 overflows
         raise UserError(f"{torch.cuda.get_device_name()}: has no bf16 arithmetic, which the networks need; "
                         "use a GPU of 2020 or later (Ampere, compute capability 8.0), or the CPU: "
                         "CUDA_VISIBLE_DEVICES=")
@@ -799,7 +803,7 @@ def this_process():
 
 
 def free_host_memory():
-    """Bytes of CPU memory that can still be had; infinity where the system does not say."""
+    """Bytes of CPU memory that are still free; infinity if the system does not tell."""
     file = Path("/proc/meminfo")
     found = re.search(r"MemAvailable: +(\d+) kB", file.read_text()) if file.exists() else None
     return 1024 * int(found[1]) if found else math.inf
@@ -812,7 +816,7 @@ def say(message):
 
 
 def command(main, options, name):
-    """Run `main(options)` of NAME.py; a user's mistake ends in one line and status 1, an interruption in advice."""
+    """Run `main(options)` of NAME.py. A user's mistake ends in one line and status 1."""
     for stream in sys.stdout, sys.stderr:
         stream.reconfigure(errors="replace")               # a console that cannot print ω prints ?
     try:
@@ -825,13 +829,13 @@ def command(main, options, name):
                 say(f"{options.model}: training has not ended; taken as it was at its last checkpoint, {checkpoint}")
         main(options)
     except UserError as e:
-        # Most mistakes are every rank's: rank 0 says so, and torchrun ends the others meanwhile.
+        # Most mistakes are found by all ranks. Rank 0 reports them, and torchrun ends the others meanwhile.
         if int(os.environ.get("RANK", 0)) > 0:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(3)
         sys.exit(f"error: {e}")
     except RuntimeError as e:
-        if "by peer" not in str(e) and "remote process" not in str(e):                  # gloo's words, and NCCL's
+        if "by peer" not in str(e) and "remote process" not in str(e):                  # gloo's and NCCL's words
             raise
         sys.exit("another rank has gone, so this one ends too; its own last line says why")
     except BrokenPipeError:                                # | head has read enough
@@ -842,25 +846,26 @@ def command(main, options, name):
 
 
 def generator(*key):
-    """A CPU generator whose stream depends on `key` alone: the same numbers on any device and any number of ranks."""
+    """A CPU generator seeded by `key` alone: it gives the same numbers on any device and any number of ranks."""
     return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big"))
 
 
 @contextmanager
 def whole_file(path):
-    """Yield a temporary name beside `path` that takes its place once written and flushed, and vanishes otherwise."""
+    """Yield a temporary name beside `path`. Once written and flushed, the file is renamed to `path`; otherwise it is
+    removed. Raises UserError if it cannot be written."""
     path = Path(path)
-    part = path.with_name(f".{path.name}.{platform.node()[:20]}.{os.getpid()}.part")       # no other process's
+    part = path.with_name(f".{path.name}.{platform.node()[:20]}.{os.getpid()}.part")       # unique to this process
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield part
-        with open(part, "rb+") as f:                       # Windows flushes only what may be written to
+        with open(part, "rb+") as f:                       # Windows can only flush files open for writing
             os.fsync(f.fileno())
         part.replace(path)
     except (OSError, SafetensorError) as e:
         raise UserError(f"{path}: cannot be written ({e}); make room or choose another place, then start again") from e
     finally:
-        with suppress(OSError):                            # there is none, or `path` lies under a file
+        with suppress(OSError):                            # it is gone, or `path` lies below a file
             part.unlink()
 
 
@@ -870,10 +875,10 @@ class InUse(UserError):
 
 @contextmanager
 def sole_owner(folder):
-    """Hold `folder` for this process alone. Raises InUse, with who is at work there, where another does.
+    """Hold `folder` for this process alone. Raises InUse, saying who is at work there, if another process holds it.
 
-    The lock is the operating system's and ends with the process, however that ends. Over NFS it is the server's: where
-    a whole machine dies, NFSv4 lets go after its lease, about 90 s. A file system that has no locks is named.
+    The lock is the operating system's and ends with the process, however that ends. On NFS the server keeps it: if a
+    whole machine dies, NFSv4 releases it after its lease, about 90 s. Warns if the file system has no locks.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -882,7 +887,7 @@ def sole_owner(folder):
         raise UserError(f"{folder}: cannot be written ({e}); choose another --out") from e
     with file:
         try:
-            if fcntl:                                      # Windows has none
+            if fcntl:                                      # Windows has no such module
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             file.truncate(0)
             since = time.strftime("%Y-%m-%d %H:%M:%S")
@@ -894,14 +899,14 @@ def sole_owner(folder):
         except OSError as e:
             if e.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
                 raise UserError(f"{folder}: cannot be written ({e}); make room or choose another --out") from e
-            say(f"{folder}: this file system has no locks ({e}); see to it that no other job writes there")
+            say(f"{folder}: this file system has no locks ({e}); make sure that no other job writes there")
         yield
 
 
 def claim(note, made_by):
-    """Note in a file what the files beside it are made by, and remove what killed processes left unfinished a day ago.
-    Raises UserError where other settings are noted. So a second job with the same settings shares the work, and one
-    with others stops before it has loaded anything."""
+    """Note in a file which settings the files beside it are made with. Raises UserError if it holds other settings: so
+    a second job with the same settings shares the work, and one with others stops before it has loaded anything.
+    Removes what killed processes left unfinished more than a day ago."""
     if note.is_file():
         check_metadata(note, read_json(note), made_by)
     else:
@@ -913,14 +918,14 @@ def claim(note, made_by):
 
 
 def write_json(path, *values):
-    """A JSON file; of several values, JSON lines."""
+    """Write a JSON file: one line for each value."""
     with whole_file(path) as part:
         part.write_text("".join(json.dumps(value) + "\n" for value in values))
 
 
 def write_tensors(path, tensors, model="the model", **metadata):
-    """A safetensors file; `metadata` is JSON in its header, as one entry: safetensors writes several in any order.
-    Raises UserError, naming `path` and `model`, rather than write numbers that are not finite."""
+    """Write a safetensors file. `metadata` goes into its header as JSON, in one entry, because safetensors does not
+    keep the order of several. Raises UserError, naming `path` and `model`, for numbers that are not finite."""
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise UserError(f"{path}: {name} would hold numbers that are not finite; check the weights of {model}")
@@ -929,7 +934,7 @@ def write_tensors(path, tensors, model="the model", **metadata):
 
 
 def read_header(path):
-    """({name: shape}, metadata) of a file that `write_tensors` wrote. Raises UserError for anything else."""
+    """({name: shape}, metadata) of a file that `write_tensors` wrote. Raises UserError for any other file."""
     try:
         with safe_open(path, "pt") as f:
             shapes = {k: tuple(f.get_slice(k).get_shape()) for k in f.keys()}
@@ -939,7 +944,7 @@ def read_header(path):
 
 
 def read_tensors(path):
-    """All tensors of a record. Raises UserError for a file that is not one."""
+    """All tensors of a record. Raises UserError for a file that is no record."""
     read_header(path)
     return load_file(path)
 
@@ -963,7 +968,8 @@ class Options:
 
 
 def main(options):
-    """Encode this rank's share of the clips. Ranks never wait for each other: any number makes the same records."""
+    """Encode this rank's share of the clips. Ranks never wait for each other; any number of them makes the same
+    records."""
     if not options.videos:
         raise UserError("--videos is missing: the folder of clips with captions")
     rank, world, device, dtype = this_process()
@@ -990,7 +996,7 @@ def main(options):
     check_faults(faults, options)
     claim(out / "win" / "made_by.json", made_by)
     if clips or not (out / "empty.safetensors").is_file():
-        embeddings = encode_captions(clips, folder, out, device, dtype)     # then that network is gone: one at a time
+        embeddings = encode_captions(clips, folder, out, device, dtype)     # T5 is freed before the VAE is loaded
     if clips:
         vae = load_vae(folder, device, dtype)
     decoded = read_ahead(clips, partial(read_clip, shape=shape, fps=options.fps, films=films), faults)

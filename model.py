@@ -35,7 +35,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 
 class UserError(ValueError):
-    """A mistake that only the user can mend: the commands print it as one line and exit with status 1."""
+    """A mistake that only the user can fix. The commands print it as one line and exit with status 1."""
 
 
 # ---- Text encoder: T5 v1.1 (Raffel et al. 2020; Shazeer 2020 for the gated feed-forward), encoder half only ---------
@@ -98,9 +98,9 @@ class T5Encoder(nn.Module):
 
 # ---- Video autoencoder: 3-D convolutions that look into the past only (CogVideoX, Yang et al. 2024, Sec. 2.1) -------
 # A clip passes in chunks of 8 frames (the odd first frame joins the first chunk), so memory does not grow with length.
-# `past` carries, from chunk to chunk, the frames each convolution still needs. Normalisation spans a chunk, so the
-# chunking is part of the model: another one gives other latents. Within a chunk, whatever makes large temporaries goes
-# through it a few frames at a time, which changes nothing but the memory.
+# `past` carries the frames that each convolution still needs from chunk to chunk. Normalisation spans a chunk, so the
+# chunking is part of the model: another one gives other latents. Within a chunk, operations with large temporaries take
+# a few frames at a time, which changes nothing but the memory.
 
 def chunks(length, size):
     """Slices of `size` that cover `length`; the remainder goes into the first: chunks(17, 8) -> [0:9], [9:17]."""
@@ -109,10 +109,10 @@ def chunks(length, size):
 
 
 class Norm(nn.GroupNorm):
-    """GroupNorm in two parts: what it makes of x as a whole, and `affine`, which applies that to pieces of x."""
+    """GroupNorm in two parts: scale and shift, computed from all of x, and `affine`, which applies them to pieces."""
 
     def scale_and_shift(self, x, z):
-        """Scale and shift of x (B,C,F,H,W), each (B,C,F,1,1), fp32. z is for SpatialNorm, which takes its place."""
+        """Scale and shift of x (B,C,F,H,W), each (B,C,F,1,1), fp32. Only SpatialNorm uses z."""
         # Summed frame by frame, then in fp64: a single fp32 sum over a long chunk loses the variance beside the mean.
         sums = 0
         for frame in x.unbind(2):
@@ -366,8 +366,8 @@ class Attention(nn.Module):
 
 
 def attention_operators():
-    """What "selective" checkpointing keeps the output of: half of a 5B block's work for one activation more. Looked up
-    when first needed, so that a torch with other names stops only what needs them."""
+    """The operators whose outputs "selective" checkpointing keeps: half of a 5B block's work for one more activation.
+    Looked up when needed, so that a torch with other names fails only where they are used."""
     kinds = "flash_attention", "flash_attention_for_cpu", "efficient_attention", "cudnn_attention"
     return [getattr(torch.ops.aten, f"_scaled_dot_product_{kind}").default for kind in kinds]
 
@@ -563,7 +563,7 @@ class Denoiser(nn.Module):
 # ---- Folders: the layout that diffusers publishes, read strictly and written whole ----------------------------------
 
 TINY = Path(__file__).parent / "assets" / "tiny"
-# What diffusers assumes where a config is silent, if it is something else than this code computes.
+# What diffusers assumes if a config does not say, where this code computes something else.
 ASSUMED = dict(use_rotary_positional_embeddings=False, prediction_type="epsilon", rescale_betas_zero_snr=False)
 PUBLISHED_DIT = dict(                                      # CogVideoX-5B-I2V's, for dry runs without a download
     _class_name="CogVideoXTransformer3DModel", num_attention_heads=48, attention_head_dim=64, in_channels=32,
@@ -573,7 +573,7 @@ PUBLISHED_DIT = dict(                                      # CogVideoX-5B-I2V's,
 
 
 class Config(dict):
-    """What a config.json says. To ask for what it does not say is an error that names the file."""
+    """The contents of a config.json. A missing key raises UserError, which names the file."""
     file = "a config"
 
     def __missing__(self, key):
@@ -581,7 +581,7 @@ class Config(dict):
 
 
 def read_json(file):
-    """The object in a JSON file, as a Config. Raises UserError where there is none."""
+    """The object in a JSON file, as a Config. Raises UserError if there is none."""
     try:
         config = Config(json.loads(file.read_text()))
     except (OSError, ValueError, TypeError) as e:
@@ -596,19 +596,19 @@ def is_checkpoint(folder):
 
 
 def folder_of(path):
-    """The folder of a model on this disk; of a checkpoint's `ref`, the checkpoint."""
+    """The local folder of a model; for a checkpoint's `ref`, that of the checkpoint."""
     folder = TINY if str(path) == "tiny" else Path(path)
     return folder.parent if folder.name == "ref" and is_checkpoint(folder.parent) else folder
 
 
 def last_checkpoint(path):
-    """The newest checkpoint of a training run that has not ended; of any other model None."""
+    """The newest checkpoint of a training run that has not ended; None for any other model."""
     folder = folder_of(path)
     return None if (folder / "transformer").exists() else max(folder.glob("checkpoints/step-??????"), default=None)
 
 
 def base_of(path):
-    """The model that a training run or its checkpoint started from, by the note in its folder; any other as it is."""
+    """The model that a training run or checkpoint started from, noted in its base.json; any other `path` as it is."""
     for folder in (folder_of(path), last_checkpoint(path)):
         if folder and (folder / "base.json").is_file():
             return read_json(folder / "base.json")["model"]
@@ -616,13 +616,13 @@ def base_of(path):
 
 
 def local_folders(path):
-    """Where the parts of a model may lie on this disk: its own folder or, where it is a training run, its base's."""
+    """The local folders that may hold parts of a model: its own and, if it is a training run, its base's."""
     return [folder_of(path), folder_of(base_of(path))]
 
 
 def defaults_of(path, command):
-    """The option defaults that suit a model, from {command: {option: value}} in the defaults.json of its folder, or of
-    its base's where it is a training run. {} where there is none; the hub is never asked."""
+    """The option defaults that suit a model, from {command: {option: value}} in the defaults.json of its folder or, if
+    it is a training run, of its base's. {} if there is none; the hub is never asked."""
     for folder in local_folders(path):
         file = folder / "defaults.json"
         if file.is_file():
@@ -634,9 +634,8 @@ def defaults_of(path, command):
 
 
 def resolve(path, *parts):
-    """The local folder that holds the named parts of a model: the model's own, its base's where it is a training run
-    that does not have them, or the hub's, downloaded once. Raises UserError where there is none or a part is missing.
-    """
+    """The local folder that holds the named parts of a model: its own, that of its base if it is a training run without
+    them, or the hub's, downloaded once. Raises UserError if there is none or a part is missing."""
     for folder in local_folders(path):
         if all((folder / part).exists() for part in parts):
             return folder
@@ -657,13 +656,14 @@ def resolve(path, *parts):
 
 
 class Stored(NamedTuple):
-    """Where a transformer's tensors are: in a folder's .safetensors files, under names that begin with `prefix`."""
+    """Where a transformer's tensors are stored: in a folder's .safetensors files, under names that begin with `prefix`.
+    """
     folder: Path
     prefix: str = ""
 
 
 def find_transformer(path):
-    """A model's weights, as Stored: those of a checkpoint, of its reference, or a run's that has not ended, too."""
+    """Where the weights of a model are, which may be a checkpoint, its reference, or a run that has not ended."""
     folder = folder_of(path)
     if is_checkpoint(folder):
         return Stored(folder, "ref." if Path(path).name == "ref" else "model.")
@@ -688,8 +688,8 @@ def read_dit_config(path):
 
 
 def refuse(config, **supported):
-    """Raise UserError where a config asks for what this code does not have, rather than compute something else. Where
-    it is silent, it means what diffusers assumes."""
+    """Raise UserError if a config asks for something that this code does not have, rather than compute something else.
+    What it does not say is what diffusers assumes."""
     for key, value in supported.items():
         found = config.get(key, ASSUMED.get(key, value))
         if found != value:
@@ -698,7 +698,7 @@ def refuse(config, **supported):
 
 
 def empty(network, config, dtype, device, shard=lambda net: None):
-    """A network with memory on `device`, sharded first so that a rank takes only its part, and nothing in it yet."""
+    """A network with uninitialised memory on `device`, sharded first, so that a rank allocates only its own part."""
     with torch.device("meta"):
         net = network(config)
     if dtype != torch.float32:                             # a dry run's fake tensors cannot be converted
@@ -708,14 +708,14 @@ def empty(network, config, dtype, device, shard=lambda net: None):
 
 
 def dcp_reason(error):
-    """The first of the reasons that a torch checkpoint's failed save or load collected from the ranks."""
+    """The first of the reasons that ranks gave for a failed save or load of a torch checkpoint."""
     return next(iter(error.failures.values()))[0]
 
 
 def fill(target, folder, prefix=""):
-    """Fill the tensors of `target` {name: tensor}, which may be sharded, from all .safetensors files in a folder, each
-    rank only its own shards. Names and shapes must match exactly; names without `prefix` are passed over. A checkpoint
-    has a tensor in several files, each rank's part in one. An index could add nothing, so none is read."""
+    """Fill the tensors of `target` {name: tensor}, which may be sharded, from all .safetensors files in a folder; each
+    rank reads only its own shards. Names and shapes must match exactly; names without `prefix` are ignored. A
+    checkpoint has each rank's part of a tensor in another file. Index files are not needed, so none is read."""
     files = {}
     numbers = Counter()
     for file in sorted(folder.glob("*.safetensors")):
@@ -761,9 +761,9 @@ def replace_folder(new, old):
 
 
 def save_part(net, config, where, dtype=None, stem="diffusion_pytorch_model", config_name="config.json"):
-    """Write a network, or None, and its config as the folder `where`, whole or not at all. Every rank calls it; rank 0
-    then holds the whole network in CPU memory (22 GB of fp32 at 5B, 11 GB more if it becomes bf16). Raises UserError
-    where there is no room."""
+    """Write a network, or None, and its config as the folder `where`, whole or not at all. Every rank must call it;
+    rank 0 then holds the whole network in CPU memory (22 GB in fp32 at 5B, 11 GB more to convert it to bf16). Raises
+    UserError if there is no room."""
     tensors = {}
     part = where.with_name(where.name + ".part")
     if net:                                                # a collective, which leaves it all on rank 0
@@ -772,7 +772,7 @@ def save_part(net, config, where, dtype=None, stem="diffusion_pytorch_model", co
         return
     tensors = {name: tensor.to(dtype or tensor.dtype) for name, tensor in tensors.items()}
     try:
-        shutil.rmtree(part, ignore_errors=True)            # left by a run that was killed while writing
+        shutil.rmtree(part, ignore_errors=True)            # from a run that was killed while writing
         part.mkdir(parents=True)
         (part / config_name).write_text(json.dumps(config, indent=2) + "\n")
         if net:                                            # split at 5 GB, as the published files are
@@ -788,7 +788,7 @@ def save_part(net, config, where, dtype=None, stem="diffusion_pytorch_model", co
 
 def load_text_encoder(path, device="cpu", dtype=torch.float32):
     """Load tokenizer and T5 encoder. Returns `encode_text(prompts: list[str]) -> (B,L,D)` on `device`. Prompts are cut
-    or padded to the transformer's `max_text_seq_length` L (226). Raises UserError where a part is missing or broken."""
+    or padded to the transformer's `max_text_seq_length` L (226). Raises UserError if a part is missing or broken."""
     import sentencepiece
     folder = resolve(path, "tokenizer", "text_encoder", "transformer/config.json")
     config = read_config(folder, "text_encoder", "T5EncoderModel")
@@ -811,7 +811,7 @@ def load_text_encoder(path, device="cpu", dtype=torch.float32):
 
 
 def load_vae(path, device="cpu", dtype=torch.float32):
-    """Load the video autoencoder of a model folder or hub id. Raises UserError where it is missing or broken."""
+    """Load the video autoencoder of a model folder or hub id. Raises UserError if it is missing or broken."""
     folder = resolve(path, "vae")
     config = read_config(folder, "vae", "AutoencoderKLCogVideoX")
     refuse(config, use_quant_conv=False, use_post_quant_conv=False, invert_scale_latents=False, shift_factor=None,
@@ -821,8 +821,8 @@ def load_vae(path, device="cpu", dtype=torch.float32):
 
 def load_dit(path, device="cpu", dtype=torch.float32, shard=lambda net: None):
     """Load the diffusion transformer of a model folder, hub id, run or checkpoint as a `Denoiser`. `shard(net)` may
-    distribute the still empty network; each rank then reads only its own slices of the files. Raises UserError for one
-    that is missing, broken or of another kind."""
+    distribute the still empty network; each rank then reads only its own slices of the files. Raises UserError if it is
+    missing, broken or of another kind."""
     stored = find_transformer(path)
     folder = resolve(path, "transformer/config.json", "scheduler")
     config = read_dit_config(folder)

@@ -111,7 +111,7 @@ def realdpo_loss(policy, reference, *, win, lose, cond, beta, t=None, noise=None
     win (B,C,F,H,W), lose (B,N,C,F,H,W), t (B,), noise (B,C,F,H,W): one t and one ε a sample, shared by the win and its
     negatives, drawn where not given. ℓ is `denoising_error`, a mean over elements, so that β does not depend on the
     latents' size; on the paper's sum it would be β / numel (the authors' 5000 at 16×13×60×90 is 0.00445 on the sum).
-    `anchor` adds anchor · ℓ_θ(win), the supervised loss (the paper has none). `scale` multiplies L, not the anchor.
+    `anchor` adds anchor · ℓ_θ(win), the supervised loss (the paper has none). `scale` multiplies L but not the anchor.
 
     Returns (loss, metrics): a scalar, and scalars `preference` (L without scale and anchor, log 2 while policy and
     reference agree), `win`, `lose`, `ref_win`, `ref_lose` (the four errors), `margin` (mean z) and `accuracy` (how
@@ -130,10 +130,10 @@ def streamed_realdpo_loss(policy, reference, *, win, lose, cond, beta, t=None, n
                           scale=1.0, graphs="two"):
     """`realdpo_loss` with less memory: the same numbers and gradients, a video at a time.
 
-    The backward passes of the negatives run in here; that of the returned loss, to be called as ever, is the win's.
-    A pair's loss depends on the win by one number a sample. So a stand-in takes that number's place and collects its
-    gradient from every negative. graphs "two": the win's graph is kept meanwhile, and one negative's beside it.
-    "one": the win's error is computed first without a graph, and again at the end, for one more forward pass.
+    The backward passes of the negatives run inside; that of the returned loss, called as usual, is the win's. A pair's
+    loss depends on the win through one number per sample, its error. A stand-in takes the place of that number and
+    collects its gradient from all negatives. With graphs "two", the win's graph is kept meanwhile, beside that of one
+    negative. With "one", the win's error is first computed without a graph, and again at the end: one more forward.
     """
     videos = win_and_lose(win, lose)
     t, noise = draw(win, t, noise)
@@ -152,7 +152,7 @@ def streamed_realdpo_loss(policy, reference, *, win, lose, cond, beta, t=None, n
         lose_errors.append(lose_error.detach())
     if graphs == "one":
         win_error = errors(policy, first)
-    rest = (win_error * stand_in.grad).sum()               # its gradient is what is left of the loss's
+    rest = (win_error * stand_in.grad).sum()               # its gradient is the part of the loss's that is left
     loss, metrics = preference_loss(win_error.detach(), torch.cat(lose_errors, 1), ref_win, torch.cat(ref_lose, 1),
                                     beta, anchor, scale)
     return loss + (rest - rest.detach()), metrics
@@ -186,8 +186,8 @@ def rwr_loss(policy, *, videos, scores, cond, temperature=1.0, t=None, noise=Non
 def ema_update(reference, policy, decay):
     """θ_ref ← ω·θ_ref + (1 − ω)·θ, ω = `decay` (Eq. 7). Keep the reference in fp32: bf16 rounds most of it away.
 
-    Works on FSDP's shards, without communication. A root that keeps its gathered parameters would go on showing the old
-    values: shard it with reshard_after_forward=True.
+    Works on FSDP's shards, without communication. If FSDP's root kept its parameters gathered, it would go on using the
+    old values: shard it with reshard_after_forward=True.
     """
     new = [p.to(r.dtype) for r, p in zip(reference.parameters(), policy.parameters(), strict=True)]
     torch._foreach_lerp_(list(reference.parameters()), new, 1 - decay)
@@ -196,7 +196,7 @@ def ema_update(reference, policy, decay):
 # ---- The sampler ----------------------------------------------------------------------------------------------------
 
 class Visited(NamedTuple):
-    """Where the multistep solver has been."""
+    """A point that the multistep solver has passed."""
     x: torch.Tensor                                        # latents, after the correction
     v: torch.Tensor                                        # the velocity that the denoiser gave there
     t: torch.Tensor
@@ -207,8 +207,8 @@ def sample(denoiser, noise, cond, *, steps, guidance, uncond=None, solver="euler
     """Generate latents (B,C,F,H,W) from noise of that shape, in `steps` evaluations of the denoiser.
 
     solver "euler": x ← x + (t′ − t)·v with v = (x − x̂₀)/t, one step along the flow; on CogVideoX's time grid that is
-    one DDIM step. "multistep": v extrapolated from the last two, and each step corrected once v at its end is known
-    (Adams' second-order predictor and corrector): as near to the exact path in half the evaluations, or nearer.
+    one DDIM step. "multistep": v is extrapolated from the last two, and each step is corrected once v at its end is
+    known (Adams' second-order predictor and corrector): at least as near to the exact path in half the evaluations.
     guidance g > 1: x̂₀ = x̂₀(∅) + g·(x̂₀(c) − x̂₀(∅)), both halves in one batch; `uncond` is the Condition of the
     empty caption (its text alone will do: both halves see the same image).
     """
@@ -232,7 +232,7 @@ def sample(denoiser, noise, cond, *, steps, guidance, uncond=None, solver="euler
         v = (x - denoise(x, t)) / t
         slope = v
         if solver == "multistep" and last:
-            # The step that led here is done again, now that v at its end is known; v is not computed again.
+            # Repeat the step that led here, now that v at its end is known; v itself is not computed again.
             x = last.x + (t - last.t) * (last.v + v) / 2
             slope = v + (t_next - t) / (t - last.t) / 2 * (v - last.v)
         last = Visited(x, v, t)

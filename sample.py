@@ -1,4 +1,4 @@
-"""Videos out: a picture and a sentence to an mp4, a cache's offline negatives, a video of each picture of a bench.
+"""Videos out: a picture and a sentence to an mp4, the offline negatives of a cache, a video of each picture of a bench.
 
     python sample.py --image first.png --prompt "a figure waves its left arm slowly" --out video.mp4
     python sample.py --data CACHE                                      (torchrun --nproc_per_node 8 sample.py … as well)
@@ -23,8 +23,9 @@ from tqdm import tqdm
 class Scenes:
     """Pictures and captions, encoded for the transformer, and the autoencoder that makes pixels of its latents.
 
-    `prompts` are Clips whose file is a picture of any size. The text encoder, the largest network, has gone again when
-    this is made; the autoencoder stays. Raises UserError for a picture that cannot be read, before anything is loaded.
+    `prompts` are Clips whose file is a picture of any size. The text encoder, the largest network, is freed once the
+    captions are encoded; the autoencoder stays. Raises UserError for a picture that cannot be read, before anything is
+    loaded.
     """
 
     def __init__(self, prompts, options, device, dtype):
@@ -39,11 +40,11 @@ class Scenes:
         del encode_text
         self.vae = load_vae(options.model, device, dtype)
         self.images = {}
-        for file, picture in pictures.items():             # each once, however many prompts show it: (1,C,1,H,W)
+        for file, picture in pictures.items():             # each file once, (1,C,1,H,W), though prompts may share it
             self.images[file] = self.vae.encode(picture[None].to(device), generator("image", options.seed))
 
     def sample(self, denoiser, prompt, number=0):
-        """Latents (1,C,F,H,W) of a prompt's video, from noise that depends on seed, name and number alone."""
+        """Latents (1,C,F,H,W) of a prompt's video, from noise seeded by --seed, the prompt's name and `number`."""
         image = self.images[prompt.file]
         options = self.options
         shape = 1, image.shape[1], self.latent_frames, *image.shape[3:]
@@ -53,12 +54,12 @@ class Scenes:
                       progress=bool(options.image))
 
     def write(self, latents, file):
-        """Decode a video's latents into an mp4."""
+        """Decode the latents of a video and write it as an mp4."""
         video = self.vae.to(latents.device).decode(latents)[0]
         write_video(file, to_uint8(video), self.options.fps)
 
 
-DECODING = 7 * 2 ** 30                                     # bytes that 49×480×720 take beside the networks, computed
+DECODING = 7 * 2 ** 30                                     # bytes for decoding 49×480×720, computed
 
 
 def make_videos(options):
@@ -71,14 +72,14 @@ def make_videos(options):
     denoiser = load_denoiser(options, device, dtype)
     for shot in tqdm(shots, desc="videos", disable=rank > 0 or bool(options.image)):
         latents = scenes.sample(denoiser.to(device), shot.prompt, shot.number)
-        if free_memory(device) < DECODING:                 # a card of 16 GB
+        if free_memory(device) < DECODING:                 # such as on a card of 16 GB
             denoiser.cpu()
         scenes.write(latents, shot.file)
     say(f"videos made: {len(shots)}, the last in {shot.file}")
 
 
 def load_denoiser(options, device, dtype):
-    """The model's transformer, compiled where that is asked for."""
+    """The model's transformer, compiled with --compile."""
     denoiser = load_dit(options.model, device, dtype)
     if options.compile:
         denoiser.net.compile_blocks()
@@ -86,7 +87,7 @@ def load_denoiser(options, device, dtype):
 
 
 def free_memory(device):
-    """Bytes that can still be had on a GPU; on a CPU as many as anybody wants."""
+    """Bytes that are still free on a GPU; infinity on a CPU."""
     if device.type == "cpu":
         return float("inf")
     torch.cuda.empty_cache()
@@ -99,8 +100,8 @@ THREE_AT_ONCE = 12 * 2 ** 30                               # bytes; 10.7 for thr
 
 
 def negatives(options):
-    """The offline stage: `lose` latents for this rank's share of the records that have none yet, stored as they leave
-    the sampler, never decoded. Ranks never wait for each other."""
+    """The offline stage: sample `lose` latents for those of this rank's records that have none yet, and store them as
+    they leave the sampler, never decoded. Ranks never wait for each other."""
     rank, world, device, dtype = this_process()
     records = Records(options.data, negatives=False)
     lose_folder = Path(options.data) / "lose"
@@ -136,27 +137,27 @@ def negatives(options):
 
 class Shot(NamedTuple):
     """A video to be made."""
-    file: Path                                             # where it goes
+    file: Path                                             # where it is written
     prompt: Clip                                           # its picture and caption
     number: int                                            # among several of one picture
 
 
 def hashed(value, *files):
-    """A short name for a value and for what the files hold."""
+    """A short hash of a value and of the contents of files."""
     contents = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
     return hashlib.sha256(repr((value, contents)).encode()).hexdigest()[:16]
 
 
 def read_bench(folder):
-    """The Clips of a folder of pictures with captions, each with a name of its own, and a hash of their names, captions
-    and pictures. A text file that names pictures there and another one are its lists; or it has another form that
-    `data.read_list` knows. Raises UserError for one that cannot be read."""
+    """The Clips of a folder of pictures with captions, each with a unique name, and a hash of their names, captions and
+    pictures. The folder has a text file that names its pictures and another with captions, or any other form that
+    `data.read_list` knows. Raises UserError if it cannot be read."""
     if not folder:
         raise UserError("--bench is missing: the folder of pictures with captions that the videos are made of")
     pictures = "images.txt"
     captions = []
     for path in sorted(Path(folder).glob("*.txt")):
-        if path.name in ("video.txt", "videos.txt"):       # the release has these as well
+        if path.name in ("video.txt", "videos.txt"):       # the release has such a list as well
             continue
         if path.name == "images.txt" or any(os.path.isfile(Path(folder, line.strip())) for line in read_lines(path)):
             pictures = path.name
@@ -169,7 +170,7 @@ def read_bench(folder):
     faults += [f"{prompt.where}: {prompt.file} is not there" for prompt in prompts if not prompt.file.is_file()]
     names = [prompt.name for prompt in prompts]
     for prompt in prompts:
-        stem = re.sub(r"-\d+$", "", prompt.name)           # walk-12.mp4 could be video 12 of walk
+        stem = re.sub(r"-\d+$", "", prompt.name)           # walk-12.mp4 might also be the 12th video of walk
         if names.count(prompt.name) > 1 or (stem != prompt.name and stem in names) or "/" in prompt.name:
             faults.append(f"{prompt.where}: is named {prompt.name}; expected a name of its own, without a slash")
     if faults:
@@ -183,15 +184,15 @@ def shots_of(prompts, folder, samples=0):
     shots = []
     for prompt in prompts:
         for number in range(samples or 1):
-            # VBench drops a number at the end of a video's name to find its picture: a name that has one gets another.
+            # VBench removes a number at the end of a video's name to find its picture, so such a name gets another.
             ending = f"-{number}" if samples or re.search(r"-\d+$", prompt.name) else ""
             shots.append(Shot(folder / f"{prompt.name}{ending}.mp4", prompt, number))
     return shots
 
 
 def list_shots(options):
-    """The Shots of --image, or of --bench, beside which bench.json says what makes them. Raises UserError for an
-    --out that is no .mp4, or where bench.json says otherwise."""
+    """The Shots of --image, or of --bench, whose settings are noted in bench.json. Raises UserError for an --out that
+    is not an .mp4, or if bench.json holds other settings."""
     if options.image:
         out = Path(options.out or "video.mp4")
         if out.suffix != ".mp4":
@@ -205,7 +206,7 @@ def list_shots(options):
 
 
 def bench_settings(options, bench):
-    """What decides how the videos of a bench with this hash look, but for the model."""
+    """The settings that decide how videos of a bench with this hash look, apart from the model."""
     names = "steps", "guidance", "solver", "frames", "height", "width", "fps", "seed"
     return {name: getattr(options, name) for name in names} | dict(bench=bench)
 
@@ -235,7 +236,8 @@ class Options:
 
 
 def settle(options):
-    """Fill in what the options leave to what is asked for, and return them. Raises UserError for one out of range."""
+    """Fill in solver and steps where they are not given, and return the options. Raises UserError if one is out of
+    range."""
     # Multistep is as close to the exact path in half the evaluations; single videos keep the published sampler.
     options.solver = options.solver or ("multistep" if options.data else "euler")
     options.steps = options.steps or {"euler": 50, "multistep": 25}[options.solver]
@@ -246,7 +248,7 @@ def settle(options):
 
 
 def main(options):
-    """Do the one thing that is asked for."""
+    """Do what --image, --data or --bench asks for."""
     given = [name for name in ("data", "image", "bench") if getattr(options, name)]
     if len(given) != 1:
         raise UserError("give one of --data, --image and --bench")

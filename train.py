@@ -4,7 +4,7 @@
     python train.py --model MODEL --data CACHE --out RUN               one process
     torchrun --nproc_per_node 8 train.py                               CogVideoX-5B-I2V on the records in cache/
 
-RUN afterwards holds transformer/ (opens here, --model RUN, and in diffusers), metrics.jsonl, checkpoints/ and, with
+RUN then holds transformer/ (opens here, with --model RUN, and in diffusers), metrics.jsonl, checkpoints/ and, with
 --bench, videos/. The same command continues an interrupted run from its last checkpoint.
 """
 import dataclasses, json, math, os, re, shutil, signal, threading, time
@@ -83,7 +83,7 @@ LOW_T = 0.6387                          # the largest of them
 # ---- One step, from the records to the updated reference ------------------------------------------------------------
 
 def batch_indices(options, count, step):
-    """Indices of the records of one global batch, a function of (seed, step) alone: a fresh order each epoch."""
+    """Indices of the records of one global batch, a function of (seed, step) alone, with a new order each epoch."""
     indices = []
     for position in range(step * options.batch, (step + 1) * options.batch):
         epoch, place = divmod(position, count)
@@ -93,13 +93,13 @@ def batch_indices(options, count, step):
 
 
 def compares(options, step):
-    """Whether a step looks at negatives and reference. It goes by the step's number, so all ranks do the same."""
+    """Whether a step looks at negatives and reference. The step's number decides, so all ranks do the same."""
     return options.method != "realdpo" or step % options.compare_every == 0
 
 
 def draw_sample(record, options, step, place, t_min):
-    """A record with this step's t, noise and negatives, a function of (seed, step, place in the batch). t is uniform in
-    (t_min, 1] or (t_min, 0.6387], where t_min is the least noise that the network was trained on, or the release's."""
+    """A record with this step's t, noise and negatives, a function of (seed, step, place in the batch). t is drawn as
+    the release draws it, or uniformly from (t_min, 1] or (t_min, 0.6387]; below t_min the network was never trained."""
     rng = generator("train", options.seed, step, place)
     u = torch.rand((), generator=rng)
     if options.t_draw == "release":
@@ -118,8 +118,8 @@ def draw_sample(record, options, step, place, t_min):
 
 
 def loss_of(policy, reference, batch, options):
-    """Loss and metrics of a micro-batch (a dict of stacked records) by the chosen method. The backward pass is the
-    caller's; that of negatives, where not all graphs are to be alive at a time, has been made."""
+    """Loss and metrics of a micro-batch (a dict of stacked records) by the chosen method. The caller runs the backward
+    pass. With --graphs two or one, that of the negatives has been run already."""
     common = dict(cond=Condition(batch["text"], batch["image"]), t=batch["t"], noise=batch["noise"],
                   weighting=options.weighting)
     if options.method == "sft":
@@ -132,7 +132,7 @@ def loss_of(policy, reference, batch, options):
     common |= dict(win=batch["win"], lose=batch["lose"], beta=options.beta)
     if options.method == "realdpo":
         common |= dict(anchor=options.anchor, scale=options.compare_every)
-    else:                                                  # DPO is as published, without an anchor
+    else:                                                  # DPO has no anchor, as published
         common["win"], common["lose"] = best_and_worst(batch["lose"], batch["scores"])
     if options.graphs == "all":
         return realdpo_loss(policy, reference, **common)
@@ -140,8 +140,8 @@ def loss_of(policy, reference, batch, options):
 
 
 def accumulate_gradients(policy, reference, records, samples, options, step, device):
-    """Forward and backward of this rank's (place in the batch, record index) pairs, a micro-batch at a time. Returns
-    the mean of their metrics. The parts are equal, so the mean of their gradients is the batch's."""
+    """Forward and backward passes of this rank's `samples`, (place in the batch, record index) pairs, a micro-batch at
+    a time. Returns their mean metrics. Micro-batches are equally large, so their mean gradient is the batch's."""
     size = min(options.micro_batch, len(samples))
     parts = len(samples) // size
     total = Counter()
@@ -164,8 +164,9 @@ def accumulate_gradients(policy, reference, records, samples, options, step, dev
 
 
 def learning_rate(options, step, steps):
-    """The rate of a step of a run of `steps`: up over the warm-up, down to zero over the last part, --decay, of them.
-    The last iterate of a constant rate is noisy: on the toy, falling makes runs better and their scatter smaller."""
+    """The learning rate at a step of a run of `steps`: it rises over --warmup and falls to zero over the last part,
+    --decay, of the steps. With a constant rate, the last iterate is noisy: on the toy, runs that end at zero are better
+    and scatter less."""
     up = (step + 1) / max(1, options.warmup)
     down = (steps - step) / max(1, options.decay * steps)
     return options.lr * min(1, up, down)
@@ -204,20 +205,20 @@ def check_health(metrics, options, step, names):
 # ---- Looking at it: held-out records, videos, FLOP, the log ---------------------------------------------------------
 
 EVAL_T = (0.1, 0.3, 0.5, 0.7, 0.9)
-EVAL_RECORDS = 8                        # so many take 4.1 % of the time of the 200 steps between two looks
+EVAL_RECORDS = 8                        # they take 4.1 % of the time of the 200 steps in between
 
 
 @torch.no_grad()
 def evaluate(policy, reference, records, options, process):
-    """Preference loss, margin, accuracy and the four errors on the first held-out records at fixed t and fixed noise:
-    their means over t, {"eval_margin": …}, and at each t, {"eval_margin_t0.1": …}."""
+    """Preference loss, margin, accuracy and the four errors on the first held-out records, at fixed t and noise: their
+    means over t, {"eval_margin": …}, and their values at each t, {"eval_margin_t0.1": …}."""
     options = dataclasses.replace(options, method="realdpo", graphs="all")
     sums = Counter()
     count = min(len(records), EVAL_RECORDS)
-    for i in range(math.ceil(count / process.world_size)):             # as many on every rank: they are collectives
+    for i in range(math.ceil(count / process.world_size)):             # the same number on all ranks: collectives
         number = process.rank + i * process.world_size
         index = number % count
-        share = (number < count) / count                   # a record that only pads the last round has weight 0
+        share = (number < count) / count                   # 0 for a record that only fills up the last round
         for t in EVAL_T:
             record = records[index] | {"t": torch.tensor(t)}
             record["noise"] = torch.randn(record["win"].shape, generator=generator("eval", records.names[index], t))
@@ -231,8 +232,8 @@ def evaluate(policy, reference, records, options, process):
 
 
 def prepare_previews(options, process):
-    """The pictures and captions of --bench, encoded before the networks to be trained take the memory. Returns this
-    rank's prompts, their sample.Scenes and what bench.json says of them. Raises UserError where this run has videos of
+    """Encode the pictures and captions of --bench, before the networks to be trained take the memory. Returns this
+    rank's prompts, their sample.Scenes and the contents of bench.json. Raises UserError if this run has videos of
     another bench."""
     settings = sample.Options(model=options.model, seed=options.seed, solver="multistep")
     for name, value in model.defaults_of(options.model, "sample").items():
@@ -248,8 +249,8 @@ def prepare_previews(options, process):
 
 
 def make_previews(previews, policy, folder, process):
-    """Make what is missing in `folder` of this rank's videos, from the same noise at every checkpoint. A rank that has
-    fewer left makes the last one again for nothing: the policy's forwards are collectives."""
+    """Make those of this rank's videos that `folder` lacks, from the same noise at every checkpoint. The policy's
+    forward passes are collectives, so a rank with fewer videos left samples a stand-in to keep pace."""
     prompts, scenes, made_by = previews
     if process.rank == 0:
         write_json(folder / "bench.json", made_by)
@@ -266,7 +267,8 @@ def make_previews(previews, policy, folder, process):
 
 
 def speed(work, setting, step, seconds, process):
-    """Metrics of a step that took so long. mfu counts the useful FLOP, hfu also those done twice to save memory."""
+    """Metrics of the speed of a step. mfu counts the FLOP of the algorithm, hfu also those done twice to save memory.
+    """
     share = compares(work.options, step)
     useful, done = work.flops(setting, share)
     tokens = work.options.batch * work.videos_of(share) * work.tokens
@@ -280,9 +282,9 @@ def speed(work, setting, step, seconds, process):
 
 
 def console_line(step, metrics):
-    """What to watch, in one line of at most 100 columns; everything else is in metrics.jsonl."""
+    """The most important metrics in one line of at most 100 columns; metrics.jsonl has them all."""
     line = f"step {step:4d}  loss {metrics['loss']:.3g}"
-    if "ref_win" in metrics:                               # the differences: t and noise are the same on both sides
+    if "ref_win" in metrics:                               # differences, since t and noise are the same on both sides
         line += (f"  win {metrics['win'] - metrics['ref_win']:+.1e}  lose {metrics['lose'] - metrics['ref_lose']:+.1e}"
                  f"  margin {metrics['margin']:.2f}  acc {metrics['accuracy']:.2f}")
     line += f"  lr {metrics['lr']:.0e}  {metrics['seconds']:.3g} s"
@@ -295,18 +297,18 @@ def console_line(step, metrics):
 
 
 def open_log(file, first):
-    """metrics.jsonl, open to append, without the lines of steps that will be done again."""
+    """Open metrics.jsonl for appending, without the lines of steps that will be done again."""
     lines = file.read_text().splitlines() if file.exists() else []
-    rows = [json.loads(line) for line in lines if line.endswith("}")]      # a killed run's last may be cut short
+    rows = [json.loads(line) for line in lines if line.endswith("}")]      # a killed run may leave half a line
     write_json(file, *[row for row in rows if row["step"] < first])
     return open(file, "a")
 
 
 def log_step(file, step, metrics):
-    """A line on the console and one in metrics.jsonl."""
+    """Print a line and append one to metrics.jsonl."""
     tqdm.write(console_line(step, metrics))
     if step == 0 and abs(metrics.get("preference", math.log(2)) - math.log(2)) > 1e-3:
-        # Policy and reference agree, but their kernels may round differently, which β magnifies.
+        # Policy and reference have the same weights, but kernels may round differently, which β magnifies.
         tqdm.write(f"warning: the first preference loss is {metrics['preference']:.6f}, not log 2, though policy and "
                    "reference have the same weights: their forward passes round differently")
     try:
@@ -324,7 +326,7 @@ def checkpoints(options):
 
 
 def training_state(policy, reference, optimizer):
-    """Everything that training changes, as one flat dict of (sharded) tensors, and what makes a model of it."""
+    """Everything that training changes, as one flat dict of (sharded) tensors."""
     state = {}
     for name, tensor in policy.net.state_dict().items():   # parameters, and the table of positions
         state[f"model.{name}"] = tensor
@@ -337,24 +339,24 @@ def training_state(policy, reference, optimizer):
 
 
 def note_base(folder, options):
-    """base.json in a folder with weights: the model that has what the folder lacks, such as the autoencoder."""
+    """Write base.json into a folder with weights: the model that has the parts it lacks, such as the autoencoder."""
     base = Path(model.base_of(options.model))
     write_json(folder / "base.json", {"model": str(base.resolve() if base.is_dir() else base)})
 
 
 def save_checkpoint(state, options, records, step, rank):
-    """Write checkpoints/step-N, a model in itself, then forget all but the last KEEP."""
+    """Write checkpoints/step-N, which is a model in itself, then delete all but the last KEEP."""
     folder = Path(options.out) / "checkpoints"
     part, final = folder / f"step-{step:06d}.part", folder / f"step-{step:06d}"
     if rank == 0:
-        for left in folder.glob("step-*.*"):               # by runs that were killed in here
+        for left in folder.glob("step-*.*"):               # by runs that were killed while saving
             shutil.rmtree(left, ignore_errors=True)
         note_base(part, options)
         write_json(part / "records.json", records.hashes)
         write_json(part / "options.json", {"step": step, **dataclasses.asdict(options)})
     dist.barrier()
-    files = {name: 1 + i // 200 for i, name in enumerate(state)}         # a file is in CPU memory thrice as it is made
-    # One process needs no collectives, and gloo's threads would make every later step on a CPU half as slow again.
+    files = {name: 1 + i // 200 for i, name in enumerate(state)}         # writing a file takes three times its size
+    # One process needs no collectives; on a CPU, gloo's threads would make every later step 1.5 times as slow.
     writer = dcp.HuggingFaceStorageWriter(str(part), files, save_distributed=True)
     try:
         dcp.save(state, storage_writer=writer, no_dist=dist.get_world_size() == 1)
@@ -365,18 +367,18 @@ def save_checkpoint(state, options, records, step, rank):
     if rank == 0:
         model.replace_folder(part, final)
         for old in checkpoints(options)[:-KEEP]:
-            shutil.rmtree(old, ignore_errors=True)         # in use by another: the next save tries again
+            shutil.rmtree(old, ignore_errors=True)         # if it is in use, the next save tries again
     dist.barrier()
 
 
-# Options that may change when a run goes on: they decide where, how and how long it runs, not what a step does.
+# Options that may change when a run is continued: they decide where, how and how long it runs, not what a step does.
 MAY_CHANGE = {"data", "out", "steps", "epochs", "save_every", "resume", "max_minutes", "checkpointing", "graphs",
               "micro_batch", "offload", "compile", "eval_data", "bench", "dry_run"}
 
 
 def choose_checkpoint(options, process):
-    """The checkpoint to go on from: the last in --out, else --resume, else None. Rank 0 chooses and tells the others,
-    which may have a stale view of a network's file system and would load another."""
+    """The checkpoint to continue from: the last in --out, else --resume, else None. Rank 0 chooses for all, since the
+    others may have a stale view of a network file system."""
     newest = max(checkpoints(options), default=Path("step--1"))
     step = torch.tensor(int(newest.name.removeprefix("step-")), device=process.device)
     dist.broadcast(step, src=0)
@@ -386,8 +388,8 @@ def choose_checkpoint(options, process):
 
 
 def check_checkpoint(folder, options, records):
-    """The step of a checkpoint. Raises UserError where it is of this --out and was made with options or records that
-    make it another run."""
+    """The step of a checkpoint. Raises UserError if it lies in this --out but was made with other options or records,
+    so that continuing would make another run of it."""
     saved = model.read_json(folder / "options.json")
     if folder.parent != Path(options.out) / "checkpoints":
         return saved["step"]
@@ -410,8 +412,8 @@ def check_checkpoint(folder, options, records):
 
 
 def check_schedule(folder, saved, options, count):
-    """Raise UserError if with the number of steps there is now, the steps done so far would have had other rates: a run
-    that goes on must be the one that was never interrupted."""
+    """Raise UserError if the number of steps was changed in a way that would have given earlier steps another learning
+    rate: a continued run must equal one that was never interrupted."""
     planned = number_of_steps(dataclasses.replace(options, steps=saved["steps"], epochs=saved["epochs"]), count)
     steps = number_of_steps(options, count)
     last = saved["step"] - 1
@@ -422,8 +424,7 @@ def check_schedule(folder, saved, options, count):
 
 
 def load_checkpoint(state, optimizer, folder, step):
-    """Read a checkpoint into the models and the optimizer. Raises UserError where it is not whole or of another model.
-    """
+    """Read a checkpoint into the models and the optimizer. Raises UserError if it is not whole or of another model."""
     try:
         model.fill(state, folder)
     except UserError as e:
@@ -434,13 +435,13 @@ def load_checkpoint(state, optimizer, folder, step):
 
 # ---- Processes and sharding: the networks know nothing of it --------------------------------------------------------
 
-LEAST_SHARDS = 8                        # where there are so many GPUs
-TIMEOUT = timedelta(minutes=60)         # of a collective: the others wait while rank 0 writes an export
+LEAST_SHARDS = 8                        # if there are so many GPUs
+TIMEOUT = timedelta(minutes=60)         # of a collective: the other ranks wait while rank 0 writes an export
 
 
 def shards_of(world_size, ranks_a_machine):
-    """Over how many ranks to shard parameters: those of a machine or, where it has few, of the fewest machines that
-    have enough and divide the world, else all."""
+    """Over how many ranks to shard parameters: those of one machine, if it has LEAST_SHARDS; else those of the fewest
+    machines that together have as many and divide the world; else all."""
     shards = ranks_a_machine
     while shards < world_size and (shards < LEAST_SHARDS or world_size % shards):
         shards += ranks_a_machine
@@ -448,15 +449,15 @@ def shards_of(world_size, ranks_a_machine):
 
 
 def make_mesh(device_type, world_size, ranks_a_machine):
-    """The mesh of all ranks: parameters are sharded over neighbours and replicated across such groups, between which
-    only gradients pass."""
+    """The mesh of all ranks. Parameters are sharded within groups of neighbours and replicated across the groups, so
+    that only gradients pass between them."""
     size = shards_of(world_size, ranks_a_machine)
     mesh = init_device_mesh(device_type, (world_size // size, size), mesh_dim_names=("replicate", "shard"))
     return mesh if world_size > size else mesh["shard"]
 
 
 def init_distributed():
-    """Join the process group, of one process where torchrun did not start this. Returns this Process and the mesh."""
+    """Join the process group; without torchrun, one of a single process. Returns this Process and the mesh."""
     process = this_process()
     cuda = process.device.type == "cuda"
     backend = "cuda:nccl,cpu:gloo" if cuda else "gloo"
@@ -465,13 +466,13 @@ def init_distributed():
     ranks_a_machine = int(os.environ.get("LOCAL_WORLD_SIZE", process.world_size))
     mesh = make_mesh(process.device.type, process.world_size, ranks_a_machine)
     for group in mesh.get_all_groups():
-        group.set_timeout(TIMEOUT)                         # which a group of its own does not take from the default
+        group.set_timeout(TIMEOUT)                         # the mesh's groups do not inherit it
     return process, mesh
 
 
 def shard(net, mesh, dtype, compile=False, offload=False):
-    """Split every block's parameters over the ranks (FSDP2), gathered in `dtype`, gradients reduced in fp32. With
-    `offload`, each rank's part stays in CPU memory, and so do its gradients and what the optimizer keeps."""
+    """Shard every block's parameters over the ranks (FSDP2). They are gathered in `dtype`; gradients are reduced in
+    fp32. With `offload`, each rank's shard, its gradients and the optimizer's state stay in CPU memory."""
     precision = dict(param_dtype=dtype, reduce_dtype=torch.float32)
     where = dict(mesh=mesh, offload_policy=OffloadPolicy())
     if offload:
@@ -481,22 +482,22 @@ def shard(net, mesh, dtype, compile=False, offload=False):
     for block in net.transformer_blocks:
         fully_shard(block, **where,
                     mp_policy=MixedPrecisionPolicy(**precision, cast_forward_inputs=False))    # rope stays fp32
-    # Resharding the root too: else its parameters stay gathered after a forward and hide the EMA's updates.
+    # Reshard the root too: else its parameters would stay gathered after a forward pass and hide the EMA's updates.
     fully_shard(net, **where, mp_policy=MixedPrecisionPolicy(**precision, output_dtype=torch.float32),
                 reshard_after_forward=True)
 
 
 def send_gradients(policy, last):
-    """Whether the next backward passes are a step's `last`. Only then do gradients cross the network between machines,
-    and only then do they leave for CPU memory, where the GPU can hold them until then."""
+    """Tell FSDP whether the next backward passes are the `last` of a step. Only then do gradients cross the network
+    between machines, and only then do they move to CPU memory, if the GPU can hold them until then."""
     if policy.holds_gradients:
         policy.net.set_requires_gradient_sync(last)
     policy.net.set_requires_all_reduce(last)
 
 
 def load_models(options, process, mesh):
-    """Policy and reference, sharded, fp32; they compute in the process's dtype. Raises UserError unless every shard of
-    one is that of the other, bit for bit."""
+    """Policy and reference, sharded, in fp32; they compute in the process's dtype. Raises UserError unless all their
+    shards are equal, bit for bit."""
     split = partial(shard, mesh=mesh, dtype=process.dtype, compile=options.compile, offload=options.offload)
     where = "cpu" if options.offload else process.device
     policy = model.load_dit(options.model, where, torch.float32, split)
@@ -524,22 +525,22 @@ def make_optimizer(policy, options):
 # ---- What it takes: memory and time, computed -----------------------------------------------------------------------
 
 GIB = 2 ** 30
-# Dense bf16 FLOP/s, by what a GPU's name contains, the first that fits; and which has so many GB.
+# Dense bf16 FLOP/s by a part of the GPU's name, of which the first match counts; and a GPU with so many GB.
 PEAK = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H200 NVL": 835e12, "H100": 989e12, "H200": 989e12, "A100": 312e12,
         "L40S": 362e12, "4090": 165e12}
 CARDS = {24: "4090", 48: "L40S", 80: "H100", 141: "H200"}
-UTILISATION = 0.4                       # of these FLOP/s; others measured 38 % compiled and 30 % eager
+UTILISATION = 0.4                       # of that peak; others measured 38 % compiled and 30 % eager
 COPY = 25e9                             # bytes a second between CPU and GPU
 HOST = 80e9                             # bytes a second through a server's CPU memory
-# Activations of all tokens, in bf16, that a block's graph keeps, and those that are there while the block is
-# back-propagated: counted on the real code with tensors without data, to which the tests hold `Work.memory`.
+# How many activations of all tokens, in bf16, a block's graph keeps, and how many exist while the block is
+# back-propagated. Counted on the real code with tensors without data; the tests hold `Work.memory` to it.
 KEPT = {"none": 25, "full": 1, "selective": 2}
 BACKWARD = 25
 
 
 class Setting(NamedTuple):
-    """What trades time for memory: the options of these names, and with `offload`, whether gradients are held on the
-    GPU until a step's end."""
+    """What trades time for memory: three options, and whether, with `offload`, the GPU holds gradients until the end
+    of a step."""
     offload: bool
     checkpointing: str
     graphs: str
@@ -547,8 +548,9 @@ class Setting(NamedTuple):
 
 
 class Work:
-    """What a step costs. `config` is the transformer's; latents (C,F,H,W) of `shape`, n_lose negatives a record.
-    `share` is that of the steps that compare: 1 or 0 for a certain step; where not given, it makes the mean step."""
+    """What a step costs. `config` is the transformer's, `shape` the latents' (C,F,H,W), `n_lose` the number of
+    negatives a record. A `share` of 1 stands for a step that compares, 0 for one that does not; by default it is the
+    share of steps that do, which gives the mean step."""
 
     def __init__(self, options, config, shape, n_lose):
         drawn = min(n_lose, options.lose_per_step or n_lose)
@@ -566,10 +568,10 @@ class Work:
 
     def videos_of(self, share):
         """How many videos of a sample a step looks at."""
-        return share * self.videos + (1 - share)           # the win alone where it does not compare
+        return share * self.videos + (1 - share)           # without a comparison, the win alone
 
     def flops(self, setting, share=None):
-        """FLOP of a step over all ranks, without and with what is done twice to save memory."""
+        """FLOP of a step over all ranks: those of the algorithm, and with those done twice to save memory."""
         share = self.share if share is None else share
         again = {"none": 0, "full": self.forward, "selective": self.products}[setting.checkpointing]
         policy, reference = self.videos_of(share), share * self.compared * self.videos
@@ -580,7 +582,7 @@ class Work:
         return self.options.batch * useful, self.options.batch * done
 
     def memory(self, setting, shards):
-        """Bytes on a GPU at a step's peak, {kind: bytes}, with parameters sharded over so many GPUs."""
+        """{kind: bytes} on a GPU at a step's peak, with parameters sharded over so many GPUs."""
         at_once = graphs = self.videos
         if self.compared and setting.graphs != "all":
             at_once, graphs = 1, {"one": 1, "two": 2}[setting.graphs]
@@ -593,12 +595,12 @@ class Work:
                 "context, NCCL, fragments (guessed)": (2 if shards == 1 else 5) * GIB}
 
     def host_memory(self, shards, gpus):
-        """Bytes of CPU memory that --offload takes on a machine with so many GPUs: parameters, gradients, Adam's
+        """Bytes of CPU memory that --offload takes on a machine with so many GPUs, for parameters, gradients, Adam's
         moments and the reference."""
         return 20 * self.parameters // shards * gpus
 
     def seconds(self, setting, gpus, shards, rate):
-        """Of a step on GPUs of so many FLOP/s; with --offload, copies and the CPU's work come on top."""
+        """Seconds of a step on GPUs of `rate` FLOP/s. With --offload, add copies and the CPU's work."""
         seconds = self.flops(setting)[1] / (gpus * rate * UTILISATION)
         if not setting.offload:
             return seconds
@@ -613,7 +615,7 @@ class Work:
         return seconds + copied / COPY + touched / HOST
 
     def fitting(self, settings, room, gpus, shards, rate):
-        """[(seconds a step, Setting)] of those that take no more than `room` bytes of a GPU, the fastest first."""
+        """[(seconds a step, Setting)] of the settings that fit `room` bytes of a GPU, the fastest first."""
         found = []
         for setting in settings:
             if sum(self.memory(setting, shards).values()) <= room:
@@ -622,8 +624,8 @@ class Work:
 
 
 def choose_setting(work, options, process, mesh):
-    """The Setting of a run: the options, and where these leave it open, what is fastest of what fits the GPU. Raises
-    UserError where nothing fits, before anything is loaded."""
+    """The Setting of a run: what the options say, and what they leave open, the fastest that fits the GPU. Raises
+    UserError if nothing fits, before anything is loaded."""
     shards = mesh.size(-1)
     room = math.inf
     if process.device.type == "cuda":
@@ -647,7 +649,7 @@ def choose_setting(work, options, process, mesh):
 
 
 def dry_run(options, clips=5000, n_lose=3):
-    """Print what fits GPUs of each kind, the fastest first, and how long it takes."""
+    """Print which settings fit GPUs of each kind, the fastest first, and how long a run takes."""
     config = model.PUBLISHED_DIT if options.model == data.HUB_MODEL else model.read_dit_config(options.model)
     frames = (config["sample_frames"] - 1) // config["temporal_compression_ratio"] + 1
     shape = (config["out_channels"], frames, config["sample_height"], config["sample_width"])
@@ -695,7 +697,8 @@ def machines_and_gpus(text):
 # ---- The run --------------------------------------------------------------------------------------------------------
 
 def number_of_steps(options, count):
-    """What --epochs over `count` records come to; else --steps; else what the paper's ten epochs come to."""
+    """The number of training steps: those of --epochs over `count` records; else --steps; else the paper's ten epochs.
+    """
     if options.steps and not options.epochs:
         return options.steps
     return math.ceil((options.epochs or 10) * count / options.batch)
@@ -721,8 +724,8 @@ def check_options(options, world_size):
 
 
 def read_records(options, config):
-    """The records to train on and the held-out ones, or None. Raises UserError for records that are not of the model
-    with this config, or have fewer negatives than a step draws."""
+    """The records to train on, and the held-out ones or None. Raises UserError for records of another model than that
+    of `config`, or with fewer negatives than a step draws."""
     records = Records(options.data, negatives=options.method != "sft", scores=options.method in SCORED)
     held_out = Records(options.eval_data) if options.eval_data else None
     expected = config["out_channels"], config["max_text_seq_length"], config["text_embed_dim"]
@@ -740,8 +743,8 @@ def read_records(options, config):
 
 @contextmanager
 def stop_signals():
-    """Yield an Event that is set when this process is to finish its step, save and exit: by SIGTERM (pre-emption;
-    launchers repeat it), by SIGUSR1 or SIGUSR2 (SLURM's --signal) or by Ctrl-C; a second Ctrl-C ends it at once."""
+    """Yield an Event that is set when this process shall finish its step, save and exit: by SIGTERM (pre-emption;
+    launchers repeat it), by SIGUSR1 or SIGUSR2 (SLURM's --signal) or by Ctrl-C. A second Ctrl-C ends it at once."""
     stop = threading.Event()
     before = {}
 
@@ -762,8 +765,8 @@ def stop_signals():
 
 
 def train(options, process, mesh):
-    """Steps until done or asked to stop, checkpoints on the way, the trained transformer at the end. Returns whether
-    training is complete."""
+    """Train until all steps are done or someone asks to stop, with checkpoints on the way; at the end write the trained
+    transformer. Returns whether training is complete."""
     begin = time.time()
     main_rank = process.rank == 0
     out = Path(options.out)
@@ -772,7 +775,7 @@ def train(options, process, mesh):
     records, held_out = read_records(options, config)
     checkpoint = choose_checkpoint(options, process)
     first = 0
-    if checkpoint:                                         # what can be refused is refused before anything is loaded
+    if checkpoint:                                         # refuse what is wrong before anything is loaded
         first = check_checkpoint(checkpoint, options, records)
         data.say(f"continuing from {checkpoint}")
     work = Work(options, config, records[0]["win"].shape, len(records[0].get("lose", ())))
@@ -789,7 +792,7 @@ def train(options, process, mesh):
     log = open_log(out / "metrics.jsonl", first) if main_rank else None
     bar = tqdm(range(first, steps), initial=first, total=steps, desc=options.out, disable=not main_rank)
     with stop_signals() as stop:
-        if previews and is_due(options, first, steps):     # of the start, or what a killed run did not get to
+        if previews and is_due(options, first, steps):     # of the base, or those a killed run did not finish
             make_previews(previews, policy, out / "videos" / f"step-{first:06d}", process)
         for step in bar:
             tick = time.time()
@@ -806,27 +809,27 @@ def train(options, process, mesh):
             if asked or due:
                 save_checkpoint(state, options, records, done, process.rank)
             if asked and done < steps:
-                bar.close()                                # so that what follows is the last line
+                bar.close()                                # so that the message is the last line
                 data.say(f"stopped after {done} steps; checkpoint saved in {options.out}/checkpoints, "
                          "and the same command continues")
                 return False
             if previews and due:
                 make_previews(previews, policy, out / "videos" / f"step-{done:06d}", process)
-    model.save_dit(policy, out, torch.bfloat16)            # in the precision it will run in
+    model.save_dit(policy, out, torch.bfloat16)            # the precision in which it will run
     if main_rank:
         note_base(out, options)
     return True
 
 
 def is_due(options, done, steps):
-    """Whether a checkpoint, and looks at held-out records and videos, are due after so many steps."""
+    """Whether a checkpoint, the held-out records and videos are due after `done` steps."""
     return done == steps or done % options.save_every == 0
 
 
 # ---- The command ----------------------------------------------------------------------------------------------------
 
 def main(options):
-    """Train on a cache of records; without one, on the tiny model, the whole story on the toy world."""
+    """Train on a cache of records; without one, with the tiny model, go through the whole story on the toy world."""
     if options.dry_run:
         return dry_run(options)
     toy = options.model == "tiny" and not options.data
@@ -838,7 +841,7 @@ def main(options):
                         f"make it with: python data.py --videos DIR --model {name} --out {cache}"
                         f" and: python sample.py --model {name} --data {cache}; "
                         "or watch it on the toy world: python train.py --model tiny")
-    if options.offload:                                    # pinned memory in the sizes asked for, not in powers of two
+    if options.offload:                                    # pin memory in the sizes needed, not in powers of two
         settings = os.environ.get("PYTORCH_ALLOC_CONF", "").split(",") + ["pinned_max_round_threshold_mb:1"]
         os.environ["PYTORCH_ALLOC_CONF"] = ",".join(filter(None, settings))
     process, mesh = init_distributed()

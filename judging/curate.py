@@ -12,12 +12,12 @@ from judging.server import Server, ServerOptions
 from judging.vlm import HERE, ask_about, frames_as_jpeg, is_done, read_rows, write_page
 from model import UserError
 
-CHECKS = "theme", "action", "sharp", "uncut", "clean"      # of curate.txt, in which all are to be true
+CHECKS = "theme", "action", "sharp", "uncut", "clean"      # of curate.txt; a clip is kept if all are true
 VERDICTS = {"yes": True, "true": True, "no": False, "false": False}
 
 
 def read_judgement(answer):
-    """{text, keep, reason} in an answer to curate.txt, or None where it is not what that asks for."""
+    """{text, keep, reason} from an answer to curate.txt, or None if it is not in the form that curate.txt asks for."""
     try:
         found = json.loads(answer[answer.index("{"):answer.rindex("}") + 1])
         verdicts = {name: VERDICTS[str(found[name]).strip(" .").lower()] for name in CHECKS}
@@ -33,7 +33,7 @@ def read_judgement(answer):
 
 def find_videos(folder):
     """(videos in or below a folder, {kind: number} of what is left out). Linked folders are followed, hidden ones are
-    not; a file or folder that is linked to counts once, so loops end."""
+    not. A file or folder that is reached twice counts once, so loops end."""
     videos = []
     left_out = Counter()
     folders = [folder]
@@ -67,7 +67,7 @@ class Options(ServerOptions):
 
 def main(options):
     """Sec. 4.1: a model judges and describes every clip in or below a folder. OUT/metadata.jsonl gets a row for each,
-    with keep true, false, or null where there is no answer; OUT/inspect.html shows them to a person."""
+    with keep true, false, or null if there is no answer; OUT/inspect.html shows them to a person."""
     out, raw = Path(options.out).resolve(), Path(options.videos).resolve()
     videos, left_out = find_videos(raw) if options.videos and raw.is_dir() else ([], {})
     if not videos or not options.theme:

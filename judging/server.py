@@ -1,7 +1,7 @@
-"""A server that speaks OpenAI's protocol: the way to it, one question, and what to do where that fails.
+"""A server that speaks OpenAI's protocol: how to reach it, how to ask a question, and what to do if that fails.
 
-Environment: VLM_API_KEY is the server's key. http_proxy, https_proxy, ALL_PROXY and no_proxy lead to other machines; a
-server on this one is asked directly. SSL_CERT_FILE is a certificate of one's own.
+Environment: VLM_API_KEY is the server's key. http_proxy, https_proxy, ALL_PROXY and no_proxy apply to other machines; a
+server on this machine is asked directly. SSL_CERT_FILE is the file of your own certificate.
 """
 import base64, json, os, re, socket, time, urllib.request
 from contextlib import suppress
@@ -16,8 +16,8 @@ from model import UserError
 
 KEY = "VLM_API_KEY"                                        # the environment variable that holds the server's key
 PATIENCE = 600                                             # seconds to wait for a busy server
-TRIAL = 4                                                  # if that many first requests fail alike, all will
-NO_ANSWER = "no answer"                                    # so begins the reason in a row that is to be asked again
+TRIAL = 4                                                  # if so many first requests fail alike, all others would
+NO_ANSWER = "no answer"                                    # the reason in a row that is to be asked again begins so
 
 
 @dataclass
@@ -33,7 +33,7 @@ class ServerOptions:
 # ---- The way there --------------------------------------------------------------------------------------------------
 
 def chat_address(endpoint):
-    """BASE/chat/completions; a BASE without a path gets /v1. Raises UserError for what is no address."""
+    """BASE/chat/completions; a BASE without a path gets /v1. Raises UserError if it is not an address."""
     if not re.fullmatch(r"https?://([\w.-]+|\[[\w:.]+\])(:\d+)?(/\S*)?", endpoint):
         raise UserError(f"--endpoint {endpoint}: expected the address of an OpenAI-compatible server, such as "
                         f"http://localhost:8000/v1 (its key goes into {KEY})")
@@ -43,8 +43,8 @@ def chat_address(endpoint):
 
 
 def is_this_machine(host):
-    """Whether a name or address is this machine's: one at which a socket can be opened here."""
-    with suppress(OSError, UnicodeError):                  # a name that only the proxy knows
+    """Whether a name or address belongs to this machine, so that a socket can be opened on it."""
+    with suppress(OSError, UnicodeError):                  # only the proxy may know the name
         for family, kind, protocol, _, address in socket.getaddrinfo(host, 0, type=socket.SOCK_DGRAM):
             with suppress(OSError), socket.socket(family, kind, protocol) as trial:
                 trial.bind(address)
@@ -53,7 +53,8 @@ def is_this_machine(host):
 
 
 def find_proxy(address):
-    """The proxy that the environment names for an address, or "". Raises UserError for a kind that urllib lacks."""
+    """The proxy that the environment names for an address, or "". Raises UserError for a SOCKS proxy, which urllib does
+    not support."""
     parts = urlsplit(address)
     proxies = urllib.request.getproxies()
     proxy = proxies.get(parts.scheme) or proxies.get("all") or ""
@@ -66,7 +67,8 @@ def find_proxy(address):
 
 
 class AnyStatus(urllib.request.HTTPErrorProcessor):
-    """Every reply counts, whatever its status; none leads on to another server, with the key and the pictures."""
+    """Return every reply, whatever its status, and follow no redirection, which would send key and pictures elsewhere.
+    """
 
     def http_response(self, request, reply):
         return reply
@@ -77,8 +79,8 @@ class AnyStatus(urllib.request.HTTPErrorProcessor):
 # ---- What goes wrong ------------------------------------------------------------------------------------------------
 
 class Trouble(Exception):
-    """Why there is no answer, in words; what to do: wait, ask again (once), skip the question, stop; and for how many
-    seconds the server asks to wait."""
+    """Why there is no answer. `action` is what to do: wait, ask again (once), skip the question or stop. `seconds` is
+    how long the server asks to wait."""
 
     def __init__(self, action, words, seconds=0):
         super().__init__(" ".join(words.split())[:300])
@@ -86,16 +88,16 @@ class Trouble(Exception):
 
 
 def action_at(status):
-    """What to do at an HTTP status that is no success."""
+    """What to do after an HTTP status other than success."""
     if status in (429, 502, 503, 504, 529):                # busy, or loading its model
         return "wait"
-    if status < 400 or status in (401, 402, 403, 404, 407):            # address, key, money, proxy: all would fail
+    if status < 400 or status in (401, 402, 403, 404, 407):            # address, key, money or proxy: all would fail
         return "stop"
     return "again" if status >= 500 or status == 408 else "skip"
 
 
 def seconds_asked(retry_after):
-    """What a Retry-After asks for, by a number or a date; 0 where there is none."""
+    """The seconds to wait by a Retry-After header, which is a number or a date; 0 if there is none."""
     with suppress(ValueError, TypeError):
         return max(1.0, float(retry_after))
     with suppress(ValueError, TypeError):
@@ -104,10 +106,11 @@ def seconds_asked(retry_after):
 
 
 def answer_in(choice, max_tokens):
-    """The text of a reply's choice, without the thinking before it. Raises Trouble if it is cut, refused or empty."""
+    """The text of a reply's choice, without the thinking before it. Raises Trouble if it was cut off, refused or is
+    empty."""
     content = choice.get("content") or ""
     end = str(choice.get("finish_reason") or "stop").lower()
-    if isinstance(content, list):                          # of parts; thinking may be one
+    if isinstance(content, list):                          # of parts, which may include thinking
         parts = [part for part in content if isinstance(part, dict) and part.get("type") == "text"]
         content = "".join(str(part.get("text")) for part in parts)
     if end in ("length", "max_tokens"):
@@ -125,7 +128,7 @@ def answer_in(choice, max_tokens):
 # ---- Questions ------------------------------------------------------------------------------------------------------
 
 class Server:
-    """The server of --endpoint and what has been learned about it. Threads share one."""
+    """The server of --endpoint and what has been learned about it. All threads share one."""
 
     def __init__(self, options):
         key = os.environ.get(KEY, "").strip()
@@ -134,7 +137,7 @@ class Server:
                             "without blanks and special characters")
         self.options = options
         self.address = chat_address(options.endpoint)
-        # With a name of our own: servers behind Cloudflare refuse urllib's.
+        # Servers behind Cloudflare refuse urllib's own User-Agent.
         self.headers = {"Content-Type": "application/json", "User-Agent": "realdpo"}
         if key:
             self.headers["Authorization"] = f"Bearer {key}"
@@ -146,11 +149,11 @@ class Server:
         self.answered = False
         self.failures = []
         self.trial = TRIAL
-        self.tell = print                                  # what is being waited for, or "" when that is over
+        self.tell = print                                  # called with what is waited for, then with ""
 
     def ask(self, text, images, read, temperature=0):
-        """(the answer to a text with JPEG images, "") or ("", why there is none). Waits where the server is busy; asks
-        twice where it fails or `read` makes None of the answer. Raises UserError for what all questions would meet."""
+        """(the answer to a text with JPEG images, "") or ("", why there is none). Waits if the server is busy; asks
+        twice if it fails or if `read` returns None for the answer. Raises UserError if all questions would fail."""
         urls = ["data:image/jpeg;base64," + base64.b64encode(image).decode() for image in images]
         content = [{"type": "image_url", "image_url": {"url": url}} for url in urls] + [{"type": "text", "text": text}]
         waited = 0
@@ -181,7 +184,7 @@ class Server:
             self.tell("")
 
     def request(self, content, temperature):
-        """The message of the reply to one request, with its finish_reason. Raises Trouble where there is none."""
+        """The message in the reply to one request, with its finish_reason. Raises Trouble if there is none."""
         body = {"model": self.options.vlm, "messages": [{"role": "user", "content": content}],
                 self.tokens: self.options.max_tokens}
         if self.takes_temperature:
@@ -207,7 +210,7 @@ class Server:
             return message
         trouble = Trouble("again" if status == 200 else action_at(status),
                           f"{status} {headers['Location'] or ''} {text}", seconds_asked(headers["Retry-After"]))
-        # Newer models of OpenAI call max_tokens otherwise, and choose their temperature themselves.
+        # Newer models of OpenAI have another name for max_tokens, and choose their temperature themselves.
         if trouble.action == "skip" and "max_tokens" in body and "max_completion_tokens" in str(trouble):
             self.tokens = "max_completion_tokens"
         elif trouble.action == "skip" and "temperature" in body and "temperature" in str(trouble).lower():
@@ -218,7 +221,7 @@ class Server:
         return self.request(content, temperature)
 
     def check_trial(self, trouble):
-        """Raise UserError where nothing was ever answered and the first questions all failed alike."""
+        """Raise UserError if nothing was ever answered and the first questions all failed alike."""
         self.failures.append(str(trouble).split()[0])
         filtered = re.search("filter|safety|moderation|policy|sensitive|inappropriate", str(trouble), re.IGNORECASE)
         alike = len(self.failures) >= self.trial > 0 and len({*self.failures}) == 1

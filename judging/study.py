@@ -2,8 +2,8 @@
 
     python -m judging.study --videos METHODS --bench BENCH --out STUDY
 
-METHODS holds a folder for each method, with its videos of the bench. Raters get STUDY/, where nothing tells a method;
-STUDY-key.json, which does, stays here for judging.tally.
+METHODS holds a folder for each method, with its videos of the bench. Raters get STUDY/, in which nothing tells which
+method made a video. STUDY-key.json does, and stays here for judging.tally.
 """
 import os, re, secrets, shlex
 from dataclasses import dataclass
@@ -17,18 +17,18 @@ from judging.vlm import frames_as_jpeg, write_page
 from model import UserError, read_json
 from sample import hashed, read_bench
 
-# A rater's clip begins at its first picture and holds no titles, comments, dates, chapters, names of programs, nor what
-# encoders hide in the pictures (H.264's units of type 6; 9 and 12 are padding).
+# A rater's clip begins at its first picture and has no titles, comments, dates, chapters or names of programs, nor what
+# encoders write into the pictures (H.264's units of type 6; 9 and 12 are padding).
 CLEAN = ("-map_metadata", "-1", "-map_chapters", "-1", "-fflags", "+bitexact", "-flags:v", "+bitexact", "-bsf:v",
          "filter_units=remove_types=6|9|12,setts=pts=PTS-STARTPTS:dts=DTS-STARTPTS", "-movflags", "+faststart",
          "-f", "mp4", "-y")
-# Visually lossless: from x264's 17 downwards nobody sees a difference.
+# Visually lossless: at a crf of 17 or less, nobody sees a difference.
 ENCODE = "-c:v", "libx264", "-crf", "12"
-EXACT = "flags=bicubic+accurate_rnd+full_chroma_int"       # else all gets darker, by 1 to 3 of 255
+EXACT = "flags=bicubic+accurate_rnd+full_chroma_int"       # without, everything gets darker by 1 to 3 of 255
 SQUARE = f"scale=w='2*round(iw*max(1,sar)/2)':h='2*round(ih*max(1,1/sar)/2)':{EXACT}"  # even sides, for 4:2:0
 CODED = (f"scale=out_color_matrix=bt709:out_range=tv:{EXACT},format=yuv420p,"
          "setparams=range=tv:colorspace=bt709:color_primaries=bt709:color_trc=bt709")
-ONE_TIME = 946684800                                       # of all files of a study: 1 January 2000
+ONE_TIME = 946684800                                       # 1 January 2000: the date of all files of a study
 
 
 # ---- Videos of methods ----------------------------------------------------------------------------------------------
@@ -72,12 +72,12 @@ def hash_pictures(video, film):
 
 
 def is_fit(video, film, copy):
-    """Whether a film is what every browser shows as a record does: H.264, 8 bits, 4:2:0, progressive, SDR, upright, of
-    square pixels, without parts that a player leaves out. Then `copy` holds its clip for raters."""
+    """Whether every browser shows a film as it is: H.264, 8 bits, 4:2:0, progressive, SDR, upright, with square pixels,
+    and without parts that a player skips. If so, `copy` holds its clip for raters."""
     if film.codec != "h264" or not re.match(r"yuvj?420p\b(?!.*(first|2020|2084|b67))", film.pixels):
         return False
     copy_film(video, film.stream, copy)
-    log = run_ffmpeg(copy)[1] if copy.is_file() else ""    # of a file without titles, which could hold such words
+    log = run_ffmpeg(copy)[1] if copy.is_file() else ""    # the copy has no titles that could hold such words
     usual = re.search(r"h264 \((Constrained Baseline|Baseline|Main|High)\)", log)
     turned = re.search(r"displaymatrix|display matrix|SAR (?!1:1 )", log, re.IGNORECASE)
     if not usual or turned:
@@ -86,7 +86,7 @@ def is_fit(video, film, copy):
 
 
 def write_clip(video, path):
-    """A video for raters: copied if it is fit, else encoded once through the filters of records."""
+    """Write a video for raters: copied if it is fit, else encoded once, with the filters that records are read with."""
     film = read_video_header(video)
     with whole_file(path) as part, TemporaryDirectory() as folder:
         if not is_fit(video, film, part):
@@ -96,7 +96,8 @@ def write_clip(video, path):
 
 
 def print_giveaways(videos, clips):
-    """Name the prompts whose clips differ in length or size between methods; `clips` are the videos', for raters."""
+    """Print the prompts whose clips differ in length or size between methods. `clips` are the videos' files for raters.
+    """
     looks = {}
     for (method, prompt, _), clip in zip(videos, clips):
         film = read_video_header(clip)
@@ -119,11 +120,11 @@ class Options:
 
 
 def main(options):
-    """OUT/study.html with its clips, for raters, and OUT-key.json, which tells what method a clip is of."""
+    """Write OUT/study.html with its clips, for raters, and OUT-key.json, which tells which method made a clip."""
     prompts, bench = read_bench(options.bench)
     videos = list_videos(options.videos, prompts, bench)
     out, key = Path(options.out), Path(f"{Path(options.out)}-key.json")
-    secret = read_json(key)["secret"] if key.exists() else secrets.token_hex(16)       # written again, the same study
+    secret = read_json(key)["secret"] if key.exists() else secrets.token_hex(16)       # the same study, if made again
     clips, methods = {}, {}                                # {file for raters: video}, in the order of `videos`
     for method, prompt, video in videos:
         name = hashed([secret, method, prompt.name, CLEAN, ENCODE], video)
@@ -134,7 +135,7 @@ def main(options):
         pages.append(dict(caption=prompt.caption, clips=sorted(beside)))
     study = hashed(pages)
     write_json(key, dict(study=study, secret=secret, clips=methods))
-    for clip in tqdm(sorted(clips), desc="clips"):         # made in an order that tells nothing
+    for clip in tqdm(sorted(clips), desc="clips"):         # in an order that tells nothing about methods
         if not clip.exists():
             write_clip(clips[clip], clip)
     for number, prompt in enumerate(prompts):
@@ -142,7 +143,7 @@ def main(options):
             part.write_bytes(frames_as_jpeg(prompt.file, 1)[0])
     write_page("study.html", out / "study.html", dict(study=study, pages=pages))
     for file in [out / "study.html", *(out / "clips").iterdir()]:
-        if re.fullmatch(r"[0-9a-f]{16}\.mp4", file.name) and file not in clips:        # of what the study was before
+        if re.fullmatch(r"[0-9a-f]{16}\.mp4", file.name) and file not in clips:        # of an earlier study
             file.unlink()
         else:
             os.utime(file, (ONE_TIME, ONE_TIME))

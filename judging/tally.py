@@ -22,8 +22,8 @@ def draw_again(count, rng, draws=2000):
 
 
 def print_table(title, rows, columns, values, sign=""):
-    """Markdown of values (raters, rows, prompts, columns) from 0 to 1, nan where there is none: the means in per cent
-    and, in brackets, what holds 95 % of such means if raters and prompts are drawn again (bootstrap)."""
+    """Print a Markdown table of values (raters, rows, prompts, columns) from 0 to 1, nan if missing: means in per cent
+    and, in brackets, their 95 % intervals by a bootstrap over raters and prompts."""
     rng = generator("bootstrap")
     raters, prompts = draw_again(values.shape[0], rng), draw_again(values.shape[2], rng)
     add_up = partial(torch.einsum, "dr,rmpc,dp->dmc")
@@ -38,7 +38,7 @@ def print_table(title, rows, columns, values, sign=""):
 
 
 def print_differences(rows, columns, values):
-    """`print_table` of how far each row lies above the first, taken pair by pair: of the same rater and prompt."""
+    """Print how far each row lies above the first, as the mean of paired differences for the same rater and prompt."""
     if len(rows) > 1:
         print_table(f"minus {rows[0]}, points", rows[1:], columns, values[:, 1:] - values[:, :1], sign="+")
 

@@ -34,8 +34,8 @@ def subject(row):
 
 
 def list_questions(options):
-    """({question: (row, text, picture, video)} about each dimension of every video, --repeat times; the bench's hash).
-    A question is called by a hash of what the model is shown and by the number of the asking."""
+    """({question: (row, text, picture, video)}, the bench's hash): a question about each dimension of every video,
+    --repeat times. Its key is a hash of what the model is shown, and the number of the asking."""
     if options.repeat < 1:
         raise UserError(f"--repeat {options.repeat}: expected how often to ask each question, at least 1")
     template, *sections = (HERE / "verdict.txt").read_text(encoding="utf-8").split("\n# ")
@@ -68,7 +68,7 @@ def ask_verdicts(options, file):
     def judge(question):
         row, text, image, video = questions[question]
         pictures = [*frames_as_jpeg(image, 1), *frames_as_jpeg(video, 8)]
-        # At temperature 0 many a server only repeats itself: later askings are free to differ.
+        # At temperature 0 many servers only repeat themselves, so later askings use another.
         answer, reason = server.ask(text, pictures, read_scores, temperature=0.7 if row["asking"] else 0)
         return dict(question=question, **row, **asked, answer=answer, reason=reason)
 
