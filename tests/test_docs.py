@@ -46,7 +46,7 @@ def test_a_default_that_differs_from_them_is_what_the_readme_says():
         assert float(found[1]) == getattr(train.Options, name), name
     assert "| one negative drawn per sample and step |" in differs and train.Options.lose_per_step == 1
     assert train.Options.ema_every == 1 and "updated every step" in differs
-    assert "a frame is taken every eighth of a second" in " ".join(README.split())
+    assert "A frame is taken every eighth of a second" in " ".join(README.split())
     assert data.Options.fps == sample.Options.fps == 8
 
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from data import whole_file
 
-# Of Okabe and Ito, told apart by the colour-blind too; each with a mark of its own.
+# Okabe and Ito's colours, which the colour-blind can tell apart; each method also has its own mark.
 COLOURS = ("#0072b2", "#d55e00", "#555555")
 MARKS = ("circle", "square", "triangle")
 LEFT, TOP, WIDTH, HEIGHT = 60, 40, 430, 300                # of the frame, pixels
@@ -21,7 +21,7 @@ class Point(NamedTuple):
 
 
 class Scale(NamedTuple):
-    """Where numbers lie on an axis on which equal factors are equally far apart."""
+    """A logarithmic axis."""
     low: float
     high: float
     start: float                                           # pixel of `low`

@@ -17,7 +17,7 @@ LEFT, TOP, WIDTH, HEIGHT, STRIDE = 60, 40, 240, 150, 320   # of a panel, pixels
 
 
 def read_metrics(run):
-    """The lines of a run's metrics.jsonl, as dicts. Raises UserError where there are none."""
+    """The lines of a run's metrics.jsonl, as dicts. Raises UserError if there are none."""
     file = Path(run) / "metrics.jsonl"
     if not file.is_file():
         raise UserError(f"{file}: no such file; give the --out folder of a training run")
@@ -28,7 +28,7 @@ def read_metrics(run):
 
 
 def curve(lines, key, minus=None):
-    """[(step, value)] of the lines that have this number, less another where one is named: those of a comparison."""
+    """[(step, value)] of the lines that have this metric, minus another one if it is named."""
     points = []
     for line in lines:
         if minus is None and key in line:

@@ -23,7 +23,7 @@ from toy.runs import CHOOSING, FEW, RATES, Row, Run, Runs, training_options
 # ---- The rows -------------------------------------------------------------------------------------------------------
 
 REGIMES = ("12 clips", "one action", "another style", "nearly right")           # see regimes.py
-TUNED = "one action"                                       # in which each row has its own rate, too
+TUNED = {"12 clips": 0, "one action": 3}                   # with own rates as well; the search begins so many RATES lower
 BUDGETS = (0.25, 0.5, 1.0, 2.0, 4.0)
 LOW = dict(t_draw="low")
 RELEASE = dict(t_draw="release")
@@ -42,15 +42,15 @@ REALDPO = (
     Row("realdpo 1 low", LOW, 1e-3, count=4),
     Row("realdpo 4 release half", dict(compare_every=4) | RELEASE | HALF, 2e-3, count=2),
     Row("realdpo 1 release half", RELEASE | HALF, 1e-3, count=1),
-    Row("realdpo 4 release", dict(compare_every=4) | RELEASE, 2e-3, count=1),
-    Row("realdpo 1 release", RELEASE, 1e-3, count=1),
+    Row("realdpo 4 release", dict(compare_every=4) | RELEASE, 2e-3, count=2),
+    Row("realdpo 1 release", RELEASE, 1e-3, count=2),
     Row("realdpo 2 release half", dict(compare_every=2) | RELEASE | HALF, 2e-3, count=1),
-    Row("realdpo 2 release", dict(compare_every=2) | RELEASE, 2e-3, count=1),
+    Row("realdpo 2 release", dict(compare_every=2) | RELEASE, 2e-3, count=2),
     Row("realdpo 4 low", dict(compare_every=4) | LOW, 2e-3, count=1),
-    Row("realdpo 2 low", dict(compare_every=2) | LOW, 2e-3, count=1),
+    Row("realdpo 2 low", dict(compare_every=2) | LOW, 2e-3, count=2),
     Row("realdpo 1 low half", LOW | HALF, 1e-3, count=1),
     Row("realdpo 4 low half", dict(compare_every=4) | LOW | HALF, 2e-3, count=1),
-    Row("realdpo 2 low half", dict(compare_every=2) | LOW | HALF, 2e-3, count=1),
+    Row("realdpo 2 low half", dict(compare_every=2) | LOW | HALF, 2e-3, count=2),
 )
 OTHERS = (
     Row("paper", PAPER | dict(decay=0.0), 2e-5, count=1),
@@ -156,15 +156,17 @@ def champions(runs):
 
 
 def budget_rows(runs, champion):
-    """A row for each budget, all at the champion's rate."""
+    """A row for each budget, each at its own rate; the paper's loss, which is far from both others, at that of 1 ×."""
     rate, _ = runs.search(champion)
     rows = []
     for budget in BUDGETS:
-        name = champion.name if budget == 1 else f"{champion.name} x{budget:g}"
-        count = champion.count if budget == 1 else 1
-        few = budget == 4 or champion.name == "paper" and budget != 1
-        bases = FEW if few else champion.bases
-        rows.append(champion._replace(name=name, budget=budget, start=rate, fixed=True, count=count, bases=bases))
+        fixed = champion.fixed or champion.name == "paper"
+        row = champion._replace(budget=budget, start=rate, fixed=fixed)
+        if budget != 1:
+            row = row._replace(name=f"{champion.name} x{budget:g}", count=1)
+        if budget == 4 or fixed and budget != 1:
+            row = row._replace(bases=FEW)
+        rows.append(row)
     return rows
 
 
@@ -174,18 +176,19 @@ def base_row(regime):
 
 
 def regime_rows(runs, regime):
-    """A row for each champion, at its usual rate; in the regime TUNED then one for each at its own rate there."""
+    """A row for each champion, at its usual rate; in TUNED regimes then one for each at its own rate there."""
     rows = []
     for champion in champions(runs):
         rate, _ = runs.search(champion)
         name = f"{champion.name}, {regime}"
         rows.append(champion._replace(name=name, regime=regime, start=rate, fixed=True, count=1, bases=FEW))
-    if regime != TUNED:
+    if regime not in TUNED:
         return rows
     tuned = []
     for row in rows:
-        lower = row.start if row.options == ROWS["paper"].options else RATES[RATES.index(row.start) - 3]
-        tuned.append(row._replace(name=f"{row.name}, own rate", start=lower, fixed=False))
+        lower = 0 if row.options == ROWS["paper"].options else TUNED[regime]
+        start = RATES[RATES.index(row.start) - lower]
+        tuned.append(row._replace(name=f"{row.name}, own rate", start=start, fixed=False))
     return rows + tuned
 
 
@@ -269,10 +272,14 @@ def budget_table(runs, file):
     points = {name: [] for name in names}
     rows = [budget_rows(runs, champion) for champion in (sft, *others)]
     for i, budget in enumerate(BUDGETS):
-        values = [values_of(runs, champion[i]) for champion in rows]
-        for name, value in zip(names, values):
-            points[name].append(Point(budget, value.mean(), half_width(value)))
-        cells = [plus_minus(value) for value in values]
+        values = []
+        cells = []
+        for name, of_budgets in zip(names, rows):
+            rate, _ = runs.search(of_budgets[i])
+            reached = values_of(runs, of_budgets[i])
+            points[name].append(Point(budget, reached.mean(), half_width(reached)))
+            cells.append(f"{plus_minus(reached)} at {rate:g}")
+            values.append(reached)
         lines.append("| " + " | ".join([f"{budget:g}", *cells, plus_minus(values[1], values[0])]) + " |")
     draw_budgets(file, points, values_of(runs, BASE).mean(), "rvd after training (lower is better)")
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""What a toy video scores, with no learned judge: by the truth its figure holds, and by joints read off its colours.
+"""What a toy video scores, without a learned judge: by the known motion of its figure and by joints read off colours.
 
     python -m toy.judge FOLDER             mp4s of any source, NUMBER.mp4 showing the held-out figure of that number
 """
@@ -30,8 +30,8 @@ def continuations(figure, frames, size):
 
 
 def coded_continuations(world, number, frames, size, folder):
-    """`continuations` of a world's figure as the tiny autoencoder gives them back, so that its blur is not counted
-    against a model. They take far longer than all the rest of judging, so they are kept in `folder`."""
+    """`continuations` of a world's figure after the tiny autoencoder, so that its blur is not counted against a model.
+    They take much longer than the rest of judging, so they are kept in `folder`."""
     file = Path(folder) / f"{world}-{number:05d}.safetensors"
     made_by = dict(vae=data.digest(model.TINY / "vae"), paces=len(PACES), frames=frames, size=size)
     if not file.exists():
@@ -70,7 +70,7 @@ def change(centre, order):
 
 
 def action_match(centre, figure):
-    """1 if, of all actions and speeds, the caption's is the one whose motion is nearest, else 0."""
+    """1 if, of all actions and speeds, the caption's has the nearest motion, else 0."""
     times = np.arange(len(centre)) / FPS
 
     def error(rival):

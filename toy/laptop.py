@@ -67,7 +67,7 @@ def prepare(out, name, seed, counts, rank, scores=True):
 
 
 def label_of(options):
-    """What a run is called in pictures and tables; the paper's loss has no anchor."""
+    """The name of a run in pictures and tables; the paper's loss has no anchor."""
     name = {"realdpo": "RealDPO", "sft": "SFT", "dpo": "DPO", "rwr": "RWR"}[options.method]
     return f"{name} + anchor" if options.anchor and options.method == "realdpo" else name
 
@@ -167,7 +167,7 @@ def read_shown(folder):
 
 
 def run(options, process, train):
-    """Make the records, train every run with `train(options) -> whether it is complete`, show what came out."""
+    """Make the records, train each run with `train(options) -> whether it is complete`, and show the results."""
     scored = options.method in ("dpo", "rwr")
     options.data = prepare(options.out, "tiny", options.seed, COUNTS, process.rank, scored)
     options.bench = f"{options.out}/bench"

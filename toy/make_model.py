@@ -64,7 +64,7 @@ def muon(weights, momenta, lr):
 
 
 class State:
-    """What an optimization changes: weights, Muon's momentum and Adam's moments, kept in a file now and then."""
+    """Everything that an optimization changes: weights, Muon's momentum and Adam's moments, saved now and then."""
 
     def __init__(self, parameters, file, **made_by):
         self.file, self.made_by = file, made_by
@@ -84,8 +84,8 @@ class State:
         return named
 
     def load(self):
-        """Read the file, if there is one. Returns the steps done. Raises UserError where it was made with another seed
-        or number of steps."""
+        """Read the file, if there is one. Returns the steps done. Raises UserError if it was made with another seed or
+        number of steps."""
         if not self.file.exists():
             return 0
         saved = data.read_header(self.file)[1]
@@ -212,7 +212,7 @@ def make_base(folder, steps, seed=0, clips=4096, unseen=128):
     for linear in zero:
         nn.init.zeros_(linear.weight)
         nn.init.zeros_(linear.bias)
-    # The table of positions is published as a buffer, but somebody trained it.
+    # The table of positions is a buffer in the published model, but here it has to be trained.
     table = nn.init.normal_(net.patch_embed.pos_embedding, std=0.02).requires_grad_()
     denoiser = model.Denoiser(net, model.FlowPrediction(), FLOW)
 
@@ -230,7 +230,7 @@ def make_base(folder, steps, seed=0, clips=4096, unseen=128):
 
 
 BASE_STEPS = 6000
-DEFAULTS = json.loads((model.TINY / "defaults.json").read_text())      # of the commands, where this is the model
+DEFAULTS = json.loads((model.TINY / "defaults.json").read_text())      # of the commands' options, for this model
 
 
 @dataclass

@@ -66,13 +66,13 @@ def write_real_clips(regime, folder, seed):
 
 
 def own_base(folder, seed, steps=BASE_STEPS):
-    """A model folder with a base of its own, and the shipped autoencoder and text encoder. Seed 0's usual base is the
-    shipped one too: made in the same way. Raises UserError where there is one of another number of steps."""
+    """A model folder with its own base and the shipped autoencoder and text encoder. The shipped base was made in the
+    same way, with seed 0. Raises UserError if the folder holds one of another number of steps."""
     file = folder / "base.json"
     made_by = dict(model="tiny", steps=steps)
     if file.exists():
         data.check_metadata(file, model.read_json(file), made_by)
-    write_json(file, made_by)                              # for the parts it does not have, see model.resolve
+    write_json(file, made_by)                              # model.resolve finds the other parts by it
     shipped = (seed, steps) == (0, BASE_STEPS)
     if not shipped and not list(folder.glob("transformer/*.safetensors")):
         make_base(folder, steps, seed)
@@ -95,8 +95,8 @@ def improve(base, folder, seed, steps, processes):
 
 
 def prepare_regime(name, out, seed, processes):
-    """Make what is missing of a regime's base and records, under a seed's folder `out`. Returns the model's and the
-    records' folder."""
+    """Make what is missing of a regime's base and records under `out`, the folder of a seed. Returns the folders of the
+    model and of the records."""
     regime = REGIMES[name]
     folder = Path(out)
     if name != "usual":

@@ -1,4 +1,4 @@
-"""Training runs by the hundred: trained, judged, shared by several processes, and kept as the scores they reached.
+"""Training runs by the hundred: trained and judged by several processes at once, and kept as the scores they reached.
 
 A run is a folder, and what it scored is a file in there. So work that was interrupted goes on, and processes with the
 same folder share it: one that finds a run locked takes the next.
@@ -27,7 +27,7 @@ FEW = (1, 2, 3)                                            # where a table would
 
 class Row(NamedTuple):
     """A way to train, from any base and at any learning rate; or, without options, the base as it is."""
-    name: str                                              # of its folders, too
+    name: str                                              # also that of its folders
     options: dict = None                                   # of train.py
     start: float = 0.0                                     # the rate at which the search for the best one begins,
     fixed: bool = False                                    # or the rate itself
@@ -82,14 +82,14 @@ class Runs:
         return self.out / f"seed-{run.base}" / "runs" / run.row.name / f"{run.rate:g}-{run.number}"
 
     def scores(self, run, split):
-        """{measure: [a number a figure]} of a run on its base's figures, or None where it is still to be judged."""
+        """{measure: [a number a figure]} of a run on its base's figures, or None if it has not been judged yet."""
         file = self.folder(run) / f"scores-{split}.json"
         if file not in self.known and file.exists():
             self.known[file] = json.loads(file.read_text())
         return self.known.get(file)
 
     def missing(self, runs, split):
-        """[(run, split)] of those that are still to be judged."""
+        """[(run, split)] for each of `runs` that has not been judged yet."""
         return [(run, split) for run in runs if self.scores(run, split) is None]
 
     def mean(self, run, split, measure="rvd"):
@@ -97,8 +97,8 @@ class Runs:
         return np.mean(self.scores(run, split)[measure])
 
     def search(self, row):
-        """The learning rate with which a row has the lowest rvd on validation figures, downhill from its first guess.
-        Returns (rate or None, [(run, split)] that are missing to tell). Raises UserError at an end of RATES."""
+        """The learning rate at which a row has the lowest rvd on validation figures, found downhill from a first guess.
+        Returns (rate or None, [(run, split)] still needed to tell). Raises UserError at an end of RATES."""
         if row.fixed:
             return row.start, []
         best = RATES.index(row.start)
@@ -117,7 +117,7 @@ class Runs:
         raise UserError(f"{row.name}: the best rate lies at an end of RATES; extend them")
 
     def train(self, run, base, cache):
-        """Train a run. Raises KeyboardInterrupt where it was asked to stop."""
+        """Train a run. Raises KeyboardInterrupt if it was asked to stop."""
         folder = self.folder(run)
         options = training_options(run.row)
         options.model, options.data, options.out = base, cache, str(folder)
@@ -129,8 +129,8 @@ class Runs:
         shutil.rmtree(folder / "checkpoints")              # four times the model's size, and nothing reads them again
 
     def prepare(self, run):
-        """The folders of the base and of the records that a run starts with, made where they are missing. Raises InUse
-        as long as another process makes them."""
+        """The folders of the base and of the records that a run starts with, made if they are missing. Raises InUse
+        while another process makes them."""
         seed_folder = self.out / f"seed-{run.base}"
         with sole_owner(seed_folder / "preparing" / run.row.regime):
             return prepare_regime(run.row.regime, seed_folder, run.base, self.processes)
@@ -146,8 +146,8 @@ class Runs:
               f"rvd {self.mean(run, split):.3f} on {split} figures", flush=True)
 
     def do(self, run, split):
-        """Train and judge a run, as far as that is still to be done. Raises InUse where another process is at it, or at
-        what it needs."""
+        """Train and judge a run, as far as that has not been done. Raises InUse if another process is doing it, or
+        making what it needs."""
         folder = self.folder(run)
         with sole_owner(folder):
             if self.scores(run, split) is not None:
@@ -166,9 +166,9 @@ class Runs:
             for run, split in todo:
                 with suppress(InUse):
                     self.do(run, split)
-                    break                                  # what is missing now may be something else
+                    break                                  # then other runs may be missing
             else:
-                time.sleep(5)                              # other processes are at all that is missing
+                time.sleep(5)                              # other processes do all that is missing
         if self.processes:
             dist.destroy_process_group()
             self.processes = None
