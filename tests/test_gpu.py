@@ -44,7 +44,8 @@ def test_no_tensor_is_on_the_wrong_device_where_networks_are_on_a_gpu(cache, mon
     monkeypatch.setattr(train, "batch_indices", lambda *_: [0, 1])
     monkeypatch.setattr(train, "send_gradients", lambda *_: None)          # the networks here are not sharded
     records, prediction = data.Records(cache), model.VPrediction(SCHEDULER)
-    records = [records[0], records[1]]                     # real tensors on the CPU, as files give them
+    real = [records[0], records[1]]                        # real tensors on the CPU, as files give them
+    monkeypatch.setattr(records, "read", lambda index, negatives: real[index])
     dit, vae = model.read_dit_config("tiny"), model.read_config(model.TINY, "vae", "AutoencoderKLCogVideoX")
     model.rope_table.cache_clear()
     try:
