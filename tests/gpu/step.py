@@ -9,8 +9,14 @@ import train
 
 
 class Made(list):
-    """Records made here, with the names that train_step asks for."""
+    """Records made here, with the names and the reading that train_step asks for."""
     names = ["made"]
+
+    def read(self, index, negatives):
+        kept = dict(self[index])
+        if not negatives:
+            del kept["lose"]
+        return kept
 
 
 def stepper(layers, setting, lr):
