@@ -107,8 +107,8 @@ def gpu(cards):
 @pytest.mark.gpu
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_tiny_run_on_gpus_learns_what_one_on_a_cpu_does(count, cards, gpu, videos, tmp_path):
-    """Records, negatives and videos of a bench by the commands on the GPU; 60 steps in bf16 there, with --offload, in two
-    halves, and in fp32 on the CPU; at a constant rate, since a falling one would not let 30 steps become 60."""
+    """Records, negatives and videos of a bench by the commands on the GPU; 60 steps in bf16 there, with --offload, in
+    two halves, and in fp32 on the CPU; at a constant rate, since a falling one would not let 30 steps become 60."""
     if count > len(cards):
         pytest.skip("only one GPU is here")
     python = [sys.executable, "-W", "ignore"]
