@@ -82,7 +82,8 @@ def telling(tmp_path_factory):
     (folder / "more.txt").write_text("\n".join([
         ";FFMETADATA1", "title=Secret-5B", "comment=Secret prompt", "[CHAPTER]", "TIMEBASE=1/1", "START=0", "END=1",
         "title=Secret chapter", ""]))
-    pictures, sound = "gradients=d=2:s=64x48:r=10:seed=3:speed=0.1", "sine=d=2"
+    pictures = "nullsrc=d=2:s=64x48:r=10,geq=r='4*X':g='255-5*Y':b='128+100*sin(X/9+N/5)'"
+    sound = "sine=d=2"
     ffmpeg("-itsoffset", "0.5", "-f", "lavfi", "-i", pictures, "-f", "lavfi", "-i", sound, "-i", folder / "more.txt",
            "-map_metadata", "2", "-metadata", "creation_time=2026-01-01", "-metadata:s:v", "handler_name=Secret-name",
            "-c:v", "libx264", "-pix_fmt", "yuv420p", folder / "telling.mp4")
