@@ -1,4 +1,4 @@
-"""Steps of train.py's default: the first loss, the time, and the memory of each way against what train.py computes."""
+"""Steps that compare: the first loss, the time, and the memory of each way against what train.py computes."""
 import math, threading
 from functools import partial
 
@@ -21,7 +21,8 @@ class Made(list):
 
 def stepper(layers, setting, lr):
     """A step of one sample, the list that its losses go to, and what train.py computes of it."""
-    options = train.Options(batch=1, lr=lr, warmup=0, checkpointing=setting.checkpointing, graphs=setting.graphs)
+    options = train.Options(batch=1, lr=lr, warmup=0, compare_every=1, checkpointing=setting.checkpointing,
+                            graphs=setting.graphs)
     split = partial(train.shard, mesh=mesh, dtype=bf16, offload=setting.offload)
     where = "cpu" if setting.offload else device
     policy, reference = (denoiser(layers, torch.float32, split, where) for _ in range(2))
