@@ -203,10 +203,10 @@ class Browser:
         raise AssertionError(f"never: {script}")
 
     def downloaded(self, name):
-        """The content of a download, once it is there; it is then removed."""
+        """The content of a download, once it is there; it is then removed. Chromium first reserves its name, empty."""
         file = self.downloads / name
         for _ in range(500):
-            if file.is_file():
+            if file.is_file() and file.stat().st_size:
                 content = file.read_text(encoding="utf-8")
                 file.unlink()
                 return content
