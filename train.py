@@ -778,7 +778,8 @@ def train(options, process, mesh):
     if checkpoint:                                         # refuse what is wrong before anything is loaded
         first = check_checkpoint(checkpoint, options, records)
         data.say(f"continuing from {checkpoint}")
-    work = Work(options, config, records[0]["win"].shape, len(records[0].get("lose", ())))
+    record = records[0]
+    work = Work(options, config, record["win"].shape, len(record.get("lose", ())))
     setting = choose_setting(work, options, process, mesh)
     options.graphs = setting.graphs
     previews = prepare_previews(options, process) if options.bench else None
