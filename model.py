@@ -13,29 +13,20 @@ transformer has 0.8 million weights: the one in assets/tiny that the tests and t
 
 Axes: B batch, C channels, F latent frames, H W latent height and width, L text tokens, S all tokens, D width.
 """
-import json, math, os, shutil, warnings
-from collections import Counter, OrderedDict
+import math
+from collections import OrderedDict
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import NamedTuple
 
-# OpenMP's threads spin for each other before they sleep: 300,000 times, in which a busy neighbour on the same cores
-# makes a step take fifty times as long. Read when torch is loaded, so whoever imports both imports this file first.
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-
-import huggingface_hub
+from support import UserError
+from support.files import write_json
+from support.folders import find_transformer, read_config, read_dit_config, refuse, resolve
+from support.weights import empty, read_weights, save_part
 import torch
 import torch.nn as nn
 import torch.nn.functional as nnf
 from einops import rearrange
-from safetensors import SafetensorError, safe_open
-from torch.distributed import checkpoint as dcp
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
-
-
-class UserError(ValueError):
-    """A mistake that only the user can fix. The commands print it as one line and exit with status 1."""
 
 
 # ---- Text encoder: T5 v1.1 (Raffel et al. 2020; Shazeer 2020 for the gated feed-forward), encoder half only ---------
@@ -120,7 +111,8 @@ class Norm(nn.GroupNorm):
             sums = sums + torch.stack([frame.sum((2, 3)), frame.square().sum((2, 3))]).double()             # (2,B,C)
         sums = sums.unflatten(2, (self.num_groups, -1))                                                # (2,B,G,C/G)
         sums = sums.sum(3, keepdim=True).expand_as(sums).flatten(2)                                         # (2,B,C)
-        mean, square = sums * self.num_groups / x[0].numel()                                                  # (B,C)
+        count = x[0].numel() / self.num_groups             # numbers of a sample in a group
+        mean, square = sums / count                                                                           # (B,C)
         std = ((square - mean ** 2).clamp(min=0) + self.eps).sqrt()                        # rounding may leave it < 0
         scale = self.weight / std
         shift = self.bias - mean * scale
@@ -139,7 +131,8 @@ class SpatialNorm(nn.Module):
     def scale_and_shift(self, x, z):
         """Scale and shift of x (B,C,F,H,W) at z's height and width, (B,C,F,h,w), which `affine` stretches to x's."""
         scale, shift = self.norm_layer.scale_and_shift(x, z)
-        frames, odd = x.shape[2], x.shape[2] % 2           # frame 0 of an odd clip has a latent frame to itself
+        # The latent frame of each frame; frame 0 of an odd clip has one to itself. Nine of three: 0 1 1 1 1 2 2 2 2.
+        frames, odd = x.shape[2], x.shape[2] % 2
         source = [0] * odd + [odd + i * (z.shape[2] - odd) // (frames - odd) for i in range(frames - odd)]
         y, b = self.conv_y["conv"](z)[:, :, source], self.conv_b["conv"](z)[:, :, source]
         return scale * y, torch.addcmul(b, shift, y)
@@ -164,7 +157,7 @@ class CausalConv3d(nn.Module):
     def forward(self, x, past, norm=None, overwrite=False):
         in_place = not torch.is_grad_enabled()
         out = x if overwrite and in_place else x.new_empty(len(x), self.conv.out_channels, *x.shape[2:])
-        before = past.pop(self, None)                      # taken, so that it goes once the first piece has used it
+        before = past.pop(self, None)                      # popped, so that its memory is free after the first piece
         size = self.frames_at_once(x)
         for i in range(0, x.shape[2], size):
             frames = slice(i, i + size)
@@ -464,16 +457,19 @@ class DiT(nn.Module):
         return self.patch_embed.pos_embedding[:, :n_text + math.prod(grid)]
 
 
-def forward_flops(config, grid):
-    """FLOP of one sequence's forward pass in matrix products (24·D² a token and block) and in attention (4·S²·D a
-    block), and its tokens S; latents of a `grid` (F,H,W)."""
-    width = config["num_attention_heads"] * config["attention_head_dim"]
-    layers = config["num_layers"]
-    tokens = config["max_text_seq_length"] + math.prod(grid) // config["patch_size"] ** 2
-    return layers * 24 * width ** 2 * tokens, layers * 4 * tokens ** 2 * width, tokens
-
-
-# ---- Everything is a denoiser: the wrapping of F that predicts clean latents on x_t = (1 − t)·x₀ + t·ε (ψ of Eq. 4–5) 
+# ---- Everything is a denoiser: the wrapping of F that predicts clean latents on x_t = (1 − t)·x₀ + t·ε (ψ of Eq. 4–5) -
+# CogVideoX was trained to predict v = α·ε − σ·x₀ from z = α·x₀ + σ·ε with α² + σ² = 1. Here, noise is added along a
+# straight line, x_t = (1−t)·x₀ + t·ε. Divided by s = √((1−t)² + t²), this *is* CogVideoX's z, with α = (1−t)/s and
+# σ = t/s; the network is told the training step with the same α/σ. Its answer gives the clean latents, x̂₀ = α·z − σ·v.
+# So CogVideoX is a flow-matching model after a change of variables, exactly, and no other file ever sees ε or v:
+#
+#     x̂₀ = D(x_t, c, t) = c_skip·x_t + c_out·F(c_in·x_t, c, c_noise)
+#
+#     F predicts                              c_in   c_skip   c_out   c_noise
+#     flow velocity u = ε − x₀  (tiny)        1      1        −t      1000·t
+#     v = α·ε − σ·x₀  (CogVideoX)             1/s    α/s      −σ      the training step of equal α/σ
+#
+# One Euler step of the flow, x ← x + (t′ − t)·(x − x̂₀)/t, is one DDIM step in CogVideoX's coordinates.
 
 class FlowPrediction:
     """F predicts the flow velocity u = ε − x₀."""
@@ -487,11 +483,7 @@ class FlowPrediction:
 
 
 class VPrediction:
-    """F predicts v = α·ε − σ·x₀ of a variance-preserving schedule, the published CogVideoX.
-
-    Such a network *is* a flow model after a change of variables: z = x_t / s with s = √((1−t)² + t²) has the schedule's
-    α = (1−t)/s and σ = t/s, and the training step k is the one of equal signal-to-noise ratio.
-    """
+    """F predicts v = α·ε − σ·x₀ of a variance-preserving schedule, the published CogVideoX's."""
 
     def __init__(self, c):
         betas = torch.linspace(c["beta_start"] ** 0.5, c["beta_end"] ** 0.5, c["num_train_timesteps"],
@@ -534,8 +526,8 @@ class Denoiser(nn.Module):
     x̂₀ = c_skip·x_t + c_out·F(c_in·x_t, c, c_noise)   (form of Karras et al. 2022, Eq. 7; ψ∘θ of the paper's Eq. 4–5)
 
     `net` is F and the only part that runs in bf16. `checkpointing` True recomputes each block in the backward pass,
-    "selective" all of it but its attention, False nothing. `time_grid(steps)` gives the times of a sampler with so many
-    evaluations, steps + 1 numbers falling from 1 to 0, fp64; `t_min` is the smallest t the network was trained at.
+    "selective" all of it but its attention, False nothing. `time_grid(steps)` gives the times of a sampler with that
+    many evaluations, steps + 1 numbers falling from 1 to 0, fp64; `t_min` is the smallest t the network was trained at.
     """
     checkpointing = False
 
@@ -560,244 +552,21 @@ class Denoiser(nn.Module):
         return c_skip * x_t + c_out * output.float()
 
 
-# ---- Folders: the layout that diffusers publishes, read strictly and written whole ----------------------------------
-
-TINY = Path(__file__).parent / "assets" / "tiny"
-# What diffusers assumes if a config does not say, where this code computes something else.
-ASSUMED = dict(use_rotary_positional_embeddings=False, prediction_type="epsilon", rescale_betas_zero_snr=False)
-PUBLISHED_DIT = dict(                                      # CogVideoX-5B-I2V's, for dry runs without a download
-    _class_name="CogVideoXTransformer3DModel", num_attention_heads=48, attention_head_dim=64, in_channels=32,
-    out_channels=16, num_layers=42, patch_size=2, norm_eps=1e-5, sample_frames=49, sample_height=60, sample_width=90,
-    temporal_compression_ratio=4, text_embed_dim=4096, max_text_seq_length=226, time_embed_dim=512,
-    use_learned_positional_embeddings=True, use_rotary_positional_embeddings=True)
-
-
-class Config(dict):
-    """The contents of a config.json. A missing key raises UserError, which names the file."""
-    file = "a config"
-
-    def __missing__(self, key):
-        raise UserError(f"{self.file}: {key} is missing")
-
-
-def read_json(file):
-    """The object in a JSON file, as a Config. Raises UserError if there is none."""
-    try:
-        config = Config(json.loads(file.read_text()))
-    except (OSError, ValueError, TypeError) as e:
-        raise UserError(f"{file}: cannot be read as a JSON object ({e})") from e
-    config.file = file
-    return config
-
-
-def is_checkpoint(folder):
-    """Whether a folder is a checkpoint of a training run."""
-    return (folder / "options.json").is_file()
-
-
-def folder_of(path):
-    """The local folder of a model; for a checkpoint's `ref`, that of the checkpoint."""
-    folder = TINY if str(path) == "tiny" else Path(path)
-    return folder.parent if folder.name == "ref" and is_checkpoint(folder.parent) else folder
-
-
-def last_checkpoint(path):
-    """The newest checkpoint of a training run that has not ended; None for any other model."""
-    folder = folder_of(path)
-    return None if (folder / "transformer").exists() else max(folder.glob("checkpoints/step-??????"), default=None)
-
-
-def base_of(path):
-    """The model that a training run or checkpoint started from, noted in its base.json; any other `path` as it is."""
-    for folder in (folder_of(path), last_checkpoint(path)):
-        if folder and (folder / "base.json").is_file():
-            return read_json(folder / "base.json")["model"]
-    return str(path)
-
-
-def local_folders(path):
-    """The local folders that may hold parts of a model: its own and, if it is a training run, its base's."""
-    return [folder_of(path), folder_of(base_of(path))]
-
-
-def defaults_of(path, command):
-    """The option defaults that suit a model, from {command: {option: value}} in the defaults.json of its folder or, if
-    it is a training run, of its base's. {} if there is none; the hub is never asked."""
-    for folder in local_folders(path):
-        file = folder / "defaults.json"
-        if file.is_file():
-            options = read_json(file).get(command, {})
-            if not isinstance(options, dict):
-                raise UserError(f"{file}: {command} is {options!r}, expected an object of options")
-            return options
-    return {}
-
-
-def resolve(path, *parts):
-    """The local folder that holds the named parts of a model: its own, that of its base if it is a training run without
-    them, or the hub's, downloaded once. Raises UserError if there is none or a part is missing."""
-    for folder in local_folders(path):
-        if all((folder / part).exists() for part in parts):
-            return folder
-    base = base_of(path)
-    folder = folder_of(base)
-    if not folder.is_dir():
-        try:
-            patterns = [part + "*" for part in parts]
-            folder = Path(huggingface_hub.snapshot_download(base, allow_patterns=patterns))
-        except (OSError, ValueError) as e:                 # ValueError: no model on the hub can have such a name
-            reason = str(e).splitlines()[0]
-            raise UserError(f"{base}: no such model folder, and the hub gave no such model ({reason})") from e
-    for part in parts:
-        if not (folder / part).exists():
-            raise UserError(f"{base}: {folder} has no {part}; a model folder holds transformer/ vae/ text_encoder/ "
-                            "tokenizer/ scheduler/, and a download that was cut off can be continued online")
-    return folder
-
-
-class Stored(NamedTuple):
-    """Where a transformer's tensors are stored: in a folder's .safetensors files, under names that begin with `prefix`.
-    """
-    folder: Path
-    prefix: str = ""
-
-
-def find_transformer(path):
-    """Where the weights of a model are, which may be a checkpoint, its reference, or a run that has not ended."""
-    folder = folder_of(path)
-    if is_checkpoint(folder):
-        return Stored(folder, "ref." if Path(path).name == "ref" else "model.")
-    checkpoint = last_checkpoint(path)
-    if checkpoint:
-        return Stored(checkpoint, "model.")
-    return Stored(resolve(path, "transformer") / "transformer")
-
-
-def read_config(folder, part, *class_names):
-    """config.json of a part. Raises UserError for another class of network."""
-    config = read_json(folder / part / ("scheduler_config.json" if part == "scheduler" else "config.json"))
-    name = config.get("_class_name") or (config.get("architectures") or ["no class"])[0]
-    if name not in class_names:
-        raise UserError(f"{config.file}: is of class {name}, expected {' or '.join(class_names)}")
-    return config
-
-
-def read_dit_config(path):
-    """config.json of the transformer of a model folder or hub id."""
-    return read_config(resolve(path, "transformer/config.json"), "transformer", "CogVideoXTransformer3DModel")
-
-
-def refuse(config, **supported):
-    """Raise UserError if a config asks for something that this code does not have, rather than compute something else.
-    What it does not say is what diffusers assumes."""
-    for key, value in supported.items():
-        found = config.get(key, ASSUMED.get(key, value))
-        if found != value:
-            raise UserError(f"{config.file}: {key} is {found}, supported is {value}; this code knows CogVideoX-5B-I2V "
-                            "(not 2b, text-to-video, or 1.5)")
-
-
-def empty(network, config, dtype, device, shard=lambda net: None):
-    """A network with uninitialised memory on `device`, sharded first, so that a rank allocates only its own part."""
-    with torch.device("meta"):
-        net = network(config)
-    if dtype != torch.float32:                             # a dry run's fake tensors cannot be converted
-        net.to(dtype)
-    shard(net)
-    return net.to_empty(device=device)
-
-
-def dcp_reason(error):
-    """The first of the reasons that ranks gave for a failed save or load of a torch checkpoint."""
-    return next(iter(error.failures.values()))[0]
-
-
-def fill(target, folder, prefix=""):
-    """Fill the tensors of `target` {name: tensor}, which may be sharded, from all .safetensors files in a folder; each
-    rank reads only its own shards. Names and shapes must match exactly; names without `prefix` are ignored. A
-    checkpoint has each rank's part of a tensor in another file. Index files are not needed, so none is read."""
-    files = {}
-    numbers = Counter()
-    for file in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(file, "pt") as f:
-                sizes = {name: math.prod(f.get_slice(name).get_shape()) for name in f.keys() if name.startswith(prefix)}
-        except (OSError, SafetensorError) as e:
-            raise UserError(f"{file}: not a whole safetensors file ({e}); download or copy it again") from e
-        for name, size in sizes.items():
-            if name not in target:
-                raise UserError(f"{file}: tensor {name} is not expected")
-            numbers[name] += size
-            if name in files and numbers[name] > target[name].numel():
-                raise UserError(f"{file}: tensor {name} is in {files[name]} as well; delete the older file")
-            files[name] = file.name
-    if not files:
-        raise UserError(f"{folder}: holds no .safetensors weights (pickled weights are not read)")
-    for name, tensor in target.items():
-        if numbers[name] != tensor.numel():
-            raise UserError(f"{folder}: cannot be read into this network: tensor {name} has {numbers[name]} numbers, "
-                            f"expected {tensor.numel()} ({len(target)} tensors expected, {len(files)} found)")
-    warnings.filterwarnings("ignore", message="torch.distributed is disabled")           # no_dist: each reads alone
-    try:
-        dcp.load(target, storage_reader=dcp.HuggingFaceStorageReader(str(folder)), no_dist=True)
-    except dcp.api.CheckpointException as e:
-        raise UserError(f"{folder}: cannot be read into this network ({dcp_reason(e)})") from e
-
-
-def read_weights(net, folder, prefix=""):
-    """`fill` a network, and return it."""
-    fill({prefix + name: tensor for name, tensor in net.state_dict().items()}, folder, prefix)
-    return net
-
-
-def replace_folder(new, old):
-    """Put the complete folder `new` in the place of `old`."""
-    aside = old.with_name(old.name + ".old")
-    shutil.rmtree(aside, ignore_errors=True)
-    if old.exists():
-        old.rename(aside)
-    new.rename(old)
-    shutil.rmtree(aside, ignore_errors=True)
-
-
-def save_part(net, config, where, dtype=None, stem="diffusion_pytorch_model", config_name="config.json"):
-    """Write a network, or None, and its config as the folder `where`, whole or not at all. Every rank must call it;
-    rank 0 then holds the whole network in CPU memory (22 GB in fp32 at 5B, 11 GB more to convert it to bf16). Raises
-    UserError if there is no room."""
-    tensors = {}
-    part = where.with_name(where.name + ".part")
-    if net:                                                # a collective, which leaves it all on rank 0
-        tensors = get_model_state_dict(net, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    if torch.distributed.is_initialized() and torch.distributed.get_rank() > 0:
-        return
-    tensors = {name: tensor.to(dtype or tensor.dtype) for name, tensor in tensors.items()}
-    try:
-        shutil.rmtree(part, ignore_errors=True)            # from a run that was killed while writing
-        part.mkdir(parents=True)
-        (part / config_name).write_text(json.dumps(config, indent=2) + "\n")
-        if net:                                            # split at 5 GB, as the published files are
-            huggingface_hub.save_torch_state_dict(tensors, part, filename_pattern=stem + "{suffix}.safetensors")
-        replace_folder(part, where)
-    except (OSError, SafetensorError) as e:
-        shutil.rmtree(part, ignore_errors=True)
-        raise UserError(f"{where}: cannot be written ({e}); what was there before is untouched: "
-                        "make room and start again") from e
-
-
 # ---- The three networks of a model folder, and the way back ---------------------------------------------------------
 
 def load_text_encoder(path, device="cpu", dtype=torch.float32):
     """Load tokenizer and T5 encoder. Returns `encode_text(prompts: list[str]) -> (B,L,D)` on `device`. Prompts are cut
     or padded to the transformer's `max_text_seq_length` L (226). Raises UserError if a part is missing or broken."""
     import sentencepiece
-    folder = resolve(path, "tokenizer", "text_encoder", "transformer/config.json")
+    folder = resolve(path, "tokenizer/spiece.model", "text_encoder", "transformer/config.json")
     config = read_config(folder, "text_encoder", "T5EncoderModel")
     net = read_weights(empty(T5Encoder, config, dtype, device), folder / "text_encoder")
     spiece = folder / "tokenizer" / "spiece.model"
     try:
         tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(spiece))
     except (RuntimeError, OSError) as e:
-        raise UserError(f"{spiece}: cannot be read; T5's tokenizer is a SentencePiece file of that name ({e})") from e
+        raise UserError(f"{spiece}: cannot be read ({e}); T5's tokenizer is a SentencePiece file of that name, not a "
+                        "tokenizer.json; copy it from the published model's tokenizer/") from e
     length = read_dit_config(folder)["max_text_seq_length"]
     PAD, EOS = 0, 1                                        # T5's ids
 
@@ -819,10 +588,10 @@ def load_vae(path, device="cpu", dtype=torch.float32):
     return read_weights(empty(VAE, config, dtype, device), folder / "vae").eval()
 
 
-def load_dit(path, device="cpu", dtype=torch.float32, shard=lambda net: None):
+def load_dit(path, device="cpu", dtype=torch.float32, shard=lambda net: None, compile=False):
     """Load the diffusion transformer of a model folder, hub id, run or checkpoint as a `Denoiser`. `shard(net)` may
-    distribute the still empty network; each rank then reads only its own slices of the files. Raises UserError if it is
-    missing, broken or of another kind."""
+    distribute the still empty network, whose blocks are compiled if so asked; each rank then reads only its own rows of
+    the files. Raises UserError if it is missing, broken or of another kind."""
     stored = find_transformer(path)
     folder = resolve(path, "transformer/config.json", "scheduler")
     config = read_dit_config(folder)
@@ -836,12 +605,17 @@ def load_dit(path, device="cpu", dtype=torch.float32, shard=lambda net: None):
     else:
         refuse(scheduler, prediction_type="v_prediction", beta_schedule="scaled_linear", rescale_betas_zero_snr=True)
         prediction = VPrediction(scheduler)
-    net = read_weights(empty(DiT, config, dtype, device, shard), *stored)
+    def prepare(net):
+        if compile:
+            net.compile_blocks()
+        shard(net)
+
+    net = read_weights(empty(DiT, config, dtype, device, prepare), *stored)
     return Denoiser(net, prediction, scheduler)
 
 
 def save_dit(dit, path, dtype=None):
     """Write a denoiser's transformer/ and scheduler/ into the folder `path`; diffusers opens it.
     `dtype` converts (training keeps fp32, publishing wants bf16). Under torch.distributed every rank must call it."""
-    save_part(None, dit.scheduler, Path(path) / "scheduler", config_name="scheduler_config.json")
+    write_json(Path(path) / "scheduler" / "scheduler_config.json", dit.scheduler)
     save_part(dit.net, dit.net.config, Path(path) / "transformer", dtype)

@@ -4,7 +4,7 @@ The whole method, as functions of tensors. A *denoiser* is any callable D(x_t, c
 and what that network predicts, is model.py's business. The four steps of a training run are
 
     lose      = sample(policy, noise, cond, ...)               three for each real video, offline           Sec. 4.2
-    loss, _   = realdpo_loss(policy, reference, win=..., lose=lose, cond=cond, beta=...)                    Eq. 6
+    loss, _   = realdpo_loss(policy, reference, win=..., lose=lose, cond=cond, beta=..., t=..., noise=...)  Eq. 6
     loss.backward(); optimizer.step()
     ema_update(reference, policy, 0.996)                       every step, or every few                     Eq. 7
 
@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as nnf
 from einops import rearrange, repeat
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 
@@ -73,15 +74,6 @@ def denoising_errors(denoiser, videos, noise, t, cond, weighting):
     return rearrange(errors, "(b k) -> b k", k=k)
 
 
-def draw(win, t, noise, generator=None):
-    """The t (B,), uniform in (0,1], and the noise (like win) that the caller did not give."""
-    if t is None:
-        t = 1 - torch.rand(len(win), generator=generator).to(win.device)                # never 0: 1/t² is finite
-    if noise is None:
-        noise = torch.randn(win.shape, generator=generator).to(win.device)
-    return t, noise
-
-
 # ---- The losses -----------------------------------------------------------------------------------------------------
 
 def win_and_lose(win, lose):
@@ -91,7 +83,7 @@ def win_and_lose(win, lose):
     return torch.cat([win[:, None].float(), lose.float()], dim=1)
 
 
-def preference_loss(win, lose, ref_win, ref_lose, beta, anchor, scale):
+def preference_loss(win, lose, ref_win, ref_lose, beta, anchor=0.0, scale=1.0):
     """Eq. 6 of denoising errors: the policy's `win` (B,1) and `lose` (B,N), the reference's likewise.
     Returns (loss, metrics) as `realdpo_loss` does."""
     z = -beta / 2 * ((win - ref_win) - (lose - ref_lose))                               # (B,N), Eq. 6
@@ -102,23 +94,29 @@ def preference_loss(win, lose, ref_win, ref_lose, beta, anchor, scale):
     return loss, {name: value.detach().mean() for name, value in metrics.items()}
 
 
-def realdpo_loss(policy, reference, *, win, lose, cond, beta, t=None, noise=None, weighting="x0", anchor=0.0,
-                 scale=1.0):
+def realdpo_loss(policy, reference, *, win, lose, cond, beta, t, noise, weighting="x0", anchor=0.0, scale=1.0):
     """The RealDPO loss (Eq. 6, App. C), averaged over samples and negatives.
 
         z = −β/2 · [ (ℓ_θ(win) − ℓ_ref(win)) − (ℓ_θ(lose) − ℓ_ref(lose)) ]        L = −log σ(z)
 
     win (B,C,F,H,W), lose (B,N,C,F,H,W), t (B,), noise (B,C,F,H,W): one t and one ε a sample, shared by the win and its
-    negatives, drawn where not given. ℓ is `denoising_error`, a mean over elements, so that β does not depend on the
-    latents' size; on the paper's sum it would be β / numel (the authors' 5000 at 16×13×60×90 is 0.00445 on the sum).
-    `anchor` adds anchor · ℓ_θ(win), the supervised loss (the paper has none). `scale` multiplies L but not the anchor.
+    negatives. The same noise is equally hard for both, so its difficulty cancels in the difference. ℓ is a mean over
+    elements, so that β does not depend on the latents' size: the authors' 5000 is 5000 / numel = 0.00445 on a sum.
+    `anchor` adds anchor · ℓ_θ(win), the supervised loss (the paper has none). `scale` multiplies L alone: it is k where
+    only every k-th step compares.
 
-    Returns (loss, metrics): a scalar, and scalars `preference` (L without scale and anchor, log 2 while policy and
-    reference agree), `win`, `lose`, `ref_win`, `ref_lose` (the four errors), `margin` (mean z) and `accuracy` (how
-    often z > 0: the policy prefers the real video more than the reference does).
+    Where z comes from: DPO (Eq. 2) asks for −log σ(β·[log p_θ/p_ref (win) − log p_θ/p_ref (lose)]), but a diffusion
+    model does not know log p(x₀). It makes a video in T steps, each a draw from a Gaussian around what it expects, and
+    the log-density of a Gaussian is −½·(distance)² over its variance. So log p_θ/p_ref becomes a sum over T noise
+    levels of −½·(‖x₀ − x̂₀‖²_θ − ‖x₀ − x̂₀‖²_ref) over the variance. By Jensen's inequality, one random level stands for
+    all: T times its term, whose weight is the ω(λ_t) of Eq. 3 and 6. Appendix C has ½ instead of T·ω(λ_t): β takes in
+    T, ω is constant, and the Gaussian's ½ is left. `weighting` chooses another ω.
+
+    Returns (loss, metrics): scalars `preference` (L, log 2 while policy and reference agree), `win`, `lose`, `ref_win`,
+    `ref_lose` (the four errors), `margin` (mean z) and `accuracy` (how often z > 0: the policy prefers the real video
+    more than the reference does).
     """
     videos = win_and_lose(win, lose)
-    t, noise = draw(win, t, noise)
     sizes = [1, lose.shape[1]]                             # the win once, for all its negatives
     win_error, lose_error = denoising_errors(policy, videos, noise, t, cond, weighting).split(sizes, dim=1)
     with torch.no_grad():
@@ -126,8 +124,8 @@ def realdpo_loss(policy, reference, *, win, lose, cond, beta, t=None, noise=None
     return preference_loss(win_error, lose_error, ref_win, ref_lose, beta, anchor, scale)
 
 
-def streamed_realdpo_loss(policy, reference, *, win, lose, cond, beta, t=None, noise=None, weighting="x0", anchor=0.0,
-                          scale=1.0, graphs="two"):
+def streamed_realdpo_loss(policy, reference, *, win, lose, cond, beta, t, noise, weighting="x0", anchor=0.0, scale=1.0,
+                          graphs="two"):
     """`realdpo_loss` with less memory: the same numbers and gradients, a video at a time.
 
     The backward passes of the negatives run inside; that of the returned loss, called as usual, is the win's. A pair's
@@ -136,7 +134,6 @@ def streamed_realdpo_loss(policy, reference, *, win, lose, cond, beta, t=None, n
     negative. With "one", the win's error is first computed without a graph, and again at the end: one more forward.
     """
     videos = win_and_lose(win, lose)
-    t, noise = draw(win, t, noise)
     errors = partial(denoising_errors, noise=noise, t=t, cond=cond, weighting=weighting)
     first, *others = videos.split(1, dim=1)
     with torch.no_grad():      # the same batch shapes as the policy's, so that equal weights give bit-equal errors
@@ -155,12 +152,11 @@ def streamed_realdpo_loss(policy, reference, *, win, lose, cond, beta, t=None, n
     rest = (win_error * stand_in.grad).sum()               # its gradient is the part of the loss's that is left
     loss, metrics = preference_loss(win_error.detach(), torch.cat(lose_errors, 1), ref_win, torch.cat(ref_lose, 1),
                                     beta, anchor, scale)
-    return loss + (rest - rest.detach()), metrics
+    return loss + (rest - rest.detach()), metrics          # the value of loss, the gradient of rest
 
 
-def sft_loss(policy, *, win, cond, t=None, noise=None, weighting="x0"):
+def sft_loss(policy, *, win, cond, t, noise, weighting="x0"):
     """Supervised fine-tuning, the paper's baseline: the mean error on real videos, in (loss, metrics) as `win`."""
-    t, noise = draw(win, t, noise)
     loss = denoising_error(policy, win, noise, t, cond, weighting).mean()
     return loss, {"win": loss.detach()}
 
@@ -172,14 +168,18 @@ def best_and_worst(videos, scores):
     return videos[rows, scores.argmax(1)], videos[rows, scores.argmin(1)][:, None]
 
 
-def rwr_loss(policy, *, videos, scores, cond, temperature=1.0, t=None, noise=None, weighting="x0"):
+def rwr_loss(policy, *, videos, scores, cond, t, noise, temperature=1.0, weighting="x0"):
     """Reward-weighted regression, in the manner of LiFT: the error on generated videos (B,N,C,F,H,W), each weighted by
     softmax(score / temperature) of its sample's scores (B,N). Returns (loss, metrics) with the weighted error as `win`.
     """
-    t, noise = draw(videos[:, 0], t, noise)
     share = (scores.float() / temperature).softmax(1)                                   # (B,N)
     loss = (share * denoising_errors(policy, videos, noise, t, cond, weighting)).sum(1).mean()
     return loss, {"win": loss.detach()}
+
+
+def local(tensors):
+    """What this process holds of each tensor: all of it or, under FSDP, its shard."""
+    return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
 
 
 @torch.no_grad()
@@ -189,18 +189,11 @@ def ema_update(reference, policy, decay):
     Works on FSDP's shards, without communication. If FSDP's root kept its parameters gathered, it would go on using the
     old values: shard it with reshard_after_forward=True.
     """
-    new = [p.to(r.dtype) for r, p in zip(reference.parameters(), policy.parameters(), strict=True)]
-    torch._foreach_lerp_(list(reference.parameters()), new, 1 - decay)
+    old, new = local(reference.parameters()), local(policy.parameters())
+    torch._foreach_lerp_(old, [p.to(r.dtype) for r, p in zip(old, new, strict=True)], 1 - decay)
 
 
 # ---- The sampler ----------------------------------------------------------------------------------------------------
-
-class Visited(NamedTuple):
-    """A point that the multistep solver has passed."""
-    x: torch.Tensor                                        # latents, after the correction
-    v: torch.Tensor                                        # the velocity that the denoiser gave there
-    t: torch.Tensor
-
 
 @torch.no_grad()
 def sample(denoiser, noise, cond, *, steps, guidance, uncond=None, solver="euler", progress=True):
@@ -209,16 +202,14 @@ def sample(denoiser, noise, cond, *, steps, guidance, uncond=None, solver="euler
     solver "euler": x ← x + (t′ − t)·v with v = (x − x̂₀)/t, one step along the flow; on CogVideoX's time grid that is
     one DDIM step. "multistep": v is extrapolated from the last two, and each step is corrected once v at its end is
     known (Adams' second-order predictor and corrector): at least as near to the exact path in half the evaluations.
-    guidance g > 1: x̂₀ = x̂₀(∅) + g·(x̂₀(c) − x̂₀(∅)), both halves in one batch; `uncond` is the Condition of the
-    empty caption (its text alone will do: both halves see the same image).
+    guidance g > 1: x̂₀ = x̂₀(∅) + g·(x̂₀(c) − x̂₀(∅)), in one batch; `uncond` is the empty caption's text, (L,D) or (B,L,D).
     """
     if solver not in ("euler", "multistep"):
         raise ValueError(f'solver is "{solver}", expected "euler" or "multistep"')
     if guidance != 1 and uncond is None:
-        raise ValueError(f"guidance {guidance} needs uncond, the condition of the empty caption")
+        raise ValueError(f"guidance {guidance} needs uncond, the text of the empty caption")
     if guidance != 1:
-        empty = (uncond.text if isinstance(uncond, Condition) else uncond).expand_as(cond.text)
-        both = Condition(torch.cat([empty, cond.text]), torch.cat([cond.image, cond.image]))
+        both = Condition(torch.cat([uncond.expand_as(cond.text), cond.text]), torch.cat([cond.image, cond.image]))
 
     def denoise(x, t):
         if guidance == 1:
@@ -226,15 +217,16 @@ def sample(denoiser, noise, cond, *, steps, guidance, uncond=None, solver="euler
         without, with_caption = denoiser(torch.cat([x, x]), both, t.expand(2 * len(x))).chunk(2)
         return without + guidance * (with_caption - without)
 
-    x, last = noise.float(), None
+    x = noise.float()
+    passed = None                                          # the point before: (x, v, t)
     times = denoiser.time_grid(steps).to(noise.device)
     for t, t_next in tqdm(list(zip(times, times[1:])), desc="sampling", disable=not progress, leave=False):
         v = (x - denoise(x, t)) / t
         slope = v
-        if solver == "multistep" and last:
-            # Repeat the step that led here, now that v at its end is known; v itself is not computed again.
-            x = last.x + (t - last.t) * (last.v + v) / 2
-            slope = v + (t_next - t) / (t - last.t) / 2 * (v - last.v)
-        last = Visited(x, v, t)
+        if solver == "multistep" and passed:
+            x_before, v_before, t_before = passed
+            x = x_before + (t - t_before) * (v_before + v) / 2         # that step again, now that v at its end is known
+            slope = v + (t_next - t) / (t - t_before) / 2 * (v - v_before)
+        passed = x, v, t
         x = x + (t_next - t) * slope
     return x

@@ -4,15 +4,19 @@
     python sample.py --data CACHE                                      (torchrun --nproc_per_node 8 sample.py … as well)
     python sample.py --bench BENCH --out videos/METHOD                 (torchrun as well)
 """
-import hashlib, os, re
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
 from typing import Literal, NamedTuple
 
-from data import (Clip, Records, claim, clip_shape, command, digest, generator, hash_of, is_made, option, read_image,
-                  read_lines, read_list, say, this_process, to_uint8, write_tensors, write_video)
-from model import UserError, find_transformer, load_dit, load_text_encoder, load_vae, resolve
+from support import UserError
+from support.command import command, flag, generator, option, say, this_process
+from support.files import claim, hash_of, visible, write_tensors
+from support.films import read_image, to_uint8, write_video
+from support.folders import fingerprint_of, resolve
+from support.lists import Clip, read_bench
+from data import Records, clip_shape, is_made
+from model import load_dit, load_text_encoder, load_vae
 from realdpo import Condition, sample
 import torch
 from tqdm import tqdm
@@ -54,8 +58,10 @@ class Scenes:
                       progress=bool(options.image))
 
     def write(self, latents, file):
-        """Decode the latents of a video and write it as an mp4."""
+        """Decode the latents of a video and write it as an mp4. Raises UserError for numbers that are not finite."""
         video = self.vae.to(latents.device).decode(latents)[0]
+        if not video.isfinite().all():
+            raise UserError(f"{file}: would hold numbers that are not finite; check the weights of {self.options.model}")
         write_video(file, to_uint8(video), self.options.fps)
 
 
@@ -63,73 +69,54 @@ DECODING = 7 * 2 ** 30                                     # bytes for decoding 
 
 
 def make_videos(options):
-    """Generate this rank's share of the videos that are not there yet."""
+    """Generate this rank's share of the videos that are not there yet: of a bench, or the one of --image, anew."""
     rank, world, device, dtype = this_process()
     shots = [shot for shot in list_shots(options)[rank::world] if options.image or not shot.file.exists()]
     if not shots:
         return say("nothing is missing")
     scenes = Scenes([shot.prompt for shot in shots], options, device, dtype)
-    denoiser = load_denoiser(options, device, dtype)
+    denoiser = load_dit(options.model, device, dtype, compile=options.compile)
     for shot in tqdm(shots, desc="videos", disable=rank > 0 or bool(options.image)):
         latents = scenes.sample(denoiser.to(device), shot.prompt, shot.number)
-        if free_memory(device) < DECODING:                 # such as on a card of 16 GB
-            denoiser.cpu()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+            if torch.cuda.mem_get_info()[0] < DECODING:    # such as on a card of 16 GB
+                denoiser.cpu()
         scenes.write(latents, shot.file)
     say(f"videos made: {len(shots)}, the last in {shot.file}")
 
 
-def load_denoiser(options, device, dtype):
-    """The model's transformer, compiled with --compile."""
-    denoiser = load_dit(options.model, device, dtype)
-    if options.compile:
-        denoiser.net.compile_blocks()
-    return denoiser
-
-
-def free_memory(device):
-    """Bytes that are still free on a GPU; infinity on a CPU."""
-    if device.type == "cpu":
-        return float("inf")
-    torch.cuda.empty_cache()
-    return torch.cuda.mem_get_info()[0]
-
-
 # ---- The negatives of every record (Sec. 4.2) -----------------------------------------------------------------------
-
-THREE_AT_ONCE = 12 * 2 ** 30                               # bytes; 10.7 for three 49×480×720 with guidance, computed
-
 
 def negatives(options):
     """The offline stage: sample `lose` latents for those of this rank's records that have none yet, and store them as
     they leave the sampler, never decoded. Ranks never wait for each other."""
     rank, world, device, dtype = this_process()
     records = Records(options.data, negatives=False)
-    lose_folder = Path(options.data) / "lose"
-    made_by = {name: getattr(options, name) for name in ("negatives", "steps", "guidance", "solver", "seed")}
-    made_by["transformer"] = digest(*find_transformer(options.model))
-    claim(lose_folder / "made_by.json", made_by)
+    folder = Path(options.data) / "lose"
+    settings = {name: getattr(options, name) for name in ("negatives", "steps", "guidance", "solver", "seed")}
+    made_by = claim(folder / "made_by.json", visible(folder, "*.safetensors"), **settings,
+                    transformer=fingerprint_of(options.model, "transformer", "scheduler"))
     todo = []
     for index, name in list(enumerate(records.names))[rank::world]:
-        if not is_made(lose_folder / f"{name}.safetensors", dict(made_by, win=records.hashes[name])):
+        if not is_made(folder / f"{name}.safetensors", made_by=made_by, win=records.hashes[name]):
             todo.append((index, name))
     if todo:
         empty = records.empty_text()[None].to(device)
-        denoiser = load_denoiser(options, device, dtype)
-    at_once = options.negatives if free_memory(device) > THREE_AT_ONCE else 1
+        denoiser = load_dit(options.model, device, dtype, compile=options.compile)
     for index, name in tqdm(todo, desc="sampling negatives", disable=rank > 0):
         record = records[index]
-        noise = [torch.randn(record["win"].shape, generator=generator("negative", options.seed, name, k))
-                 for k in range(options.negatives)]
         cond = Condition(record["text"][None].to(device), record["image"][None].to(device))
         lose = []
-        for part in torch.stack(noise).to(device).split(at_once):
-            lose.append(sample(denoiser, part, cond.repeat(len(part)), steps=options.steps, guidance=options.guidance,
+        for k in range(options.negatives):
+            noise = torch.randn(1, *record["win"].shape, generator=generator("negative", options.seed, name, k))
+            lose.append(sample(denoiser, noise.to(device), cond, steps=options.steps, guidance=options.guidance,
                                solver=options.solver, uncond=empty, progress=False).bfloat16())
         lose = {"lose": torch.cat(lose)}                                                        # (N,C,F,H,W)
-        write_tensors(lose_folder / f"{name}.safetensors", lose, model=options.model, win=records.hashes[name],
-                      hash=hash_of(lose), **made_by)
-    done = len(list(lose_folder.glob("*.safetensors")))    # other ranks may still be at work
-    say(f"{done} of {len(records)} records have {options.negatives} negatives in {lose_folder}; "
+        write_tensors(folder / f"{name}.safetensors", lose, made_by=made_by, win=records.hashes[name],
+                      hash=hash_of(lose))
+    done = len(visible(folder, "*.safetensors"))           # other ranks may still be at work
+    say(f"{done} of {len(records)} records have {options.negatives} negatives in {folder}; "
         f"next: python train.py --model {quote(options.model)} --data {quote(options.data)}")
 
 
@@ -142,73 +129,36 @@ class Shot(NamedTuple):
     number: int                                            # among several of one picture
 
 
-def hashed(value, *files):
-    """A short hash of a value and of the contents of files."""
-    contents = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
-    return hashlib.sha256(repr((value, contents)).encode()).hexdigest()[:16]
-
-
-def read_bench(folder):
-    """The Clips of a folder of pictures with captions, each with a unique name, and a hash of their names, captions and
-    pictures. The folder has a text file that names its pictures and another with captions, or any other form that
-    `data.read_list` knows. Raises UserError if it cannot be read."""
-    if not folder:
-        raise UserError("--bench is missing: the folder of pictures with captions that the videos are made of")
-    pictures = "images.txt"
-    captions = []
-    for path in sorted(Path(folder).glob("*.txt")):
-        if path.name in ("video.txt", "videos.txt"):       # the release has such a list as well
-            continue
-        if path.name == "images.txt" or any(os.path.isfile(Path(folder, line.strip())) for line in read_lines(path)):
-            pictures = path.name
-        else:
-            captions.append(path.name)
-    if len(captions) > 1:
-        captions = [name for name in captions if name in ("prompt.txt", "prompts.txt")]
-    clips, faults = read_list(folder, pictures, (captions or ["prompts.txt"])[0], what="picture")
-    prompts = [clip._replace(name=str(clip.extra.get("name") or clip.file.stem)) for clip in clips]
-    faults += [f"{prompt.where}: {prompt.file} is not there" for prompt in prompts if not prompt.file.is_file()]
-    names = [prompt.name for prompt in prompts]
-    for prompt in prompts:
-        stem = re.sub(r"-\d+$", "", prompt.name)           # walk-12.mp4 might also be the 12th video of walk
-        if names.count(prompt.name) > 1 or (stem != prompt.name and stem in names) or "/" in prompt.name:
-            faults.append(f"{prompt.where}: is named {prompt.name}; expected a name of its own, without a slash")
-    if faults:
-        raise UserError(faults[0])
-    texts = [(prompt.name, prompt.caption) for prompt in prompts]
-    return prompts, hashed(texts, *[prompt.file for prompt in prompts])
-
-
 def shots_of(prompts, folder, samples=0):
     """`samples` Shots of each prompt, as NAME-0.mp4 …, or one, as NAME.mp4."""
     shots = []
     for prompt in prompts:
         for number in range(samples or 1):
-            # VBench removes a number at the end of a video's name to find its picture, so such a name gets another.
-            ending = f"-{number}" if samples or re.search(r"-\d+$", prompt.name) else ""
-            shots.append(Shot(folder / f"{prompt.name}{ending}.mp4", prompt, number))
+            name = f"{prompt.name}-{number}.mp4" if samples else f"{prompt.name}.mp4"
+            shots.append(Shot(folder / name, prompt, number))
     return shots
 
 
 def list_shots(options):
-    """The Shots of --image, or of --bench, whose settings are noted in bench.json. Raises UserError for an --out that
-    is not an .mp4, or if bench.json holds other settings."""
+    """The Shot of --image, or those of --bench. Raises UserError for an --out that is not an .mp4, or whose videos were
+    made with other settings."""
     if options.image:
         out = Path(options.out or "video.mp4")
         if out.suffix != ".mp4":
             raise UserError(f"--out {out}: expected a name that ends in .mp4")
-        return [Shot(out, Clip("", Path(options.image), options.prompt, "--image", {}), 0)]
+        return [Shot(out, Clip("", Path(options.image), options.prompt, "--image"), 0)]
     out = Path(options.out or "videos")
     prompts, bench = read_bench(options.bench)
-    transformer = digest(*find_transformer(options.model))
-    claim(out / "bench.json", bench_settings(options, bench) | dict(transformer=transformer))
-    return shots_of(prompts, out, options.samples)
+    shots = shots_of(prompts, out, options.samples)
+    claim(out / "bench.json", [shot.file for shot in shots], **bench_settings(options, bench),
+          transformer=fingerprint_of(options.model, "transformer", "scheduler"))
+    return shots
 
 
 def bench_settings(options, bench):
-    """The settings that decide how videos of a bench with this hash look, apart from the model."""
-    names = "steps", "guidance", "solver", "frames", "height", "width", "fps", "seed"
-    return {name: getattr(options, name) for name in names} | dict(bench=bench)
+    """All that decides how videos of a bench with this hash look, apart from the transformer."""
+    settings = {name: getattr(options, name) for name in ("steps", "guidance", "solver", "frames", "fps", "seed")}
+    return settings | dict(bench=bench, others=fingerprint_of(options.model, "vae", "text_encoder", "tokenizer"))
 
 
 # ---- The command ----------------------------------------------------------------------------------------------------
@@ -222,36 +172,38 @@ class Options:
     data: str = option("", "negatives: the cache of records to make them for")
     bench: str = option("", "a video of each picture in a folder of pictures with captions")
     prompt: str = option("", "what happens; may be empty", "Sampling")
-    negatives: int = option(3, "generated videos per record (paper: 3)")
-    samples: int = option(0, "videos per picture, as NAME-0.mp4 …; default: one, as NAME.mp4")
-    steps: int = option(0, "evaluations of the transformer; default: 50 (release) with euler, 25 with multistep")
+    negatives: int = option(3, "generated videos per record (paper: 3)", least=1)
+    samples: int = option(0, "videos per picture, as NAME-0.mp4 …; default: one, as NAME.mp4", least=0)
+    steps: int = option(0, "evaluations of the transformer; default: 50 (release) with euler, 25 with multistep", least=0)
     guidance: float = option(6.0, "scale of classifier-free guidance; 1: none (release: 6)")
     solver: Literal["euler", "multistep"] = option("", "default: multistep for --data, else euler (on CogVideoX: DDIM)")
-    frames: int = option(0, "of the video, 8k + 1; default: the model's")
-    height: int = option(0, "of the video; default: the model's")
-    width: int = option(0, "of the video; default: the model's")
-    fps: int = option(8, "of the video")
-    seed: int = option(0, "of the noise")
+    frames: int = option(0, "frames of the video, 8k + 1; default: the model's")
+    fps: int = option(8, "frames a second of the video", least=1)
+    seed: int = option(0, "seed of the noise")
     compile: bool = option(False, "compile the transformer's blocks: slow to start, then faster")
 
 
+# The modes, and what each has no use for: an option that would be ignored is refused.
+UNUSED = {"data": ("out", "prompt", "samples", "frames", "fps"), "image": ("negatives", "samples"),
+          "bench": ("negatives", "prompt")}
+
+
 def settle(options):
-    """Fill in solver and steps where they are not given, and return the options. Raises UserError if one is out of
-    range."""
+    """Fill in solver and steps where they are not given, and return the options."""
     # Multistep is as close to the exact path in half the evaluations; single videos keep the published sampler.
     options.solver = options.solver or ("multistep" if options.data else "euler")
     options.steps = options.steps or {"euler": 50, "multistep": 25}[options.solver]
-    if not 1 <= options.steps <= 1000 or options.negatives < 1 or options.samples < 0:
-        raise UserError(f"--steps {options.steps} --negatives {options.negatives} --samples {options.samples}: "
-                        "expected 1 to 1000 steps, at least 1 negative and 0 samples")
     return options
 
 
 def main(options):
     """Do what --image, --data or --bench asks for."""
-    given = [name for name in ("data", "image", "bench") if getattr(options, name)]
-    if len(given) != 1:
+    modes = [name for name in UNUSED if getattr(options, name)]
+    if len(modes) != 1:
         raise UserError("give one of --data, --image and --bench")
+    for name in UNUSED[modes[0]]:
+        if getattr(options, name) != getattr(Options, name):
+            raise UserError(f"{flag(name)} {getattr(options, name)}: has no effect with --{modes[0]}; leave it out")
     settle(options)
     if options.data:
         negatives(options)

@@ -1,2 +1,1 @@
 """The two ends of the paper: which raw clips to train on, and which method's videos are better."""
-import model                                               # before torch: see the top of model.py

@@ -7,10 +7,11 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from data import SUFFIXES, command, option
+from support import UserError
+from support.command import command, option
+from support.lists import SUFFIXES
 from judging.server import Server, ServerOptions
 from judging.vlm import HERE, ask_about, frames_as_jpeg, is_done, read_rows, write_page
-from model import UserError
 
 CHECKS = "theme", "action", "sharp", "uncut", "clean"      # of curate.txt; a clip is kept if all are true
 VERDICTS = {"yes": True, "true": True, "no": False, "false": False}

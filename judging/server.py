@@ -11,8 +11,8 @@ from http.client import HTTPException
 from urllib.error import URLError
 from urllib.parse import urlsplit
 
-from data import option
-from model import UserError
+from support import UserError
+from support.command import option
 
 KEY = "VLM_API_KEY"                                        # the environment variable that holds the server's key
 PATIENCE = 600                                             # seconds to wait for a busy server

@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from support import UserError
+from support.command import command, option
+from support.files import fingerprint_of_file, hash_of, read_json, whole_file, write_json
+from support.films import decode, picture_filters, read_video_header, run_ffmpeg
+from support.lists import read_bench
 from tqdm import tqdm
 
-from data import command, decode, option, picture_filters, read_video_header, run_ffmpeg, whole_file, write_json
 from judging.vlm import frames_as_jpeg, write_page
-from model import UserError, read_json
-from sample import hashed, read_bench
 
 # A rater's clip begins at its first picture and has no titles, comments, dates, chapters or names of programs, nor what
 # encoders write into the pictures (H.264's units of type 6; 9 and 12 are padding).
@@ -127,13 +129,13 @@ def main(options):
     secret = read_json(key)["secret"] if key.exists() else secrets.token_hex(16)       # the same study, if made again
     clips, methods = {}, {}                                # {file for raters: video}, in the order of `videos`
     for method, prompt, video in videos:
-        name = hashed([secret, method, prompt.name, CLEAN, ENCODE], video)
+        name = hash_of(secret, method, prompt.name, CLEAN, ENCODE, fingerprint_of_file(video))
         methods.setdefault(method, []).append(name)
         clips[out / "clips" / f"{name}.mp4"] = video
     pages = []
     for prompt, *beside in zip(prompts, *methods.values()):
         pages.append(dict(caption=prompt.caption, clips=sorted(beside)))
-    study = hashed(pages)
+    study = hash_of(pages)
     write_json(key, dict(study=study, secret=secret, clips=methods))
     for clip in tqdm(sorted(clips), desc="clips"):         # in an order that tells nothing about methods
         if not clip.exists():

@@ -2,15 +2,15 @@
 
     python -m judging.tally --answers answers/*.json --study STUDY
 """
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
 
-from dataclasses import dataclass
+from support import UserError
+from support.command import command, generator, option
+from support.files import read_json
 import torch
-
-from data import command, generator, option
-from model import UserError, read_json
 
 DIMENSIONS = "visual alignment", "text alignment", "motion quality", "human quality", "overall quality"    # Table 1's
 

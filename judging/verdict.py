@@ -4,19 +4,20 @@
     python -m judging.verdict --out verdict.jsonl                       the tables again, from the answers
 """
 import math, re
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-from dataclasses import dataclass
+from support import UserError
+from support.command import command, option
+from support.files import check_same, fingerprint_of_file, hash_of, write_json
+from support.lists import read_bench
 import torch
 
-from data import check_metadata, command, option, write_json
 from judging.server import Server, ServerOptions
 from judging.study import list_videos
 from judging.tally import DIMENSIONS, print_differences, print_table
 from judging.vlm import HERE, ask_about, frames_as_jpeg, is_done, read_rows
-from model import UserError
-from sample import hashed, read_bench
 
 JUDGED = DIMENSIONS[:4]                                    # all but overall quality
 
@@ -46,7 +47,7 @@ def list_questions(options):
         dimension, lines = section.split("\n", 1)
         text = template.format(caption=prompt.caption, dimension=dimension, questions=lines)
         row = dict(method=method, name=prompt.name, dimension=dimension, asking=asking)
-        shown = hashed([*subject(row), text], prompt.file, video)
+        shown = hash_of(*subject(row), text, fingerprint_of_file(prompt.file), fingerprint_of_file(video))
         questions[f"{shown} {asking}"] = row, text, prompt.file, video
     return questions, bench
 
@@ -60,7 +61,7 @@ def ask_verdicts(options, file):
     answered = filter(is_done, read_rows(file, "question").values())
     kept = []
     for row in answered:
-        check_metadata(file, row, asked)
+        check_same(file, row, asked)
         if shown.get(subject(row)) in (None, row["question"].split()[0]):      # else the video has changed since then
             kept.append(row)
     write_json(file, *kept)

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data import (SUFFIXES, check_metadata, decode, open_image, picture_filters, read_lines, read_video_header,
-                  whole_file, write_json)
+from support import UserError
+from support.files import check_same, hash_of, whole_file, write_json
+from support.films import decode, open_image, picture_filters, read_video_header
+from support.lists import SUFFIXES, read_lines
 from judging.server import NO_ANSWER, TRIAL
-from model import UserError
-from sample import hashed
 
 HERE = Path(__file__).parent                               # of the pages and questions
 
@@ -29,7 +29,8 @@ def frames_as_jpeg(video, count):
         return [file.getvalue()]
     film = read_video_header(video)
     _, pictures = decode(video, film, "null", "-f", "null", "-")
-    seconds = pictures[-1].time + max(0.04, pictures[-1].duration)     # as long as the last picture is shown
+    begin, duration = pictures[-1]
+    seconds = begin + max(0.04, duration)                   # as long as the last picture is shown
     smaller = "min(1,768/max(iw*sar,ih))"                  # never larger
     fit = f"scale=w='max(1,round(iw*sar*{smaller}))':h='max(1,round(ih*{smaller}))':flags=area"
     filters = picture_filters(film, fit, instants=[f"fps={count / seconds}"])
@@ -81,7 +82,7 @@ def ask_about(jobs, judge, server, file, key, asked):
     UserError if rows in it were `asked` in another way."""
     rows = read_rows(file, key)
     for row in filter(is_done, rows.values()):
-        check_metadata(file, row, asked)
+        check_same(file, row, asked)
     new = [job for job in jobs if job not in rows]         # first, since those that failed may fail again
     todo = new + [job for job in jobs if job in rows and not is_done(rows[job])]
     server.trial = min(TRIAL, len(new)) if len(new) >= TRIAL or not rows else 0
@@ -100,6 +101,6 @@ def ask_about(jobs, judge, server, file, key, asked):
 
 def write_page(template, path, content):
     """Write a page of this folder with its content, as JSON in which no text can end the script or run as code."""
-    page = (HERE / template).read_text(encoding="utf-8").replace("{{page}}", hashed(str(Path(path).resolve())))
+    page = (HERE / template).read_text(encoding="utf-8").replace("{{page}}", hash_of(Path(path).resolve()))
     with whole_file(path) as part:
         part.write_text(page.replace("{{content}}", json.dumps(content).replace("<", "\\u003c")), encoding="utf-8")

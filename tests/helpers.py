@@ -3,7 +3,9 @@ import gc, io, json, multiprocessing, re, shutil, signal, sys
 from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
+from weakref import WeakSet
 
+from support import command, files, folders, weights
 import imageio.v2 as imageio
 import numpy as np
 import pytest
@@ -109,8 +111,8 @@ def trained_tokenizer():
 def save_networks(folder, dit, vae, t5):
     """The three networks of these configs with random weights, as a model folder."""
     model.save_dit(model.Denoiser(scramble(model.DiT(dit)), model.VPrediction(SCHEDULER), SCHEDULER), folder)
-    model.save_part(scramble(model.VAE(vae)), vae, folder / "vae")
-    model.save_part(scramble(model.T5Encoder(t5)), t5, folder / "text_encoder", stem="model")
+    weights.save_part(scramble(model.VAE(vae)), vae, folder / "vae")
+    weights.save_part(scramble(model.T5Encoder(t5)), t5, folder / "text_encoder", stem="model")
     return folder
 
 
@@ -187,6 +189,33 @@ class Toy(nn.Module):
     time_grid = model.FlowPrediction.time_grid
 
 
+class Kept:
+    """A tensor that a graph keeps for its backward pass."""
+
+    def __init__(self, tensor):
+        self.tensor = tensor
+
+
+class Watched(nn.Module):
+    """A denoiser of one weight that notes how many videos each call has, and how many of its graphs are alive."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.alive, self.most, self.calls = nn.Parameter(torch.tensor(0.5)), WeakSet(), 0, []
+
+    def forward(self, x_t, cond, t):
+        def keep(tensor):
+            kept = Kept(tensor)
+            self.alive.add(kept)
+            return kept
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda kept: kept.tensor):
+            out = x_t * self.weight
+        self.calls.append(len(x_t))
+        self.most = max(self.most, len(self.alive))
+        return out
+
+
 def distances(denoiser, noise, cond):
     """How far multistep with 25 evaluations and Euler with 50 end from the exact path, which 1000 steps stand for:
     RMS, relative."""
@@ -251,8 +280,8 @@ def run_training(out, cache, **options):
 
 def on_rank(monkeypatch, rank, world_size):
     """Be one of several processes from here on, as torchrun says it."""
-    monkeypatch.setenv("RANK", str(rank))
-    monkeypatch.setenv("WORLD_SIZE", str(world_size))
+    for name, value in dict(RANK=rank, WORLD_SIZE=world_size, LOCAL_RANK=rank).items():
+        monkeypatch.setenv(name, str(value))
 
 
 def spy_on_losses(monkeypatch, change=lambda count, loss: loss):
@@ -286,7 +315,7 @@ def refusal(monkeypatch, name, *arguments):
     module = sys.modules[name]
     monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
     with pytest.raises(SystemExit) as stopped, as_a_process():
-        data.command(module.main, module.Options, name)
+        command.command(module.main, module.Options, name)
     message = stopped.value.code                       # a string: Python prints it to stderr and exits with status 1
     assert isinstance(message, str) and message.startswith("error: ") and "\n" not in message, message
     return message
@@ -299,7 +328,7 @@ def metrics(out):
     lines = []
     for text in (Path(out) / "metrics.jsonl").read_text().splitlines():
         line = json.loads(text)
-        lines.append({k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second")})
+        lines.append({k: v for k, v in line.items() if k != "seconds"})
     return lines
 
 
@@ -319,7 +348,7 @@ def contents(folder, what=Path.read_bytes):
     """{file: its bytes} of a folder, without what killed processes left half-written."""
     found = {}
     for file in sorted(Path(folder).rglob("*")):
-        if file.is_file() and ".part" not in str(file) and file.name != ".owner":
+        if file.is_file() and files.MARK not in str(file) and file.name != ".owner":
             found[str(file.relative_to(folder))] = what(file)
     return found
 
@@ -327,7 +356,7 @@ def contents(folder, what=Path.read_bytes):
 # ---- Toy clips, a cache of their records, runs on it ----------------------------------------------------------------
 
 NAMES = ["00000", "00001", "00002", "00003"]
-SHIPPED = model.TINY
+SHIPPED = folders.TINY
 HOSTILE = ("\"quoted\" 'text' <script>window.ran = 1</script><img src=x onerror='window.ran = 1'> </script> \\ € 人 {x}"
            "\u2028")
 
@@ -342,7 +371,7 @@ def two_blocks(tmp_path_factory):
     kept = {name: weights[name] for name in weights if not re.match(r"transformer_blocks\.[2-4]\.", name)}
     save_file(kept, folder / "transformer" / "diffusion_pytorch_model.safetensors")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(model, "TINY", folder)
+        patch.setattr(folders, "TINY", folder)
         yield
 
 
@@ -430,12 +459,12 @@ def jsonl(*rows):
     return {"metadata.jsonl": "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)}
 
 
-def rewrite_records(files, change=lambda tensor: tensor, **metadata):
+def rewrite_records(paths, change=lambda tensor: tensor, **metadata):
     """Change all latents of some records, and what their headers say."""
-    for file in files:
+    for file in paths:
         if file.suffix == ".safetensors":
             tensors = {k: v if k == "text" else change(v) for k, v in load_file(file).items()}
-            data.write_tensors(file, tensors, **data.read_header(file)[1] | metadata)
+            files.write_tensors(file, tensors, **files.read_header(file)[1] | metadata)
 
 
 def flip(file, place):

@@ -1,12 +1,12 @@
 """What the tests of judging share: a stub that behaves like servers do, a browser, a study."""
-import base64, json, re, shutil, subprocess, threading, time, urllib.request
+import base64, json, os, re, shutil, subprocess, threading, time, urllib.request
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
-import judging.curate, judging.study, judging.tally, judging.verdict
+import judging.study, judging.tally
 
 
 # ---- A server -------------------------------------------------------------------------------------------------------
@@ -14,8 +14,7 @@ import judging.curate, judging.study, judging.tally, judging.verdict
 def says(content, finish_reason="stop", **message):
     """What a server sends that answers: (status, headers, body)."""
     message = {"role": "assistant", "content": content, **message}
-    choices = [{"index": 0, "finish_reason": finish_reason, "message": message}]
-    return 200, {}, json.dumps({"id": "1", "created": 1, "model": "judge", "choices": choices})
+    return 200, {}, json.dumps({"model": "judge", "choices": [{"finish_reason": finish_reason, "message": message}]})
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -44,11 +43,9 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
-def start_server(answer=None, wrap=None):
-    """A server at 127.0.0.1; `wrap` puts its socket into TLS."""
+def start_server(answer=None):
+    """A server at 127.0.0.1."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    if wrap:
-        server.socket = wrap(server.socket)
     server.daemon_threads, server.asked, server.answer = True, [], answer
     server.options = dict(endpoint=f"http://127.0.0.1:{server.server_port}/v1", vlm="judge", timeout=5.0)
     threading.Thread(target=partial(server.serve_forever, poll_interval=0.01), daemon=True).start()
@@ -68,45 +65,15 @@ def slept(monkeypatch):
     return seconds
 
 
-@pytest.fixture(scope="session")
-def one_server():
+@pytest.fixture
+def server(slept, monkeypatch):
+    """The stub, in an environment without proxies."""
+    for name in os.environ:
+        if name.lower().endswith("_proxy"):
+            monkeypatch.delenv(name)
     server = start_server()
     yield server
     stop_server(server)
-
-
-@pytest.fixture
-def server(one_server, slept, monkeypatch):
-    """The stub, which nobody has asked anything yet, in an environment without proxies."""
-    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
-        monkeypatch.delenv(name, raising=False)
-        monkeypatch.delenv(name.upper(), raising=False)
-    one_server.asked, one_server.answer = [], None
-    return one_server
-
-
-def judgement(**changes):
-    """What curate.txt asks for."""
-    usual = dict.fromkeys(judging.curate.CHECKS, "yes") | {"reason": "", "description": "a figure"}
-    return json.dumps(usual | changes)
-
-
-def curate_clips(videos, out, server, **options):
-    """The rows that the curation of a folder writes, {stem: row}."""
-    options = {**server.options, "theme": "figures", **options}
-    judging.curate.main(judging.curate.Options(videos=str(videos), out=str(out), **options))
-    rows = [json.loads(line) for line in (out / "metadata.jsonl").read_text().splitlines()]
-    return {Path(row["file_name"]).stem: row for row in rows}
-
-
-@pytest.fixture
-def names_for_pictures(monkeypatch):
-    """Instead of eight pictures the model is shown the name of the file: for tests that do not look at pictures."""
-    def name(video, count):
-        return [Path(video).name.encode()]
-
-    monkeypatch.setattr(judging.curate, "frames_as_jpeg", name)
-    monkeypatch.setattr(judging.verdict, "frames_as_jpeg", name)
 
 
 # ---- A study --------------------------------------------------------------------------------------------------------
@@ -135,23 +102,32 @@ def study(shots, methods):
     return write_study(methods, shots, shots.parent / "study") and shots.parent / "study"
 
 
-def answer_study(study, rater, rate, **changes):
+def answer_study(study, rater, rate):
     """An answers file: `rate(method, prompt number)` gives the five ratings."""
     key = json.loads(Path(f"{study}-key.json").read_text())
-    ratings = {clip: rate(method, i) for method, clips in key["clips"].items() for i, clip in enumerate(clips)}
-    return {"study": key["study"], "rater": rater, "ratings": ratings, **changes}
+    ratings = {}
+    for method, clips in key["clips"].items():
+        ratings |= {clip: rate(method, number) for number, clip in enumerate(clips)}
+    return {"study": key["study"], "rater": rater, "ratings": ratings}
 
 
 def print_tally(study, answers, folder, capsys):
-    files = []
-    for i, answer in enumerate(answers):
-        files.append(folder / f"{i}.json")
-        files[-1].write_text(json.dumps(answer))
-    judging.tally.main(judging.tally.Options(answers=[str(file) for file in files], study=str(study)))
+    files = [folder / f"{i}.json" for i in range(len(answers))]
+    for file, answer in zip(files, answers):
+        file.write_text(json.dumps(answer))
+    judging.tally.main(judging.tally.Options(answers=files, study=str(study)))
     return capsys.readouterr().out
 
 
 # ---- A browser ------------------------------------------------------------------------------------------------------
+
+def wait_for(happened, what):
+    for _ in range(500):
+        if happened():
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"never: {what}")
+
 
 class Browser:
     """Chromium without a window, by the WebDriver protocol."""
@@ -167,8 +143,8 @@ class Browser:
         self.cdp("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(self.downloads))
 
     def call(self, path, **body):
-        request = urllib.request.Request(self.url + path, json.dumps(body).encode(),
-                                         {"Content-Type": "application/json"})
+        kind = {"Content-Type": "application/json"}
+        request = urllib.request.Request(self.url + path, json.dumps(body).encode(), kind)
         with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=60) as reply:
             return json.load(reply)["value"]
 
@@ -177,41 +153,31 @@ class Browser:
 
     def open(self, page, width=1280, height=800):
         """A page in a window of that many CSS pixels; a zoom of 200 % halves them."""
-        self.cdp("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1,
-                 mobile=width < 500)
+        size = dict(width=width, height=height, deviceScaleFactor=1, mobile=width < 500)
+        self.cdp("Emulation.setDeviceMetricsOverride", **size)
         self.call("/url", url=page.as_uri())
 
-    def run(self, script, *arguments):
-        return self.call("/execute/sync", script=f"return {script}", args=arguments)
+    def run(self, script):
+        return self.call("/execute/sync", script=f"return {script}", args=[])
 
     def press(self, keys):
         """Keys as a person types them, one after the other; \\ue007 is Enter and \\ue00c Escape."""
-        actions = [{"type": kind, "value": key} for key in keys for kind in ("keyDown", "keyUp")]
+        actions = []
+        for key in keys:
+            actions += [{"type": "keyDown", "value": key}, {"type": "keyUp", "value": key}]
         self.call("/actions", actions=[{"type": "key", "id": "keyboard", "actions": actions}])
 
     def text(self, name):
         return self.run(f"document.getElementById('{name}').innerText")
 
-    def picture(self):
-        return base64.b64decode(self.cdp("Page.captureScreenshot")["data"])
-
     def until(self, script):
-        for _ in range(500):
-            if self.run(script):
-                return
-            time.sleep(0.02)
-        raise AssertionError(f"never: {script}")
+        wait_for(partial(self.run, script), script)
 
     def downloaded(self, name):
         """The content of a download, once it is there; it is then removed. Chromium first reserves its name, empty."""
         file = self.downloads / name
-        for _ in range(500):
-            if file.is_file() and file.stat().st_size:
-                content = file.read_text(encoding="utf-8")
-                file.unlink()
-                return content
-            time.sleep(0.02)
-        raise AssertionError(f"no download {name}, but {[*self.downloads.glob('*')]}")
+        wait_for(lambda: file.is_file() and file.stat().st_size, name)
+        return shutil.move(file, file.with_name("taken")).read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="session")

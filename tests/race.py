@@ -5,13 +5,16 @@
 What a side imports and prepares is not timed. The repository is on the path by PYTHONPATH; tests/ is not imported.
 """
 import copy, sys, time
+from functools import partial
 from pathlib import Path
 
+from support.folders import read_config
+from support.weights import empty, read_weights
 import model
 import torch
 import torch.nn.functional as nnf
 
-from realdpo import Condition, realdpo_loss, streamed_realdpo_loss
+from realdpo import Condition, streamed_realdpo_loss
 
 TEXT = 226, 256                                            # tokens, width
 
@@ -36,20 +39,11 @@ def our_dit(folder, b, f, h, w):
     return model.load_dit(folder), torch.randn(b, 16, f, h, w), cond, t
 
 
-def dit_forward(side, folder, *sizes):
-    if side == "theirs":
-        forward, net, x = their_dit(folder, *sizes)
-        return torch.no_grad()(lambda: forward(net, x))
-    net, x, cond, t = our_dit(folder, *sizes)
-    return torch.no_grad()(lambda: net(x, cond, t))
-
-
-def dit_backward(side, folder, *sizes):
-    if side == "theirs":
-        forward, net, x = their_dit(folder, *sizes)
-        return lambda: forward(net, x).sum().backward()
-    net, x, cond, t = our_dit(folder, *sizes)
-    return lambda: net(x, cond, t).sum().backward()
+def dit(backward, side, folder, *sizes):
+    call, *given = their_dit(folder, *sizes) if side == "theirs" else our_dit(folder, *sizes)
+    if backward:
+        return lambda: call(*given).sum().backward()
+    return torch.no_grad()(lambda: call(*given))
 
 
 def their_step(folder, *sizes):
@@ -71,61 +65,42 @@ def their_step(folder, *sizes):
     return work
 
 
-def our_step(folder, negatives, graphs, *sizes):
-    """Ours with so many negatives, "all", "two" or "one" graph at a time."""
+def step(negatives, graphs, side, folder, *sizes):
+    """A RealDPO step; ours with so many negatives, and "two" graphs or "one" at a time."""
+    if side == "theirs":
+        return their_step(folder, *sizes)
     net, x, cond, t = our_dit(folder, *sizes)
     ref = model.load_dit(folder).requires_grad_(False)
     net.checkpointing = "selective"
-    given = dict(win=x, lose=torch.randn(len(x), negatives, *x.shape[1:]), cond=cond, beta=5000)
-
-    def work():
-        if graphs == "all":
-            loss, _ = realdpo_loss(net, ref, **given)
-        else:
-            loss, _ = streamed_realdpo_loss(net, ref, **given, graphs=graphs)
-        loss.backward()
-
-    return work
+    given = dict(win=x, lose=torch.randn(len(x), negatives, *x.shape[1:]), cond=cond, beta=5000, t=t,
+                 noise=torch.randn_like(x), graphs=graphs)
+    return lambda: streamed_realdpo_loss(net, ref, **given)[0].backward()
 
 
-def step(negatives, graphs):
-    def prepare(side, folder, *sizes):
-        if side == "theirs":
-            return their_step(folder, *sizes)
-        return our_step(folder, negatives, graphs, *sizes)
-    return prepare
-
-
-def vae(way):
-    def prepare(side, folder, f, h, w):
-        if side == "theirs":
-            import diffusers
-            net = diffusers.AutoencoderKLCogVideoX.from_pretrained(folder / "vae").eval()
-        else:
-            net = model.load_vae(folder)
-        if way == "encode":
-            x = torch.rand(1, 3, f, h, w) * 2 - 1
-        else:
-            x = torch.randn(1, 16, (f - 1) // 4 + 1, h // 8, w // 8)
-        return torch.no_grad()(lambda: getattr(net, way)(x))
-    return prepare
+def vae(way, side, folder, f, h, w):
+    if side == "theirs":
+        import diffusers
+        net = diffusers.AutoencoderKLCogVideoX.from_pretrained(folder / "vae").eval()
+    else:
+        net = model.load_vae(folder)
+    shapes = {"encode": (1, 3, f, h, w), "decode": (1, 16, (f - 1) // 4 + 1, h // 8, w // 8)}
+    return torch.no_grad()(partial(getattr(net, way), torch.randn(shapes[way])))
 
 
 def t5(side, folder):
-    ids = torch.randint(3, 1000, (8, TEXT[0]))
     if side == "theirs":
         import transformers
         net = transformers.T5EncoderModel.from_pretrained(folder / "text_encoder").eval()
     else:
-        config = model.read_config(folder, "text_encoder", "T5EncoderModel")
-        net = model.empty(model.T5Encoder, config, torch.float32, "cpu")
-        model.read_weights(net, folder / "text_encoder")
-    return torch.no_grad()(lambda: net(ids))
+        config = read_config(folder, "text_encoder", "T5EncoderModel")
+        net = read_weights(empty(model.T5Encoder, config, torch.float32, "cpu"), folder / "text_encoder")
+    return torch.no_grad()(partial(net, torch.randint(3, 1000, (8, TEXT[0]))))
 
 
-RACES = {"DiT forward": dit_forward, "DiT forward and backward": dit_backward, "RealDPO step": step(3, "two"),
-         "RealDPO step, one negative of three": step(1, "two"), "RealDPO step, one negative, one graph": step(1, "one"),
-         "VAE encode": vae("encode"), "VAE decode": vae("decode"), "T5": t5}
+RACES = {"DiT forward": partial(dit, False), "DiT forward and backward": partial(dit, True),
+         "RealDPO step": partial(step, 3, "two"), "RealDPO step, one negative of three": partial(step, 1, "two"),
+         "RealDPO step, one negative, one graph": partial(step, 1, "one"),
+         "VAE encode": partial(vae, "encode"), "VAE decode": partial(vae, "decode"), "T5": t5}
 
 if __name__ == "__main__":
     name, side, folder, *sizes = sys.argv[1:]
@@ -135,5 +110,4 @@ if __name__ == "__main__":
     begin = time.time()
     work()
     seconds = time.time() - begin
-    status = Path("/proc/self/status").read_text()
-    print(seconds, int(status.split("VmHWM:")[1].split()[0]) / 1024)
+    print(seconds, int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024)

@@ -6,15 +6,14 @@ from tests import USERS_THREADS
 from tests.helpers import (Count, DIT, REPO, SCHEDULER, SHIPPED, T5, VAE, distances, inputs, randn, relative,
                            save_networks, touched)
 
+from support.films import from_uint8
 import numpy as np
 import pytest
 import torch
 from torch.nn.utils import parameters_to_vector
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-import data
 import model
 from realdpo import Condition
 from toy import make_model, world
@@ -25,17 +24,15 @@ pytest_plugins = "tests.helpers"
 @pytest.mark.bench
 def test_compiled_blocks_sample_and_train_like_eager_ones(denoiser, folder):
     """With the real compiler, which takes its time."""
-    compiled = model.load_dit(folder)
+    compiled, results = model.load_dit(folder), []
     compiled.net.compile_blocks()
     compiled.checkpointing = "selective"
-    results = []
-    for net in denoiser, compiled:
+    for net in compiled, denoiser:
         out = net(*inputs(2), torch.tensor([0.3, 0.9]))
         out.square().mean().backward()
-        with torch.no_grad():
-            results.append((out.detach(), net(*inputs(1), torch.tensor([0.5])),
-                            parameters_to_vector(p.grad for p in net.parameters())))
-    for ours, theirs in zip(*reversed(results)):
+        gradients = parameters_to_vector(p.grad for p in net.parameters())
+        results.append((out.detach(), net(*inputs(1), torch.tensor([0.5])).detach(), gradients))
+    for ours, theirs in zip(*results):
         assert relative(ours, theirs) <= 2e-5
 
 
@@ -46,26 +43,26 @@ QUARTER_VAE = VAE | dict(block_out_channels=[32, 64, 64, 128], layers_per_block=
                          norm_num_groups=32, down_block_types=["CogVideoXDownBlock3D"] * 4,
                          up_block_types=["CogVideoXUpBlock3D"] * 4)
 DEEP_T5 = T5 | dict(model_type="t5", vocab_size=1000, d_model=256, d_kv=64, d_ff=640, num_layers=24, num_heads=4)
-RACES = {                                                  # of race.py: sizes, most time and memory as a part of theirs
-    "DiT forward": ("DiT forward", (1, 5, 32, 40), 1.00, 1.0),
-    "DiT forward, two short clips": ("DiT forward", (2, 3, 16, 24), 1.00, 1.02),
-    "DiT forward and backward": ("DiT forward and backward", (1, 5, 32, 40), 1.00, 1.0),
-    "RealDPO step": ("RealDPO step", (1, 5, 32, 40), 0.66, 1.0),
-    "RealDPO step, one negative of three": ("RealDPO step, one negative of three", (1, 5, 32, 40), 0.32, 1.0),
-    "RealDPO step, one negative, one graph": ("RealDPO step, one negative, one graph", (1, 5, 32, 40), 0.37, 1.0),
-    "VAE encode": ("VAE encode", (17, 240, 360), 0.95, 0.72),
-    "VAE decode": ("VAE decode", (17, 240, 360), 0.70, 0.70),
-    "VAE encode, 49 frames": ("VAE encode", (49, 240, 360), 0.95, 0.70),
-    "VAE decode, 49 frames": ("VAE decode", (49, 240, 360), 0.70, 0.70),
-    "T5": ("T5", (), 1.10, 1.0),
-}
+RACES = [                                                  # of race.py: sizes, most time and memory as a part of theirs
+    ("DiT forward", (1, 5, 32, 40), 1.00, 1.0),
+    ("DiT forward", (2, 3, 16, 24), 1.00, 1.02),           # two short clips
+    ("DiT forward and backward", (1, 5, 32, 40), 1.00, 1.0),
+    ("RealDPO step", (1, 5, 32, 40), 0.66, 1.0),
+    ("RealDPO step, one negative of three", (1, 5, 32, 40), 0.32, 1.0),
+    ("RealDPO step, one negative, one graph", (1, 5, 32, 40), 0.37, 1.0),
+    ("VAE encode", (17, 240, 360), 0.95, 0.72),
+    ("VAE decode", (17, 240, 360), 0.70, 0.70),
+    ("VAE encode", (49, 240, 360), 0.95, 0.70),
+    ("VAE decode", (49, 240, 360), 0.70, 0.70),
+    ("T5", (), 1.10, 1.0),
+]
 
 
 @pytest.mark.bench
 @pytest.mark.parametrize("which", ["tiny", "random, 5B's schedule"])
 def test_25_steps_of_the_multistep_solver_against_50_of_euler(which):
     clips = [world.toy_video(3, i) for i in range(4)]
-    video = torch.stack([data.from_uint8(frames) for frames, _ in clips])
+    video = torch.stack([from_uint8(frames) for frames, _ in clips])
     cond = Condition(model.load_text_encoder("tiny")([caption for _, caption in clips]),
                      model.load_vae("tiny").encode(video[:, :, :1]))
     torch.manual_seed(0)
@@ -81,35 +78,25 @@ def test_25_steps_of_the_multistep_solver_against_50_of_euler(which):
 def test_what_a_5b_block_reads_and_writes(diffusers, backward):
     """One sequence at 49×480×720 in bf16, kernel by kernel, on tensors without data: the same FLOP, fewer bytes."""
     from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXBlock
-    tokens, text, width = 17_776, 226, 3072
-
-    def theirs():
-        block = CogVideoXBlock(dim=width, num_attention_heads=48, attention_head_dim=64, time_embed_dim=512,
-                               attention_bias=True)
-        return block, (tensor(1, tokens - text, width), tensor(1, text, width), tensor(1, 512),
-                       (torch.empty(tokens - text, 64, dtype=torch.float32),) * 2)
-
-    def ours():
-        return model.Block(width, 48, 512, 1e-5), (tensor(1, text, width), tensor(1, tokens - text, width),
-                                                   tensor(1, 512), torch.empty(tokens, 1, 32, 2, dtype=torch.float32))
-
-    def cost(make):
-        with FakeTensorMode():
-            block, inputs = make()
-            with torch.set_grad_enabled(backward), Count(touched) as count, FlopCounterMode(display=False) as flops:
-                out = block(*inputs)
-                sum(x.sum() for x in tree_leaves(out)).backward() if backward else None
-        return flops.get_total_flops() / 1e12, sum(count.bytes.values()) / 1e9
-
-    tensor = partial(torch.empty, requires_grad=True)
+    tokens, width, costs, tensor = 17_776, 3072, [], partial(torch.empty, requires_grad=True)
     torch.set_default_dtype(torch.bfloat16)
     try:
-        (flops, ours), (expected, theirs) = cost(ours), cost(theirs)
+        with FakeTensorMode():
+            text, video, time = tensor(1, 226, width), tensor(1, tokens - 226, width), tensor(1, 512)
+            ours = partial(model.Block(width, 48, 512, 1e-5), text, video, time, torch.empty(tokens, 1, 32, 2).float())
+            rope = (torch.empty(tokens - 226, 64).float(),) * 2
+            theirs = partial(CogVideoXBlock(width, 48, 64, 512, attention_bias=True), video, text, time, rope)
+            for block in (ours, theirs):
+                with torch.set_grad_enabled(backward), Count(touched) as count, FlopCounterMode(display=False) as flops:
+                    out = block()
+                    sum(x.sum() for x in out).backward() if backward else None
+                costs += [flops.get_total_flops() / 1e12, sum(count.bytes.values()) / 1e9]
     finally:
         torch.set_default_dtype(torch.float32)
-    print(f"\n5B block, {'forward and backward' if backward else 'forward'}: {flops:.2f} : {expected:.2f} TFLOP of "
-          f"matrix products, {ours:.1f} : {theirs:.1f} GB = {ours / theirs:.2f}")
-    assert flops == pytest.approx(expected, rel=0.001) and ours <= theirs
+    flop, moved, their_flop, their_moved = costs
+    print(f"\n5B block, {'forward and backward' if backward else 'forward'}: {flop:.2f} : {their_flop:.2f} TFLOP of "
+          f"matrix products, {moved:.1f} : {their_moved:.1f} GB = {moved / their_moved:.2f}")
+    assert flop == pytest.approx(their_flop, rel=0.001) and moved <= their_moved
 
 
 @pytest.fixture(scope="module")
@@ -127,20 +114,17 @@ def race(folder, name, sizes):
         assert done.returncode == 0, done.stderr
         return [float(x) for x in done.stdout.split()[-2:]]
 
-    rounds = []
-    for _ in range(int(os.environ.get("BENCH", 5))):
-        rounds.append((run("theirs"), run("ours")))
+    rounds = [(run("theirs"), run("ours")) for _ in range(int(os.environ.get("BENCH", 5)))]
     rounds = np.array(rounds)                              # (rounds, side, measure)
     theirs, ours = np.median(rounds, axis=0)
     return theirs, ours, np.median(rounds[:, 1] / rounds[:, 0], axis=0)
 
 
 @pytest.mark.bench
-@pytest.mark.parametrize("what", RACES)
-def test_time_and_memory_against_the_libraries(what, wide):
-    name, sizes, most_time, most_memory = RACES[what]
+@pytest.mark.parametrize("name, sizes, most_time, most_memory", RACES)
+def test_time_and_memory_against_the_libraries(name, sizes, most_time, most_memory, wide):
     pytest.importorskip("transformers" if name == "T5" else "diffusers")
     theirs, ours, (time_ratio, memory_ratio) = race(wide, name, sizes)
-    print(f"\n{what:38} {ours[0]:6.2f} s : {theirs[0]:6.2f} s = {time_ratio:.2f}   "
+    print(f"\n{f'{name} {sizes}':55} {ours[0]:6.2f} s : {theirs[0]:6.2f} s = {time_ratio:.2f}   "
           f"{ours[1]:5.0f} : {theirs[1]:5.0f} MiB = {memory_ratio:.2f}")
     assert time_ratio <= most_time and memory_ratio <= most_memory

@@ -51,24 +51,13 @@ def test_a_study_is_rated_by_keyboard_reloaded_saved_and_tallied(browser, study,
     assert browser.run("[state.rater, state.page, state.ratings]") == ["Bob", 0, {}]
 
 
-@pytest.mark.slow
-def test_of_a_hundred_pages_each_has_its_own_order_and_none_can_be_left_out(browser, tmp_path):
-    many = dict(study="many", pages=[{"caption": f"{i}", "clips": [f"{i}a", f"{i}b", f"{i}c"]} for i in range(100)])
-    vlm.write_page("study.html", tmp_path / "study.html", many)
-    page = (tmp_path / "study.html").read_text()
-    (tmp_path / "study.html").write_text(page.replace("lose(clip, figure)\n", "null\n"))         # there are no clips
+def test_each_page_has_an_order_of_its_own(browser, tmp_path):
+    pages = [dict(caption=f"{i}", clips=[f"{i}a", f"{i}b", f"{i}c"]) for i in range(100)]
+    vlm.write_page("study.html", tmp_path / "study.html", dict(study="many", pages=pages))
     browser.open(tmp_path / "study.html")
     browser.press("Ann\ue007")
     orders = browser.run("state.orders.map(order => order.map(clip => clip.at(-1)).join(''))")
     assert len(orders) == 100 and min(Counter(orders).values()) >= 5 and len({*orders}) == 6     # about 17 of each
-    browser.run("pages.forEach((page, i) => { show(i); if (i != 57) for (const row of document.querySelectorAll("
-                "'fieldset')) row.querySelectorAll('input')[3].click() }), show(100), save()")
-    assert browser.run("state.page") == 57                 # what lacks its ratings is shown instead of saved
-    browser.press("2" * 15 + "\ue007")
-    browser.run("show(100)")
-    browser.press("\ue007")
-    ratings = json.loads(browser.downloaded("answers-Ann.json"))["ratings"]
-    assert len(ratings) == 300 and ratings["57b"] == [2] * 5 and ratings["99a"] == [4] * 5
 
 
 def test_a_browser_without_storage_says_so_and_still_saves(browser, study):
@@ -94,12 +83,10 @@ def own_study(study, tmp_path):
     return tmp_path / "own", key
 
 
-def clip_states(browser):
-    """{clip: whether it says that it does not play, whether it can be rated} of the page that is shown."""
-    return dict(browser.run(
-        "state.orders[state.page].map((clip, i) => [clip, ["
-        "document.querySelectorAll('figure')[i].innerText.includes('does not play'),"
-        "[...document.querySelectorAll('fieldset')].filter(f => f.dataset.clip == clip && !f.disabled).length]])"))
+SOUND_ALONE = "-f lavfi -i testsrc=d=1 -f lavfi -i sine=d=1 -c:v mpeg4 -c:a aac"          # which no browser shows
+STATES = ("state.orders[state.page].map((clip, i) => [clip, ["
+          "document.querySelectorAll('figure')[i].innerText.includes('does not play'),"
+          "[...document.querySelectorAll('fieldset')].filter(f => f.dataset.clip == clip && !f.disabled).length]])")
 
 
 @pytest.mark.parametrize("fault", ["missing", "sound alone"])
@@ -109,24 +96,18 @@ def test_a_clip_that_does_not_play_says_so_and_cannot_be_rated(fault, browser, o
     file = folder / "clips" / f"{lost}.mp4"
     whole = file.read_bytes()
     browser.open(folder / "study.html")
-    browser.press("Ann\ue007")
-    browser.press("1" * 15)                                # before anybody notices
-    if fault == "missing":
-        file.unlink()
-    else:                                                  # of MPEG-4 part 2, a browser plays the sound alone
-        subprocess.run([imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-y", "-f", "lavfi", "-i", "testsrc=d=1",
-                        "-f", "lavfi", "-i", "sine=d=1", "-c:v", "mpeg4", "-c:a", "aac", file], check=True)
+    browser.press("Ann\ue007" + "1" * 15)                  # rated before anybody notices
+    file.unlink()
+    if fault == "sound alone":
+        subprocess.run([imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", *SOUND_ALONE.split(), file], check=True)
     browser.open(folder / "study.html")
     browser.until("document.querySelector('.lost')")
     states = {clips[0]: [False, 5] for clips in key["clips"].values()} | {lost: [True, 0]}
-    assert clip_states(browser) == states
-    browser.press("\ue007")                                # the rest can be rated meanwhile
-    browser.press("4" * 15 + "\ue007")
+    assert dict(browser.run(STATES)) == states             # whether it says so, and in how many ways it can be rated
+    browser.press("\ue007" + "4" * 15 + "\ue007")          # the rest can be rated meanwhile
     assert lost not in browser.run("Object.keys(state.ratings)") and browser.run("state.page") == 2
     browser.press("\ue007")                                # on the button that saves: it shows what is lacking
     assert browser.run("state.page") == 0
-    if fault != "missing":
-        return
     file.write_bytes(whole)                                # a rater gets the folder anew
     browser.run("show(0)")
     browser.until(PLAYING)
@@ -136,24 +117,11 @@ def test_a_clip_that_does_not_play_says_so_and_cannot_be_rated(fault, browser, o
     assert json.loads(browser.downloaded("answers-Ann.json"))["ratings"][lost] == [5] * 5
 
 
-def test_what_an_earlier_study_left_in_the_browser_is_not_used(browser, own_study):
+def test_all_of_a_study_fits_into_a_narrow_window_and_another_study_begins_anew(browser, own_study):
     folder, _ = own_study
-    browser.open(folder / "study.html")
-    browser.press("Ann\ue007")
-    browser.until(PLAYING)
-    browser.press("3" * 15 + "\ue007")
-    page = folder / "study.html"                           # written anew, of other videos, in the same place
-    page.write_text(page.read_text().replace(folder.parent.name, folder.parent.name + "-later"))
-    browser.open(page)
-    assert browser.run("[state, document.getElementById('start').hidden]") == [None, False]
-    browser.press("Ann\ue007")
-    assert browser.run("[state.page, state.ratings]") == [0, {}]
-
-
-def test_all_of_a_study_fits_into_a_narrow_window(browser, own_study):
-    folder, _ = own_study
+    page = folder / "study.html"
     for width, beside in ((1280, True), (640, False), (360, False)):       # a desk, a zoom of 200 % there, a phone
-        browser.open(folder / "study.html", width, 700)
+        browser.open(page, width, 700)
         browser.run("welcome()")
         browser.press(f"{width}\ue007")
         browser.until("document.querySelector('video').videoWidth")
@@ -168,6 +136,9 @@ def test_all_of_a_study_fits_into_a_narrow_window(browser, own_study):
         order, ratings = browser.run("[state.orders[0], state.ratings]")
         rows = np.array([ratings[clip] for clip in order])
         assert (rows.T if beside else rows).ravel().tolist() == [1, 2, 3, 4, 5] * 3
+    page.write_text(page.read_text().replace(folder.parent.name, f"{folder.parent.name}-later"))   # in the same place
+    browser.open(page)
+    assert browser.run("[state, document.getElementById('start').hidden]") == [None, False]
 
 
 # ---- The page for those who inspect ---------------------------------------------------------------------------------
@@ -195,8 +166,8 @@ def test_clips_are_inspected_by_keyboard_reloaded_and_saved(browser, videos, tmp
     page = write_list(tmp_path / "curated", rows)
     browser.open(page)
     browser.until(PLAYING)
-    assert browser.run("[document.getElementById('text').value, document.getElementById('reason').textContent]") == [
-        HOSTILE, "<b>"] and browser.run("!window.ran")
+    shown = browser.run("[document.getElementById('text').value, document.getElementById('reason').textContent]")
+    assert shown == [HOSTILE, "<b>"] and browser.run("!window.ran")
     browser.press("dk")                                    # clips 0 and 1
     browser.press("e"), browser.press(" kd"), browser.press("\ue00c" + "u")          # keys in a caption are text
     browser.open(page)                                     # a reload in the middle
@@ -218,17 +189,16 @@ def test_clips_are_inspected_by_keyboard_reloaded_and_saved(browser, videos, tmp
     browser.until("document.getElementById('notice').innerText.includes('cannot play')")         # 8.mp4 is not there
 
 
-def edit(browser, page):
-    """Drop the first of five clips, give the second another caption, keep the third."""
-    browser.open(page)
-    browser.press("d")
-    browser.run("(t => { t.value = 'mine'; t.oninput() })(document.getElementById('text'))")
-    browser.press("\ue014k")                               # an arrow to the third
-
-
 def test_changes_made_on_another_list_are_told_and_asked_about(browser, tmp_path):
-    page = write_list(tmp_path, [row(i, keep=None) for i in range(5)])
-    edit(browser, page)
+    rows = [row(i, keep=None) for i in range(5)]
+    page = write_list(tmp_path, rows)
+    browser.open(page)
+    browser.press("d")                                     # the first
+    browser.run("(t => { t.value = 'mine'; t.oninput() })(document.getElementById('text'))")             # of the second
+    browser.press("\ue014k")                               # an arrow to the third
+    (tmp_path / "other").mkdir()                           # a list in another place knows nothing of that
+    browser.open(write_list(tmp_path / "other", rows))
+    assert browser.run("document.getElementById('stale').hidden") and press_until_saved(browser, "") == rows
     # The same clips asked about once more: one row is as it was, one has another caption, one says what was chosen.
     write_list(tmp_path, [row(0, keep=None), row(1, keep=None, text="new"), row(2), row(3), row(4)])
     browser.open(page)
@@ -247,16 +217,6 @@ def test_changes_made_on_another_list_are_told_and_asked_about(browser, tmp_path
     browser.run("document.getElementById('use').click()")
     browser.open(page)
     assert browser.run("document.getElementById('stale').hidden && rows[0].keep === false && rows[0].text === 'newer'")
-
-
-def test_a_list_in_another_place_knows_no_changes(browser, tmp_path):
-    for name in ("one", "two"):
-        (tmp_path / name).mkdir()
-    rows = [row(i, keep=None) for i in range(5)]
-    edit(browser, write_list(tmp_path / "one", rows))
-    browser.open(write_list(tmp_path / "two", rows))
-    assert browser.run("rows.every(row => row.keep === null) && document.getElementById('stale').hidden")
-    assert press_until_saved(browser, "") == rows
 
 
 def test_all_of_a_list_fits_into_a_narrow_window(browser, tmp_path):

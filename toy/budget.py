@@ -4,7 +4,7 @@ from html import escape
 from itertools import chain
 from typing import NamedTuple
 
-from data import whole_file
+from support.files import whole_file
 
 # Okabe and Ito's colours, which the colour-blind can tell apart; each method also has its own mark.
 COLOURS = ("#0072b2", "#d55e00", "#555555")

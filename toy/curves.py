@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
-import data
-from data import option, whole_file
-from model import UserError
+from support import UserError
+from support.command import command, option
+from support.files import whole_file
 from train import EVAL_T
 
 COLOURS = ("#c33", "#36c", "#2a2", "#c80", "#90c")
@@ -121,4 +121,4 @@ def main(options):
 
 
 if __name__ == "__main__":
-    data.command(main, Options, "toy.curves")
+    command(main, Options, "toy.curves")

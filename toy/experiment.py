@@ -11,11 +11,10 @@ share the work: start it once for each core, with OMP_NUM_THREADS=1.
 from dataclasses import dataclass
 from pathlib import Path
 
+from support import UserError
+from support.command import command, option
 import numpy as np
 
-import data
-from data import option
-from model import UserError
 from toy.budget import Point, draw_budgets
 from toy.laptop import label_of
 from toy.runs import CHOOSING, FEW, RATES, Row, Run, Runs, training_options
@@ -338,4 +337,4 @@ def main(options):
 
 
 if __name__ == "__main__":
-    data.command(main, Options, "toy.experiment")
+    command(main, Options, "toy.experiment")

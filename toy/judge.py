@@ -2,18 +2,20 @@
 
     python -m toy.judge FOLDER             mp4s of any source, NUMBER.mp4 showing the held-out figure of that number
 """
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-from dataclasses import dataclass
+from support import UserError
+from support.command import command, option
+from support.files import differences, read_header, read_tensors, write_tensors
+from support.films import from_uint8, to_uint8
+from support.folders import fingerprint_of
 import numpy as np
 import torch
 from tqdm import tqdm
 
-import data
 import model
-from data import option
-from model import UserError
 from toy.world import (ACTIONS, COLOURS, FPS, GREY, JITTER, ROOT, SPEEDS, draw_figure, pose, read_toy_video, render,
                        skeleton, world_of)
 
@@ -33,14 +35,13 @@ def coded_continuations(world, number, frames, size, folder):
     """`continuations` of a world's figure after the tiny autoencoder, so that its blur is not counted against a model.
     They take much longer than the rest of judging, so they are kept in `folder`."""
     file = Path(folder) / f"{world}-{number:05d}.safetensors"
-    made_by = dict(vae=data.digest(model.TINY / "vae"), paces=len(PACES), frames=frames, size=size)
-    if not file.exists():
-        clips = [data.from_uint8(real) for real in continuations(draw_figure(world, number), frames, size)]
+    made_by = dict(vae=fingerprint_of("tiny", "vae"), paces=len(PACES), frames=frames, size=size)
+    if not file.exists() or differences(read_header(file)[1], made_by):
+        clips = [from_uint8(real) for real in continuations(draw_figure(world, number), frames, size)]
         vae = model.load_vae("tiny")
-        coded = [torch.from_numpy(data.to_uint8(video)) for video in vae.decode(vae.encode(torch.stack(clips)))]
-        data.write_tensors(file, {"videos": torch.stack(coded)}, **made_by)
-    data.check_metadata(file, data.read_header(file)[1], made_by)
-    return data.read_tensors(file)["videos"].numpy()
+        coded = [torch.from_numpy(to_uint8(video)) for video in vae.decode(vae.encode(torch.stack(clips)))]
+        write_tensors(file, {"videos": torch.stack(coded)}, **made_by)
+    return read_tensors(file)["videos"].numpy()
 
 
 def track(video):
@@ -138,4 +139,4 @@ def main(options):
 
 
 if __name__ == "__main__":
-    data.command(main, Options, "toy.judge")
+    command(main, Options, "toy.judge")

@@ -6,6 +6,11 @@ once by RealDPO, and figures that no run has seen show the difference.
 import dataclasses
 from pathlib import Path
 
+from support import UserError
+from support.command import flag, flags, generator, say
+from support.files import claim, whole_file, write_json
+from support.films import to_uint8, write_video
+from support.folders import defaults_of
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -16,7 +21,7 @@ import data
 import model
 import realdpo
 import sample
-from data import Records, flag, generator, write_json
+from data import Records
 from realdpo import Condition
 from toy.judge import continuations, judge, judge_all, mean_line
 from toy.world import (COUNTS, FPS, draw_figure, enlarge, read_toy_video, toy_video, world_of, write_toy_video,
@@ -26,11 +31,9 @@ SHOWN = 4                                                             # figures 
 NEGATIVES = dict(solver="multistep", steps=8, guidance=1.0)           # half the evaluations of the tiny model's Euler
 
 
-def run_stage(module, rank, **options):
+def run_stage(module, **options):
     """One stage, and the command line that does the same."""
-    if rank == 0:
-        words = " ".join(f"{flag(name)} {value}" for name, value in options.items())
-        print(f"\n$ python {module.__name__}.py {words}")
+    say(f"\n$ python {module.__name__}.py {flags(options)}")
     module.main(module.Options(**options))
 
 
@@ -45,7 +48,7 @@ def score_negatives(cache, seed):
     scores = {}
     for i, name in enumerate(tqdm(records.names, desc="scoring negatives")):
         figure = draw_figure(world_of(seed, "real"), i)
-        videos = [data.to_uint8(video) for video in vae.decode(records[i]["lose"].float())]
+        videos = [to_uint8(video) for video in vae.decode(records[i]["lose"].float())]
         reals = continuations(figure, *videos[0].shape[:2])
         scores[name] = [-judge(video, figure, reals)["rvd"] for video in videos]
     write_json(file, scores)
@@ -57,9 +60,10 @@ def prepare(out, name, seed, counts, rank, scores=True):
         if rank == 0:
             write_toy_videos(Path(out) / "videos" / kind, count, world_of(seed, kind))
         dist.barrier()
-        run_stage(data, rank, videos=f"{out}/videos/{kind}", model=name, out=f"{out}/cache/{kind}")
+        run_stage(data, videos=f"{out}/videos/{kind}", model=name, out=f"{out}/cache/{kind}")
         dist.barrier()
-    run_stage(sample, rank, data=f"{out}/cache/real", model=name, **NEGATIVES)
+    run_stage(sample, data=f"{out}/cache/real", model=name, **NEGATIVES)
+    dist.barrier()
     if rank == 0 and scores:
         score_negatives(Path(out) / "cache" / "real", seed)
     dist.barrier()
@@ -92,7 +96,7 @@ def runs_to_compare(options):
 def generate_held_out(denoiser, path, records, batch=16):
     """Yield a denoiser's video (F,H,W,3) uint8 of each record, through the autoencoder of the model at `path`, from
     noise that depends on the record's number alone."""
-    settings = model.defaults_of("tiny", "sample")
+    settings = defaults_of("tiny", "sample")
     vae = model.load_vae(path)
     uncond = records.empty_text()[None]
     for first in range(0, len(records), batch):
@@ -101,7 +105,7 @@ def generate_held_out(denoiser, path, records, batch=16):
         noise = torch.stack([torch.randn(rows[0]["win"].shape, generator=generator("held-out", i, 0)) for i in numbers])
         cond = Condition(torch.stack([row["text"] for row in rows]), torch.stack([row["image"] for row in rows]))
         for video in vae.decode(realdpo.sample(denoiser, noise, cond, uncond=uncond, progress=False, **settings)):
-            yield data.to_uint8(video)
+            yield to_uint8(video)
 
 
 def title(labels, width, height=14):
@@ -157,8 +161,11 @@ def draw_progress(options, runs):
     for other in runs[:-1]:
         columns[label_of(other)] = read_shown(max(Path(other.out).glob("videos/step-??????")))
     columns["real"] = [toy_video(world_of(options.seed, "held-out"), i)[0] for i in range(SHOWN)]
-    for file in (out / "held-out.gif", out / "held-out.mp4"):
-        data.write_video(file, side_by_side(columns), FPS)
+    video = side_by_side(columns)
+    write_video(out / "held-out.mp4", video, FPS)
+    first, *others = [Image.fromarray(frame) for frame in video]
+    with whole_file(out / "held-out.gif") as part:
+        first.save(part, "GIF", save_all=True, append_images=others, duration=1000 / FPS, loop=0)
 
 
 def read_shown(folder):
@@ -167,7 +174,14 @@ def read_shown(folder):
 
 
 def run(options, process, train):
-    """Make the records, train each run with `train(options) -> whether it is complete`, and show the results."""
+    """Make the records, train each run with `train(options) -> whether it is complete`, and show the results. Raises
+    UserError for options that have no meaning here."""
+    for name in ("bench", "resume", "eval_data"):
+        if getattr(options, name):
+            raise UserError(f"{flag(name)} {getattr(options, name)}: is for runs on records of your own; give --data")
+    out = Path(options.out)
+    if process.rank == 0:
+        claim(out / "toy.json", [out / name for name in ("videos", "cache", "bench", "sft", "held-out")], seed=options.seed)
     scored = options.method in ("dpo", "rwr")
     options.data = prepare(options.out, "tiny", options.seed, COUNTS, process.rank, scored)
     options.bench = f"{options.out}/bench"

@@ -3,17 +3,20 @@
     python -m toy.make_model --out DIR     an hour on two cores; put DIR in the place of assets/tiny to use it
 """
 import json, math
+from dataclasses import dataclass
 from pathlib import Path
 
-from dataclasses import dataclass
+from support.command import command, generator, option
+from support.files import check_same, read_header, read_tensors, whole_file, write_tensors
+from support.films import from_uint8
+from support.folders import TINY
+from support.weights import save_part
 import numpy as np
 import torch
 import torch.nn as nn
 from tqdm import tqdm
 
-import data
 import model
-from data import generator, option, whole_file
 from realdpo import Condition, sft_loss
 from toy.world import ACTIONS, SPEEDS, toy_video, world_of
 
@@ -88,16 +91,16 @@ class State:
         number of steps."""
         if not self.file.exists():
             return 0
-        saved = data.read_header(self.file)[1]
-        data.check_metadata(self.file, saved, self.made_by)
+        saved = read_header(self.file)[1]
+        check_same(self.file, saved, self.made_by)
         named = self.tensors()
-        for name, tensor in data.read_tensors(self.file).items():
+        for name, tensor in read_tensors(self.file).items():
             named[name].copy_(tensor)
         return saved["step"]
 
     def save(self, step):
         """Write the file."""
-        data.write_tensors(self.file, self.tensors(), step=step, **self.made_by)
+        write_tensors(self.file, self.tensors(), step=step, **self.made_by)
 
 
 def optimize(parameters, loss, steps, lr, file, seed=0, save_every=500):
@@ -141,7 +144,7 @@ def make_text_encoder(folder):
             sentence_iterator=sentences, model_writer=f, model_type="unigram", vocab_size=TINY_T5["vocab_size"],
             pad_id=0, eos_id=1, unk_id=2, bos_id=-1, hard_vocab_limit=False, minloglevel=2)
     torch.manual_seed(0)
-    model.save_part(model.T5Encoder(TINY_T5), TINY_T5, folder / "text_encoder", torch.bfloat16, stem="model")
+    save_part(model.T5Encoder(TINY_T5), TINY_T5, folder / "text_encoder", torch.bfloat16, stem="model")
 
 
 FAULTS = (0.4, 1.0)                        # least and greatest strength of the faults in the corpus
@@ -162,7 +165,7 @@ def make_vae(folder, steps):
     clips = []
     for i in tqdm(range(2048), desc="drawing figures"):
         frames, _ = corpus_clip(i, FAULTS if i % 2 else CLEAN)
-        clips.append(data.from_uint8(frames))
+        clips.append(from_uint8(frames))
     clips = torch.stack(clips)
 
     def reconstruct(video, noise):
@@ -180,12 +183,12 @@ def make_vae(folder, steps):
 
     optimize(vae.parameters(), loss, steps, 3e-3, folder / "autoencoder.safetensors")
     with torch.no_grad():
-        held_out = torch.stack([data.from_uint8(toy_video(world_of(0, "held-out"), i)[0]) for i in range(32)])
+        held_out = torch.stack([from_uint8(toy_video(world_of(0, "held-out"), i)[0]) for i in range(32)])
         output, mean, _ = reconstruct(held_out, torch.zeros_like)
     config["scaling_factor"] = round(1 / mean.std().item(), 6)
     error = (output.clamp(-1, 1) - held_out).square().mean().item() / 4
     print(f"autoencoder: {-10 * math.log10(error):.1f} dB on 32 held-out clips")
-    model.save_part(vae, config, folder / "vae", torch.bfloat16)
+    save_part(vae, config, folder / "vae", torch.bfloat16)
 
 
 def make_base(folder, steps, seed=0, clips=4096, unseen=128):
@@ -200,7 +203,7 @@ def make_base(folder, steps, seed=0, clips=4096, unseen=128):
     for first in tqdm(range(0, clips + unseen, 16), desc="encoding the corpus"):
         drawn = [corpus_clip(first + i, FAULTS, seed) for i in range(16)]
         rng = generator("corpus", seed, first)
-        video = torch.stack([data.from_uint8(frames) for frames, _ in drawn])
+        video = torch.stack([from_uint8(frames) for frames, _ in drawn])
         samples.append((vae.encode(video, rng), vae.encode(video[:, :, :1], rng), encode_text([c for _, c in drawn])))
     win, image, text = (torch.cat(x) for x in zip(*samples))
     torch.manual_seed(seed)
@@ -230,7 +233,7 @@ def make_base(folder, steps, seed=0, clips=4096, unseen=128):
 
 
 BASE_STEPS = 6000
-DEFAULTS = json.loads((model.TINY / "defaults.json").read_text())      # of the commands' options, for this model
+DEFAULTS = json.loads((TINY / "defaults.json").read_text())      # of the commands' options, for this model
 
 
 @dataclass
@@ -251,8 +254,8 @@ def main(options):
         make_vae(folder, 3500)
     make_base(folder, options.steps, options.seed)
     (folder / "defaults.json").write_text(json.dumps(DEFAULTS, indent=2) + "\n")
-    print(f"the tiny model is in {folder}; put it in the place of {model.TINY} to use it as --model tiny")
+    print(f"the tiny model is in {folder}; put it in the place of {TINY} to use it as --model tiny")
 
 
 if __name__ == "__main__":
-    data.command(main, Options, "toy.make_model")
+    command(main, Options, "toy.make_model")

@@ -6,13 +6,12 @@ import shutil
 from pathlib import Path
 from typing import NamedTuple
 
+from support.files import check_same, read_json, write_json
 import numpy as np
 from PIL import Image
 
 import data
-import model
 import train
-from data import write_json
 from toy.laptop import prepare, run_stage
 from toy.make_model import BASE_STEPS, make_base
 from toy.world import GREY, draw_figure, toy_video, world_of, write_clip, write_toy_videos
@@ -71,8 +70,8 @@ def own_base(folder, seed, steps=BASE_STEPS):
     file = folder / "base.json"
     made_by = dict(model="tiny", steps=steps)
     if file.exists():
-        data.check_metadata(file, model.read_json(file), made_by)
-    write_json(file, made_by)                              # model.resolve finds the other parts by it
+        check_same(folder, read_json(file), made_by)
+    write_json(file, made_by)                              # resolve finds the other parts by it
     shipped = (seed, steps) == (0, BASE_STEPS)
     if not shipped and not list(folder.glob("transformer/*.safetensors")):
         make_base(folder, steps, seed)
@@ -84,7 +83,7 @@ def improve(base, folder, seed, steps, processes):
     better, clips = folder / "base", folder / "videos" / "clean"
     if not (better / "base.json").exists():
         write_toy_videos(clips, CLEAN, world_of(seed, "clean"))
-        run_stage(data, 0, videos=str(clips), model=base, out=f"{folder}/cache/clean")
+        run_stage(data, videos=str(clips), model=base, out=f"{folder}/cache/clean")
         options = train.Options(method="sft", model=base, data=f"{folder}/cache/clean", out=str(better), steps=steps,
                                 lr=2e-3, t_draw="release", decay=0.5, micro_batch=8, checkpointing="none",
                                 save_every=10 ** 9, seed=seed)

@@ -8,13 +8,15 @@ from contextlib import redirect_stdout, suppress
 from pathlib import Path
 from typing import NamedTuple
 
+from support import UserError
+from support.budget import Work
+from support.files import InUse, sole_owner, write_json
 import numpy as np
 import torch.distributed as dist
 
 import model
 import train
-from data import InUse, Records, sole_owner, write_json
-from model import UserError
+from data import Records
 from toy.judge import judge_all
 from toy.laptop import generate_held_out
 from toy.regimes import prepare_regime
@@ -54,11 +56,7 @@ CHOOSING = ((1, 0), (2, 0))                        # base and number of the runs
 
 def cost_of_a_step(options):
     """FLOP of a training step, on average over those with and those without a comparison."""
-    config = model.read_dit_config("tiny")
-    shape = config["out_channels"], 5, config["sample_height"], config["sample_width"]
-    setting = train.Setting(False, options.checkpointing, options.graphs, held=False)
-    useful, _ = train.Work(options, config, shape, 3).flops(setting)
-    return useful
+    return Work(options, layers=5, width=96, tokens=96).mean_flops()[0]           # the tiny model's
 
 
 def training_options(row):

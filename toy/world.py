@@ -10,10 +10,11 @@ Axes: F frames, H W pixels, K = 10 capsules, L = 4 limbs of two pieces.
 from pathlib import Path
 from typing import NamedTuple
 
+from support.files import whole_file
+from support.films import read_video, to_uint8, write_video
 import numpy as np
 from tqdm import tqdm
 
-from data import read_video, to_uint8, whole_file, write_video
 
 # Figures that the base saw, that it is aligned with, that judge the result, that choose a learning rate before, and that
 # make a base better.

@@ -1,5 +1,7 @@
 """One block of the transformer, forward and backward, eager and compiled, against diffusers'."""
-from common import (bf16, clock, device, diffusers, fill, free, grid, head_dim, heads, n_text, randn, relative, row,
+from itertools import product
+
+from common import (agree, bf16, clock, device, diffusers, fill, free, grid, head_dim, heads, n_text, randn, row,
                     tokens, width)
 import model
 import torch
@@ -7,10 +9,9 @@ import torch
 
 def measure(side, compiled, backward):
     """Seconds, peak GiB, and outputs and gradients of one block: "ours" or "theirs"."""
-    text, video, when = randn(1, n_text, width), randn(1, tokens - n_text, width), randn(1, 512)
-    text.requires_grad_(backward), video.requires_grad_(backward)
+    text, video = [randn(1, length, width).requires_grad_(backward) for length in (n_text, tokens - n_text)]
+    when, turn = randn(1, 512), model.rope_table(grid, n_text, head_dim, device)
     block = fill(model.Block(width, heads, 512, 1e-5).to(device, bf16))
-    turn = model.rope_table(grid, n_text, head_dim, device)
     if side == "theirs":
         from diffusers.models.embeddings import get_3d_rotary_pos_embed
         from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXBlock
@@ -21,10 +22,7 @@ def measure(side, compiled, backward):
 
     def work():
         with torch.set_grad_enabled(backward):
-            if side == "ours":
-                out = run(text, video, when, turn)
-            else:
-                out = run(video, text, when, turn)[::-1]
+            out = run(text, video, when, turn) if side == "ours" else run(video, text, when, turn)[::-1]
         if not backward:
             return out
         block.zero_grad()
@@ -33,19 +31,13 @@ def measure(side, compiled, backward):
         return *(x.detach() for x in out), text.grad, video.grad
 
     seconds, peak, result = clock(work)
+    free()
     return seconds, peak, [x.float().cpu() for x in result]
 
 
-for compiled in (False, True):
-    for backward in (False, True):
-        seconds, peak, result = measure("ours", compiled, backward)
-        free()
-        their_seconds, their_peak, expected = None, None, result
-        if diffusers:
-            their_seconds, their_peak, expected = measure("theirs", compiled, backward)
-            free()
-        row(f"block, forward{' + backward' * backward}, {'compiled' if compiled else 'eager'}, {tokens:,} tokens",
-            seconds, their_seconds, peak, their_peak)
-        off = max(relative(a, b) for a, b in zip(result, expected))
-        row("    relative difference, in bf16; expected below", off, 0.05)
-        assert off < 0.05
+for compiled, backward in product((False, True), repeat=2):
+    seconds, peak, result = measure("ours", compiled, backward)
+    their_seconds, their_peak, expected = measure("theirs", compiled, backward) if diffusers else (None, None, result)
+    row(f"block, forward{' + backward' * backward}, {'compiled' if compiled else 'eager'}, {tokens:,} tokens",
+        seconds, their_seconds, peak, their_peak)
+    agree(result, expected, 0.05)

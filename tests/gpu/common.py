@@ -4,23 +4,17 @@
 
 This folder is on the path of its scripts, the repository by PYTHONPATH. Nothing of tests/ is imported: that hides GPUs.
 """
-import gc, json, math, statistics, sys, time, warnings
+import gc, json, math, statistics, sys, time
+from importlib.util import find_spec
 
+from support.weights import empty
 import model
+from realdpo import Condition
 import torch
 
-from realdpo import Condition
-
-try:
-    import diffusers
-    diffusers.logging.set_verbosity_error()
-except ImportError:
-    diffusers = None
-
-warnings.filterwarnings("ignore")
 c = json.loads(sys.argv[1])
-device, bf16, cuda = torch.device(c["device"]), torch.bfloat16, c["device"] == "cuda"
-dit = model.PUBLISHED_DIT | c["dit"]
+device, bf16, cuda, diffusers = torch.device(c["device"]), torch.bfloat16, c["device"] == "cuda", find_spec("diffusers")
+dit = c["dit_config"] | c["dit"]
 heads, head_dim, n_text = dit["num_attention_heads"], dit["attention_head_dim"], dit["max_text_seq_length"]
 width, frames = heads * head_dim, (dit["sample_frames"] - 1) // 4 + 1
 shape = dit["out_channels"], frames, dit["sample_height"], dit["sample_width"]
@@ -30,11 +24,16 @@ tokens = n_text + math.prod(grid)
 
 def row(item, ours=None, theirs=None, peak=None, their_peak=None):
     """Print a row: seconds, or what the item says, of ours and theirs, their ratio, and peaks in GiB."""
-    ratio = ours / theirs if ours and theirs else None
-    cells = []
-    for number, digits in ((ours, 4), (theirs, 4), (ratio, 2), (peak, 2), (their_peak, 2)):
-        cells.append(" " * 9 if number is None else f"{number:9.{digits}f}")
-    print(f"{item:70}", *cells, flush=True)
+    numbers = ours, theirs, ours / theirs if ours and theirs else None, peak, their_peak
+    cells = ["" if number is None else f"{number:.4f}" for number in numbers]
+    print(f"{item:70}", *[f"{cell:>9}" for cell in cells], flush=True)
+
+
+def agree(ours, theirs, most):
+    """Fail where tensors differ by more, in their norms, than bf16 explains."""
+    off = max(((a.float() - b.float()).norm() / b.float().norm()).item() for a, b in zip(ours, theirs))
+    row("    relative difference, in bf16; expected below", off, most)
+    assert off < most
 
 
 @torch.no_grad()
@@ -43,12 +42,8 @@ def fill(net):
     rng = torch.Generator(device).manual_seed(0)
     for name, x in net.state_dict().items():
         x = x.to_local() if hasattr(x, "to_local") else x
-        here = torch.empty(x.shape, dtype=x.dtype, device=device)       # x may lie in CPU memory, for --offload
-        if x.ndim > 1:
-            here.normal_(0, x[0].numel() ** -0.5, generator=rng)
-        else:
-            here.normal_(float("norm" in name and name.endswith("weight")), 0.02, generator=rng)
-        x.copy_(here)
+        mean = float(x.ndim == 1 and "norm" in name and name.endswith("weight"))
+        x.normal_(mean, x[0].numel() ** -0.5 if x.ndim > 1 else 0.02, generator=rng)
     return net
 
 
@@ -62,40 +57,28 @@ def condition():
     return Condition(randn(1, n_text, dit["text_embed_dim"]), randn(1, shape[0], 1, *shape[2:]))
 
 
-def denoiser(layers, dtype=bf16, shard=lambda net: None, where=device):
+def denoiser(layers, compiled=False, dtype=bf16, shard=lambda net: None):
     """A random transformer of so many blocks."""
-    net = fill(model.empty(model.DiT, dit | {"num_layers": layers}, dtype, where, shard))
-    return model.Denoiser(net, model.VPrediction(c["scheduler"]), c["scheduler"])
-
-
-def check_finite(out):
-    """Fail where a tensor, or one of several, has numbers that are not finite."""
-    for x in out if isinstance(out, (tuple, list)) else [out]:
-        assert x.isfinite().all(), "not finite"
+    net = fill(empty(model.DiT, dit | {"num_layers": layers}, dtype, device, shard))
+    if compiled:
+        net.compile_blocks()
+    return model.Denoiser(net, model.VPrediction(c["scheduler"]), None)
 
 
 def clock(work, repeats=c["repeats"], warm=2):
-    """Median seconds and peak GiB of work(), after calls that compile and choose kernels; and its result."""
-    for _ in range(warm):
-        work()
-    if cuda:
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
+    """Median seconds and peak GiB of work(), after calls that compile and choose kernels; and its result, a tensor or
+    several. Fails where a number of it is not finite."""
     seconds, result = [], None
-    for _ in range(repeats):
+    for number in range(warm + repeats):
+        if cuda and number == warm:
+            torch.cuda.reset_peak_memory_stats()
         result, begin = None, time.perf_counter()
         result = work()
-        if cuda:
-            torch.cuda.synchronize()
+        torch.cuda.synchronize() if cuda else None
         seconds.append(time.perf_counter() - begin)
-    peak = torch.cuda.max_memory_allocated() / 2 ** 30 if cuda else None
-    check_finite(result)
-    return statistics.median(seconds), peak, result
-
-
-def relative(ours, theirs):
-    """The norm of the difference, relative to theirs."""
-    return ((ours.float() - theirs.float()).norm() / theirs.float().norm()).item()
+    for x in [result] if isinstance(result, torch.Tensor) else result:
+        assert x.isfinite().all(), "not finite"
+    return statistics.median(seconds[warm:]), torch.cuda.max_memory_allocated() / 2 ** 30 if cuda else None, result
 
 
 def free():

@@ -6,20 +6,16 @@ import realdpo
 
 
 def sample(net, videos, steps):
-    """Latents of so many videos."""
-    noise = randn(videos, *shape)
     cond = condition()
-    return realdpo.sample(net, noise, cond.repeat(videos), steps=steps, guidance=6.0, uncond=-cond.text, progress=False)
+    return realdpo.sample(net, randn(videos, *shape), cond.repeat(videos), steps=steps, guidance=6.0, uncond=-cond.text,
+                          progress=False)
 
 
-for compiled in (False, True):
-    net = denoiser(dit["num_layers"])
-    if compiled:
-        net.net.compile_blocks()
-    for videos in (1, 3) if not compiled else (1,):
-        sample(net, videos, 2)                             # compiles
-        seconds, peak, _ = clock(partial(sample, net, videos, c["steps"]), repeats=1, warm=0)
-        row(f"{videos} videos, {dit['num_layers']} blocks, {'compiled' if compiled else 'eager'}: "
-            f"50 steps, {c['steps']} of them timed", seconds * 50 / c["steps"], peak=peak)
+for compiled, videos in ((False, 1), (False, 3), (True, 1)):
+    net = denoiser(dit["num_layers"], compiled)
+    sample(net, videos, 2)                                 # compiles
+    seconds, peak, _ = clock(partial(sample, net, videos, c["steps"]), repeats=1, warm=0)
+    row(f"{videos} videos, {dit['num_layers']} blocks, {'compiled' if compiled else 'eager'}: "
+        f"50 steps, {c['steps']} of them timed", seconds * 50 / c["steps"], peak=peak)
     del net
     free()

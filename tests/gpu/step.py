@@ -1,8 +1,10 @@
-"""Steps that compare: the first loss, the time, and the memory of each way against what train.py computes."""
-import math, threading
+"""Steps that compare: the first loss, the time, and the memory of each way against what support/budget.py computes."""
+import math
 from functools import partial
+from threading import Event
 
-from common import bf16, c, check_finite, clock, condition, cuda, denoiser, device, dit, free, randn, row, shape
+from common import bf16, c, clock, condition, cuda, denoiser, dit, free, randn, row, shape, tokens, width
+from support.budget import GIB, PEAK, UTILISATION, Work
 import torch
 import torch.distributed as dist
 import train
@@ -13,73 +15,54 @@ class Made(list):
     names = ["made"]
 
     def read(self, index, negatives):
-        kept = dict(self[index])
-        if not negatives:
-            del kept["lose"]
-        return kept
+        return dict(self[index])
 
 
-def stepper(layers, setting, lr):
-    """A step of one sample, the list that its losses go to, and what train.py computes of it."""
-    options = train.Options(batch=1, lr=lr, warmup=0, compare_every=1, checkpointing=setting.checkpointing,
-                            graphs=setting.graphs)
-    split = partial(train.shard, mesh=mesh, dtype=bf16, offload=setting.offload)
-    where = "cpu" if setting.offload else device
-    policy, reference = (denoiser(layers, torch.float32, split, where) for _ in range(2))
-    policy.checkpointing, policy.holds_gradients = train.CHECKPOINTING[setting.checkpointing], setting.held
+def stepper(layers, lr, checkpointing="selective", graphs="two"):
+    """A step of one sample, the list that its metrics go to, and what is computed of it."""
+    options = train.Options(batch=1, lr=lr, warmup=0, decay=0.0, compare_every=1, checkpointing=checkpointing,
+                            graphs=graphs)
+    split = partial(train.shard, mesh=mesh, dtype=bf16)
+    policy, reference = [denoiser(layers, False, torch.float32, split) for _ in range(2)]
+    policy.checkpointing = train.CHECKPOINTING[checkpointing]
     policy.train(), reference.requires_grad_(False)
-    optimizer, losses = train.make_optimizer(policy, options), []
-    text, image = (x[0].cpu() for x in condition())
+    optimizer, found = train.make_optimizer(policy, options), []
+    text, image = [x[0].cpu() for x in condition()]
     records = Made([dict(win=randn(*shape).cpu(), lose=0.9 * randn(3, *shape).cpu(), text=text, image=image)])
 
     def work():
-        metrics, _ = train.train_step(policy, reference, optimizer, records, options, len(losses), process, never)
-        losses.append(metrics)
-        return torch.tensor(list(metrics.values()))
+        step = len(found)
+        found.append(train.train_step(policy, reference, optimizer, records, options, step, process, mesh, Event())[0])
+        return torch.tensor(list(found[step].values()))
 
-    return work, losses, train.Work(options, dit | {"num_layers": layers}, shape, 3)
+    size = sum(p.numel() for p in policy.parameters())
+    return work, found, Work(options, size, layers, width, tokens, negatives=3)
 
 
-never = threading.Event()
 process, mesh = train.init_distributed()
-process = process._replace(dtype=bf16)
-plain = train.Setting(False, "selective", "two", False)
-
-work, losses, _ = stepper(2, plain, lr=0.0)
-for _ in range(20):
-    check_finite(work())
-off = max(abs(metrics["preference"] - math.log(2)) for metrics in losses)
-row("20 losses of policy = reference, lr 0: most |loss - log 2|", off, 0)
-assert abs(losses[0]["preference"] - math.log(2)) < 1e-3, losses[0]
+work, found, _ = stepper(2, lr=0.0)
+clock(work, repeats=20, warm=0)
+off = [abs(metrics["preference"] - math.log(2)) for metrics in found]
+row("20 losses of policy = reference, lr 0: most |loss - log 2|", max(off), 0)
+assert off[0] < 1e-3, found[0]
 del work
 free()
 
-
-
-def compare(layers, settings):
-    """Time and memory of a step in each way, against what train.py computes; their first steps are to agree."""
-    first = None
-    for setting in settings:
-        work, losses, computed = stepper(layers, setting, lr=1e-6)
-        seconds, peak, _ = clock(work, repeats=1, warm=1)
-        memory = computed.memory(setting, 1)
-        guess = memory.pop("context, NCCL, fragments (guessed)")
-        words = f"graphs {setting.graphs}{', offload' * setting.offload}{', gradients held' * setting.held}"
-        row(f"step, {layers} blocks, {words}; measured : computed", seconds,
-            computed.seconds(setting, 1, 1, train.PEAK["H200"]), peak, sum(memory.values()) / 2 ** 30)
-        row("    useful TFLOP/s", computed.flops(setting)[0] / seconds / 1e12)
-        assert peak is None or peak < (sum(memory.values()) + guess) / 2 ** 30, "more than computed"
-        first = first or losses[0]
-        for name in ("loss", "win", "lose", "grad_norm"):
-            off = abs(losses[0][name] / first[name] - 1)
-            assert off < 0.02, (words, name, losses[0][name], first[name])
-        del work
-        free()
-
-
-room = torch.cuda.mem_get_info()[0] / 2 ** 30 if cuda else 24
+room = torch.cuda.mem_get_info()[0] / GIB if cuda else 24
 layers = min(dit["num_layers"], int((room - c["reserve"]) / c["block_gib"]))
-compare(layers, [train.Setting(False, "selective", graphs, False) for graphs in ("all", "two", "one")])
-compare(max(2, layers // 4), [plain, train.Setting(True, "selective", "two", False),
-                              train.Setting(True, "full", "one", True)])
+first = None
+for checkpointing, graphs in (("selective", "all"), ("selective", "two"), ("selective", "one"), ("full", "one")):
+    work, found, computed = stepper(layers, 1e-6, checkpointing, graphs)
+    seconds, peak, _ = clock(work, repeats=1, warm=1)
+    most = sum(computed.memory(1).values()) / GIB          # with a guess of what is beside the networks
+    useful, done = computed.flops()
+    words = f"step, {layers} blocks, checkpointing {checkpointing}, graphs {graphs}"
+    row(f"{words}; measured : computed", seconds, done / PEAK["H200"] / UTILISATION, peak, most)
+    row("    useful TFLOP/s", useful / seconds / 1e12)
+    assert peak is None or peak < most, "more than computed"
+    first = first or found[0]
+    for name in ("loss", "win", "lose", "grad_norm"):      # the same step in every way
+        assert abs(found[0][name] / first[name] - 1) < 0.02, (words, name, found[0][name], first[name])
+    del work
+    free()
 dist.destroy_process_group()

@@ -1,0 +1,356 @@
+"""Training: what a step is made of, and what a run does."""
+import json, math, shutil
+from functools import partial
+
+from support import UserError, folders
+from tests.helpers import (NAMES, Toy, Watched, as_a_process, assert_unrelated, checkpoint, encode, exported, metrics, preference,
+                           rewrite_records, run_training, same_tensors, spy_on_losses)
+
+import pytest
+import torch
+
+import data
+import model
+import realdpo
+import train
+
+pytest_plugins = "tests.helpers"
+
+
+def test_an_epoch_is_every_record_once_in_an_order_of_its_own():
+    def epochs(seed):                                      # six of seven records, in batches of three
+        options, drawn = train.Options(batch=3, seed=seed), []
+        for step in range(14):
+            drawn += train.batch_indices(options, 7, step)
+        return [tuple(drawn[begin:begin + 7]) for begin in range(0, 42, 7)]
+
+    orders = epochs(seed=0) + epochs(seed=1)
+    assert all(sorted(order) == list(range(7)) for order in orders)
+    assert len({*orders}) == 12
+
+
+def draw(seed=0, step=0, place=0, t_min=0.0, **options):
+    """What `draw_sample` makes of a record whose negatives are their numbers."""
+    record = dict(win=torch.zeros(4, 5, 8, 8), lose=torch.arange(100.0))
+    options = train.Options(**dict(seed=seed, compare_every=1, t_draw="low") | options)
+    return train.draw_sample(record, options, step, place, t_min)
+
+
+@pytest.mark.parametrize("change", [dict(seed=1), dict(step=1), dict(place=1)], ids=str)
+def test_all_that_is_drawn_depends_on_seed_step_and_place_alone(change):
+    ours, again, other = draw(), draw(), draw(**change)
+    assert ours.keys() == {"win", "lose", "t", "noise"}
+    assert same_tensors(ours, again)
+    for name in ("t", "noise", "lose"):
+        assert not torch.equal(ours[name], other[name]), name
+
+
+@pytest.mark.parametrize("t_draw, t_max", [("low", 0.6387), ("uniform", 1.0)])
+def test_t_is_uniform_from_the_least_that_the_network_knows(t_draw, t_max):
+    t = torch.stack([draw(place=place, t_min=0.2, t_draw=t_draw)["t"] for place in range(2000)])
+    assert 0.2 < t.min() < 0.201 and t_max - 0.001 < t.max() <= t_max
+    assert t.mean() == pytest.approx((0.2 + t_max) / 2, abs=0.01)
+    assert_unrelated(torch.stack([draw(place=place)["noise"] for place in range(8)]))
+
+
+def test_the_releases_t_are_those_of_its_first_500_training_steps():
+    assert len(train.RELEASE_T) == 500 and (train.RELEASE_T.diff() > 0).all()
+    assert train.RELEASE_T[0].item() == pytest.approx(0.0283, abs=1e-4)
+    assert train.RELEASE_T[-1].item() == pytest.approx(train.LOW_T, abs=1e-4)
+    t = torch.stack([draw(place=place, t_draw="release")["t"] for place in range(2000)])
+    assert set(t.tolist()) <= set(train.RELEASE_T.tolist()) and len(t.unique()) > 400
+    assert (t < 0.1).float().mean() == pytest.approx(0.026, abs=0.01)          # 0.12 of uniform ones below 0.6387
+    assert t.mean() == pytest.approx(train.RELEASE_T.mean().item(), abs=0.01)
+
+
+def test_negatives_are_drawn_evenly_without_repetition_and_for_realdpo_alone():
+    drawn = torch.stack([draw(place=place, lose_per_step=60)["lose"] for place in range(50)])
+    assert drawn.shape == (50, 60) and all(len(row.unique()) == 60 for row in drawn)
+    assert drawn.mean() == pytest.approx(49.5, abs=2) and (drawn.min(), drawn.max()) == (0, 99)
+    assert torch.equal(draw(lose_per_step=0)["lose"], torch.arange(100.0))
+    assert torch.equal(draw(method="dpo")["lose"], torch.arange(100.0))        # which has scores in their order
+
+
+def scored_batch():
+    """Two samples of three negatives with scores, as a step stacks them."""
+    given = preference(2, 3)
+    cond = given.pop("cond")
+    return given | dict(text=cond.text, image=cond.image, scores=torch.tensor([[0.0, 1.0, -2.0], [3.0, -1.0, 1.0]]))
+
+
+@pytest.mark.parametrize("graphs, policy_calls", [("all", [8]), ("two", [2] * 4), ("one", [2] * 5)])
+@pytest.mark.parametrize("weighting", ["x0", "velocity"])
+def test_each_method_takes_its_loss_with_the_options_of_the_run(weighting, graphs, policy_calls):
+    batch, given = scored_batch(), preference(2, 3)
+    options = partial(train.Options, beta=3.0, anchor=0.7, compare_every=2, weighting=weighting, graphs=graphs)
+    same = {name: given[name] for name in ("cond", "t", "noise")} | dict(weighting=weighting)
+    best, worst = given["lose"][[0, 1], [1, 0]], given["lose"][[0, 1], [2, 1]][:, None]
+    compare = partial(realdpo.realdpo_loss, Toy(1), Toy(2), beta=3.0, **same)
+    expected = {
+        "realdpo": compare(win=given["win"], lose=given["lose"], anchor=0.7, scale=2),
+        "dpo": compare(win=best, lose=worst, anchor=0.0),
+        "sft": realdpo.sft_loss(Toy(1), win=given["win"], **same),
+        "rwr": realdpo.rwr_loss(Toy(1), videos=given["lose"], scores=batch["scores"], **same)}
+    for method, (loss, numbers) in expected.items():
+        our_loss, our_numbers = train.loss_of(Toy(1), Toy(2), batch, options(method=method))
+        torch.testing.assert_close(our_loss, loss)
+        assert our_numbers.keys() == numbers.keys()
+    policy = Watched()
+    train.loss_of(policy, Watched(), batch, options(method="realdpo"))
+    assert policy.calls == policy_calls
+
+
+def test_the_console_says_a_step_in_a_line_of_100_columns():
+    numbers = dict(loss=1.2345, win=0.01, ref_win=0.0123, lose=0.1, ref_lose=0.05, margin=2.345, accuracy=1.0, lr=5e-5,
+                   seconds=7.612)
+    line = train.console_line(6249, numbers)
+    assert line == "step 6249  loss 1.23  win -2.3e-03  lose +5.0e-02  margin 2.35  acc 1.00  lr 5e-05  7.61 s"
+    assert len(line) <= 100
+
+
+@pytest.mark.parametrize("steps, warmup, decay, rates", [
+    (5, 2, 0.0, [0.5, 1, 1, 1, 1]),
+    (10, 2, 0.4, [0.5, 1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25]),
+    (4, 0, 1.0, [1, 0.75, 0.5, 0.25]),
+    (6, 4, 1.0, [1 / 4, 2 / 4, 4 / 6, 3 / 6, 2 / 6, 1 / 6]),               # warm-up and fall meet
+    (1, 1, 1.0, [1])])
+def test_the_rate_rises_stays_and_falls(steps, warmup, decay, rates):
+    options = train.Options(lr=2.0, warmup=warmup, decay=decay)
+    assert [train.learning_rate(options, step, steps) / 2 for step in range(steps)] == pytest.approx(rates)
+
+
+@pytest.fixture(scope="module")
+def paced(cache):
+    """Three steps at rates of 0.05, 0.1 and 0.1, the reference moved every second step. Returns the run and what its
+    optimizer did: [(rate, weights before, gradient, weights after)], in fp64."""
+    updates, update = [], torch.optim.AdamW.step
+
+    def spy(optimizer, *arguments, **options):
+        group = optimizer.param_groups[0]
+
+        def vector(tensors):
+            return torch.cat([tensor.double().flatten() for tensor in tensors])
+
+        rate, before, gradient = group["lr"], vector(group["params"]), vector(p.grad for p in group["params"])
+        update(optimizer, *arguments, **options)
+        updates.append((rate, before, gradient, vector(group["params"])))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "KEEP", 9)
+        patch.setattr(torch.optim.AdamW, "step", spy)
+        run_training(cache.parent / "paced", cache, steps=3, lr=0.1, warmup=2, ema_every=2, save_every=1, beta=500.0)
+    return cache.parent / "paced", updates
+
+
+def test_a_step_is_adamws_with_the_settings_that_cogvideox_was_trained_with(paced):
+    """Loshchilov and Hutter 2019, Algorithm 2, in fp64, of a gradient whose norm is at most 1."""
+    out, updates = paced
+    lines, m, v = metrics(out), 0, 0
+    assert [rate for rate, *_ in updates] == [0.05, 0.1, 0.1] == [line["lr"] for line in lines]
+    for step, (rate, before, gradient, after) in enumerate(updates, start=1):
+        assert gradient.norm() == pytest.approx(min(1, lines[step - 1]["grad_norm"]), rel=1e-4)
+        m, v = 0.9 * m + 0.1 * gradient, 0.95 * v + 0.05 * gradient ** 2
+        slope = (m / (1 - 0.9 ** step)) / ((v / (1 - 0.95 ** step)).sqrt() + 1e-8)
+        torch.testing.assert_close(after, before - rate * (slope + 1e-4 * before), rtol=0, atol=1e-6)
+    assert max(line["grad_norm"] for line in lines) > 1    # so it was clipped
+
+
+def test_the_reference_moves_every_so_many_steps(paced):
+    out, _ = paced
+    first, second, third = (checkpoint(out, step) for step in (1, 2, 3))
+    base = {name: tensor.float() for name, tensor in exported(folders.TINY).items()}
+    for name in base:
+        assert torch.equal(first[f"ref.{name}"], base[name])
+        moved = torch.lerp(base[name], second[f"model.{name}"], 1 - 0.996)
+        assert torch.equal(second[f"ref.{name}"], moved) and torch.equal(third[f"ref.{name}"], moved)
+    assert not torch.equal(second["ref.proj_out.weight"], base["proj_out.weight"])
+
+
+@pytest.fixture
+def alone():
+    """This process as the only one of a group."""
+    with as_a_process():
+        process, _ = train.init_distributed()
+        yield process
+
+
+def zero(x_t, cond, t):
+    return torch.zeros_like(x_t)
+
+
+def identity(x_t, cond, t):
+    return x_t
+
+
+def test_held_out_records_are_looked_at_at_fixed_times_and_noise(cache, alone, monkeypatch):
+    """A policy that always says 0 has the error of the videos' own mean square, the reference's is the noise's."""
+    monkeypatch.setattr(train, "EVAL_RECORDS", 3)
+    records, options = data.Records(cache), train.Options(beta=3.0)
+    look = partial(train.evaluate, zero, identity, records, options)
+    found = look(alone)
+    win, lose = (torch.stack([records[i][name].float() for i in range(3)]) for name in ("win", "lose"))
+    for t in ("", *(f"_t{t}" for t in (0.1, 0.3, 0.5, 0.7, 0.9))):
+        assert found[f"eval_win{t}"] == pytest.approx(win.square().mean().item(), rel=1e-5)
+        assert found[f"eval_lose{t}"] == pytest.approx(lose.square().mean().item(), rel=1e-5)
+        differences = [found[f"eval_{name}{t}"] - found[f"eval_ref_{name}{t}"] for name in ("win", "lose")]
+        assert found[f"eval_margin{t}"] == pytest.approx(-1.5 * (differences[0] - differences[1]), rel=1e-4, abs=1e-6)
+    for t in (0.1, 0.3, 0.5, 0.7, 0.9):                    # x_t − x₀ = t·(ε − x₀)
+        assert found[f"eval_ref_win_t{t}"] == pytest.approx(t ** 2 * (1 + win.square().mean().item()), rel=0.05)
+    def spy(denoiser, video, *, noise, **given):
+        drawn[noise.sum().item()] = noise
+        return errors(denoiser, video, noise=noise, **given)
+
+    drawn, errors = {}, train.denoising_errors
+    monkeypatch.setattr(train, "denoising_errors", spy)
+    assert look(alone) == found
+    assert len(drawn) == 15                                # of each record and t its own
+    assert_unrelated(torch.cat(list(drawn.values())))
+    monkeypatch.setattr(train.dist, "all_reduce", lambda numbers: None)
+    parts = [look(alone._replace(rank=rank, world_size=2)) for rank in (0, 1)]     # which cannot share three evenly
+    for name in found:
+        assert sum(part[name] for part in parts) == pytest.approx(found[name], rel=1e-6), name
+
+
+# ---- Training: a run ------------------------------------------------------------------------------------------------
+
+ERRORS = ["win", "lose", "ref_win", "ref_lose"]
+
+
+def test_a_run_logs_every_step_and_starts_at_log_2(straight):
+    lines = [json.loads(line) for line in (straight / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 1, 2, 3]
+    for line in lines:
+        assert {"loss", *ERRORS, "margin", "accuracy", "grad_norm", "lr", "seconds"} <= line.keys()
+        by_t = {f"eval_{e}_t{t}" for e in ERRORS for t in train.EVAL_T}
+        assert {"eval_margin", "eval_accuracy", *by_t} <= line.keys()
+    assert lines[0]["preference"] == pytest.approx(math.log(2), abs=1e-6) and lines[0]["margin"] == 0
+    moved = {name: abs(lines[3][f"eval_{name}"] - lines[0][f"eval_{name}"]) for name in ERRORS}
+    for name in ("win", "lose"):                           # in the looks, too, it is the policy that learns
+        assert moved[f"ref_{name}"] < 0.1 * moved[name]
+
+
+def test_the_reference_moves_by_ema_in_fp32(straight):
+    before = {f"ref.{k}": v.float() for k, v in exported(folders.TINY).items()}
+    for step in range(1, 5):
+        now = checkpoint(straight, step)
+        for name in before:
+            assert torch.equal(now[name], torch.lerp(before[name], now["model" + name[3:]], 1 - 0.996)), (step, name)
+        before = now = {name: now[name] for name in before}
+    assert not torch.equal(now["ref.proj_out.weight"], exported(folders.TINY)["proj_out.weight"].float())
+
+
+def test_forwards_of_the_sharded_reference_see_its_updates(cache, tmp_path):
+    # after every step, the reference is the policy
+    lines = run_training(tmp_path / "run", cache, ema_decay=0.0, steps=3)
+    assert [line["margin"] for line in lines] == [0, 0, 0] and lines[0]["win"] != lines[1]["win"]
+
+
+def test_a_run_exports_what_it_trained(straight):
+    ours, last = model.load_dit(straight).net.state_dict(), checkpoint(straight, 4)
+    assert {v.dtype for v in exported(straight).values()} == {torch.bfloat16}
+    assert all(torch.equal(ours[k[6:]], v.bfloat16().float()) for k, v in last.items() if k.startswith("model."))
+    assert not torch.equal(ours["proj_out.weight"], model.load_dit("tiny").net.proj_out.weight)
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update(straight, cache, tmp_path, monkeypatch):
+    updates, update = [], torch.optim.AdamW.step
+
+    def spy(*arguments, **options):
+        updates.append(1)
+        return update(*arguments, **options)
+
+    spy_on_losses(monkeypatch, lambda count, loss: loss * (math.nan if count == 3 else 1))
+    monkeypatch.setattr(torch.optim.AdamW, "step", spy)
+    with pytest.raises(UserError) as stopped:
+        run_training(tmp_path / "run", cache, save_every=2)
+    message = str(stopped.value)
+    assert all(part in message for part in ("step 2", *NAMES, "step-000002")) and "\n" not in message
+    assert len(updates) == 2 and len(metrics(tmp_path / "run")) == 2
+    assert same_tensors(checkpoint(tmp_path / "run", 2), checkpoint(straight, 2))
+
+
+def test_between_comparisons_the_anchor_trains_alone(cache, tmp_path, monkeypatch):
+    compared, supervised = spy_on_losses(monkeypatch), []
+
+    def spy(policy, **given):
+        supervised.append(given)
+        return realdpo.sft_loss(policy, **given)
+
+    monkeypatch.setattr(train, "sft_loss", spy)
+    lines = run_training(tmp_path / "run", cache, compare_every=3, anchor=20.0)
+    assert ["ref_win" in line for line in lines] == [True, False, False, True]
+    assert [call["scale"] for call in compared] == [3, 3] and len(supervised) == 2
+    for line in lines[1:3]:
+        assert line["loss"] == pytest.approx(20 * line["win"])
+    plain = run_training(tmp_path / "plain", cache, anchor=20.0, steps=1)      # of the same draws
+    assert lines[0]["win"] == plain[0]["win"] and lines[0]["preference"] == plain[0]["preference"]
+    assert lines[0]["loss"] == pytest.approx(3 * plain[0]["preference"] + 20 * plain[0]["win"])
+
+
+def test_every_sample_has_its_own_noise_and_t_and_an_epoch_every_record_once(cache, tmp_path, monkeypatch):
+    losses = spy_on_losses(monkeypatch)
+    monkeypatch.setattr(model.FlowPrediction, "t_min", 0.4)
+    run_training(tmp_path / "run", cache, batch=2, t_draw="low")             # four steps: two epochs
+    t, noise, wins = (torch.cat([batch[k] for batch in losses]) for k in ("t", "noise", "win"))
+    assert len(set(t.tolist())) == 8 and 0.4 < t.min() and t.max() <= 0.6387
+    assert_unrelated(noise)
+    for epoch in (wins[:4], wins[4:]):
+        assert len(epoch.flatten(1).unique(dim=0)) == 4
+
+
+def test_drawn_negatives_depend_on_seed_step_and_place_alone(cache, tmp_path, monkeypatch):
+    losses, runs = spy_on_losses(monkeypatch), []
+    for micro_batch in (1, 4):
+        run_training(tmp_path / f"run-{micro_batch}", cache, lose_per_step=1, micro_batch=micro_batch, steps=2)
+        runs.append([torch.cat([batch[name] for batch in losses]).flatten(1) for name in ("win", "lose")])
+        losses.clear()
+    for pairs in zip(*runs):
+        assert torch.equal(*pairs)
+    wins, lose = runs[0]
+    assert lose.shape == wins.shape and len(lose) == 8
+    assert len(lose.unique(dim=0)) > len(wins.unique(dim=0)) == 4                       # not always the same one
+
+
+@pytest.mark.parametrize("options", [dict(micro_batch=1), dict(micro_batch=2, graphs="two"),
+                                     dict(micro_batch=1, graphs="one"),
+                                     dict(checkpointing="full"), dict(checkpointing="selective")], ids=str)
+def test_how_a_batch_is_computed_changes_no_gradient(options, straight, cache, tmp_path):
+    # Adam's first update divides every gradient by itself, those too that are only rounding.
+    lines = run_training(tmp_path / "run", cache, **options, steps=2)
+    for ours, theirs, close in zip(lines, metrics(straight), (1e-5, 1e-4)):
+        for name in ("loss", "grad_norm", *ERRORS):
+            assert ours[name] == pytest.approx(theirs[name], rel=close), name
+
+
+def test_held_out_records_may_have_fewer_negatives_than_a_step_takes(straight, cache, looks, tmp_path):
+    held_out = shutil.copytree(looks["eval_data"], tmp_path / "held-out")
+    rewrite_records((held_out / "lose").iterdir(), lambda latents: latents[:1])
+    line, = run_training(tmp_path / "run", cache, lose_per_step=2, eval_data=str(held_out), steps=1)
+    two = metrics(straight)[0]                             # which has looked at both
+    assert line["eval_win"] == pytest.approx(two["eval_win"], rel=1e-3)
+    assert abs(line["eval_lose"] / two["eval_lose"] - 1) > 0.01
+
+
+def test_supervised_training_needs_no_negatives(videos, tmp_path):
+    lines = run_training(tmp_path / "run", encode(videos, tmp_path / "cache"), method="sft", steps=2)
+    assert lines[0]["loss"] == lines[0]["win"] and not lines[0].keys() & {"lose", "ref_win", "margin"}
+    assert not torch.equal(exported(tmp_path / "run")["proj_out.weight"], exported(folders.TINY)["proj_out.weight"])
+
+
+def test_scored_methods_learn_from_generated_videos_by_their_scores(own_cache, tmp_path, monkeypatch):
+    records, good, scores = data.Records(own_cache), [], {}
+    for i, name in enumerate(records.names):
+        best = i % 2                                       # of two negatives each, the even records' first
+        scores[name] = [1.0 - best, float(best)]
+        good.append(records[i]["lose"][best].float())
+    (own_cache / "scores.json").write_text(json.dumps(scores))
+    seen = spy_on_losses(monkeypatch)
+    lines = run_training(tmp_path / "dpo", own_cache, method="dpo", steps=8)
+    assert abs(lines[0]["loss"] - math.log(2)) <= 1e-6 and lines[-1]["loss"] < lines[0]["loss"]
+    for call in seen:
+        for win in call["win"]:
+            assert any(torch.equal(win, each) for each in good)
+    lines = run_training(tmp_path / "rwr", own_cache, method="rwr", steps=2)
+    assert lines[0].keys() & {"loss", "win", "lose", "margin"} == {"loss", "win"}
+
+
