@@ -49,10 +49,10 @@ def test_the_search_finds_the_lowest_rate_and_asks_for_no_more_than_it_needs(tmp
 
 def test_every_row_has_the_compute_of_its_budget():
     """A comparison takes 8/3 of the work of a step without one: the reference's two forward passes add to six."""
-    steps = {row.name: runs.training_options(row).steps for row in (*experiment.SFT, *experiment.REALDPO)}
-    assert [steps[f"realdpo {n} low"] for n in (1, 2, 4)] == [200, 291, 376] and steps["sft release"] == 533
-    assert runs.training_options(experiment.ROWS["paper"]).steps == 100                # four videos, not two
-    assert runs.training_options(experiment.SFT[0]._replace(budget=0.25)).steps == 133
+    steps = {row.name: runs.training_options(row).steps for row in (experiment.SFT, *experiment.CANDIDATES)}
+    assert [steps[f"realdpo {n} release"] for n in (1, 2, 4)] == [200, 291, 376] and steps["sft release"] == 533
+    assert runs.training_options(experiment.PAPER).steps == 100                        # four videos, not two
+    assert runs.training_options(experiment.SFT._replace(budget=0.25)).steps == 133
 
 
 def test_work_takes_what_no_other_process_holds_and_asks_again_after_each(tmp_path, monkeypatch):
@@ -125,15 +125,17 @@ def small_experiment(monkeypatch):
     """Two bases of two steps, two clips, rows of one step or two at given rates."""
     make_base = partial(make_model.make_base, clips=16, unseen=16)
     row = partial(runs.Row, fixed=True, start=1e-3, count=1, bases=(1, 2))
-    sft, paper = row("sft", dict(method="sft")), row("paper", dict(anchor=0.0))
-    of_experiment = dict(FEW=(1, 2), BUDGETS=(1.0, 2.0), REGIMES=("nearly right",), BASE=row("base", start=0.0),
-                         SFT=(sft,), REALDPO=(row("realdpo", dict(compare_every=2)),), OTHERS=(paper,),
-                         ROWS={"paper": paper}, NOISE=(sft._replace(count=2),))
+    sft, paper, default = [row(name, options) for name, options in (
+        ("sft", dict(method="sft")), ("paper", dict(anchor=0.0)), ("realdpo", dict(compare_every=2)))]
+    of_experiment = dict(TEN=(1, 2), FEW=(1, 2), BUDGETS=(1.0, 2.0), REGIMES=("nearly right",), NEGATIVES=("1 x 4",),
+                         BASE=row("base", start=0.0), SFT=sft, DEFAULT=default, PAPER=paper, OTHERS=(paper,),
+                         CANDIDATES=(default, row("other", {})), NOISE=(sft._replace(count=2),))
     for name, value in of_experiment.items():
         monkeypatch.setattr(experiment, name, value)
     monkeypatch.setattr(regimes, "make_base", lambda folder, steps, seed: make_base(folder, 2, seed))
     monkeypatch.setattr(regimes, "SIZES", {"real": 2, "held-out": 1, "validation": 1})
     monkeypatch.setitem(regimes.REGIMES, "usual", regimes.Regime(count=2))
+    monkeypatch.setitem(regimes.REGIMES, "1 x 4", regimes.Regime(count=2, negatives=1))
     monkeypatch.setitem(regimes.REGIMES, "nearly right", regimes.Regime(count=1, further=1))
     monkeypatch.setattr(regimes, "CLEAN", 8)
     monkeypatch.setattr(runs, "UNIT", 3)
@@ -143,16 +145,17 @@ def small_experiment(monkeypatch):
 def test_the_experiment_prints_its_tables_and_then_from_kept_scores_alone(tmp_path, small_experiment, capsys):
     def tables():
         rows = {}
-        for part in ("noise", "comparison", "budgets", "regimes"):
+        for part in ("noise", "negatives", "comparison", "budgets", "regimes"):
             experiment.main(experiment.Options(part=part, out=str(tmp_path)))
             rows[part] = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
         return rows
 
     first = tables()
-    assert [row[0] for row in first["comparison"][1:]] == ["| base", "| SFT, all t",
-                                                           "| RealDPO + anchor, compared every 2 steps, all t",
-                                                           "| RealDPO, all t"]
-    assert all("±" in row[3] for row in first["comparison"][1:]) and len(first["budgets"]) == 3
+    rows = [row[0].removeprefix("| ") for row in first["comparison"]]
+    default, other = "RealDPO + anchor, compared every 2 steps, all t", "RealDPO + anchor, all t"
+    assert rows[1:6] == ["base", "SFT, all t", default, other, "RealDPO, all t"] and rows[7:] == [default, other]
+    assert all("±" in row[3] for row in first["comparison"][1:6]) and len(first["budgets"]) == 3
+    assert [row[0] for row in first["negatives"][1:]] == ["| 3 × 4", "| 1 × 4"]
     assert len(first["regimes"]) == 5 and first["regimes"][1][:2] == ["| nearly right", "base, nearly right"]
     ElementTree.parse(tmp_path / "budget.svg")
     bases = [exported(tmp_path / f"seed-{seed}" / "base") for seed in (1, 2)]
@@ -166,5 +169,5 @@ def test_the_experiment_prints_its_tables_and_then_from_kept_scores_alone(tmp_pa
 
 
 def test_an_unknown_part_ends_in_one_line(tmp_path):
-    with pytest.raises(UserError, match="ranking: expected noise, comparison, budgets or regimes"):
+    with pytest.raises(UserError, match="ranking: expected noise, negatives, comparison, budgets, regimes"):
         experiment.main(experiment.Options(part="ranking", out=str(tmp_path)))

@@ -1,14 +1,16 @@
 """The experiment: how far equal runs differ, what every method is worth at equal compute, and where which is better.
 
     python -m toy.experiment noise --out exp               runs that differ in nothing but their random numbers
+    python -m toy.experiment negatives --out exp           how many negatives, in how many evaluations
     python -m toy.experiment comparison --out exp          every method, each at its own learning rate
     python -m toy.experiment budgets --out exp             a quarter to four times the compute, as exp/budget.svg
     python -m toy.experiment regimes --out exp             other real clips, another base
 
-Each takes hours, goes on where it stopped, and prints its table once no score is missing. Processes with the same --out
-share the work: start it once for each core, with OMP_NUM_THREADS=1.
+Each takes hours, goes on where it stopped, and prints its tables once no score is missing. Processes with the same
+--out share the work: start it once for each core, with OMP_NUM_THREADS=1.
 """
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from support import UserError
@@ -17,58 +19,48 @@ import numpy as np
 
 from toy.budget import Point, draw_budgets
 from toy.laptop import label_of
-from toy.runs import CHOOSING, FEW, RATES, Row, Run, Runs, training_options
+from toy.runs import FEW, RATES, TEN, Row, Run, Runs, training_options
 
 # ---- The rows -------------------------------------------------------------------------------------------------------
 
 REGIMES = ("12 clips", "one action", "another style", "nearly right")           # see regimes.py
 TUNED = {"12 clips": 0, "one action": 3}                   # with own rates as well; the search begins so many RATES lower
 BUDGETS = (0.25, 0.5, 1.0, 2.0, 4.0)
-LOW = dict(t_draw="low")
 RELEASE = dict(t_draw="release")
-ANCHOR_ALONE = dict(beta=0.0, compare_every=1000)         # SFT, but with so large a loss that every gradient is clipped
 HALF = dict(anchor=200.0)                                  # half the preference, for Adam hardly sees a loss's scale
-PAPER = dict(anchor=0.0, lose_per_step=3)
 
-BASE = Row("base", fixed=True, count=1)
-SFT = (
-    Row("sft release", dict(method="sft") | RELEASE, 2e-3, count=4),
-    Row("sft uniform", dict(method="sft"), 2e-3, count=1),
-    Row("sft low", dict(method="sft") | LOW, 2e-3, count=1),
-    Row("sft release clipped", ANCHOR_ALONE | RELEASE, 2e-3, count=1),
-)
-REALDPO = (
-    Row("realdpo 1 low", LOW, 1e-3, count=4),
-    Row("realdpo 4 release half", dict(compare_every=4) | RELEASE | HALF, 2e-3, count=2),
-    Row("realdpo 1 release half", RELEASE | HALF, 1e-3, count=1),
-    Row("realdpo 4 release", dict(compare_every=4) | RELEASE, 2e-3, count=2),
-    Row("realdpo 1 release", RELEASE, 1e-3, count=2),
-    Row("realdpo 2 release half", dict(compare_every=2) | RELEASE | HALF, 2e-3, count=1),
-    Row("realdpo 2 release", dict(compare_every=2) | RELEASE, 2e-3, count=2),
-    Row("realdpo 4 low", dict(compare_every=4) | LOW, 2e-3, count=1),
-    Row("realdpo 2 low", dict(compare_every=2) | LOW, 2e-3, count=2),
-    Row("realdpo 1 low half", LOW | HALF, 1e-3, count=1),
-    Row("realdpo 4 low half", dict(compare_every=4) | LOW | HALF, 2e-3, count=1),
-    Row("realdpo 2 low half", dict(compare_every=2) | LOW | HALF, 2e-3, count=2),
+BASE = Row("base", fixed=True, count=1, bases=TEN)
+SFT = Row("sft release", dict(method="sft") | RELEASE, 2e-3, count=4, bases=TEN)
+DEFAULT = Row("realdpo 4 release half", dict(compare_every=4) | RELEASE | HALF, 2e-3, count=4, bases=TEN)
+PAPER = Row("paper", dict(anchor=0.0, lose_per_step=3, decay=0.0), 2e-5, count=1)
+# What validation figures choose among, the cheapest first.
+CANDIDATES = (
+    DEFAULT,
+    Row("realdpo 4 release", dict(compare_every=4) | RELEASE, 1e-3),
+    Row("realdpo 2 release half", dict(compare_every=2) | RELEASE | HALF, 2e-3),
+    Row("realdpo 2 release", dict(compare_every=2) | RELEASE, 1e-3),
+    Row("realdpo 1 release half", RELEASE | HALF, 2e-3),
+    Row("realdpo 1 release", RELEASE, 1e-3),
 )
 OTHERS = (
-    Row("paper", PAPER | dict(decay=0.0), 2e-5, count=1),
+    Row("sft uniform", dict(method="sft"), 2e-3, count=1),
+    PAPER,
     Row("dpo", dict(method="dpo"), 5e-5, count=1),
     Row("rwr", dict(method="rwr"), 5e-4, count=1),
 )
-ROWS = {row.name: row for row in SFT + REALDPO + OTHERS}
 NOISE = (
-    Row("sft release decay 0", ROWS["sft release"].options | dict(decay=0.0), 1e-3, count=4),
-    ROWS["sft release"],
-    Row("realdpo 1 low decay 0", LOW | dict(decay=0.0), 5e-4, count=4),
-    ROWS["realdpo 1 low"],
+    Row("sft release decay 0", SFT.options | dict(decay=0.0), 1e-3, count=4),
+    SFT._replace(bases=TEN[:5]),
+    Row("realdpo 4 release half decay 0", DEFAULT.options | dict(decay=0.0), 1e-3, count=4),
+    DEFAULT._replace(bases=TEN[:5]),
 )
+NEGATIVES = ("3 x 8", "1 x 4")                             # beside the usual 3 × 4
 
 
 # ---- Statistics -----------------------------------------------------------------------------------------------------
 
 MEASURES = ("limb_change", "jerkiness", "identity_loss", "action_match", "motion")
-T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}                # Student's t at 97.5 %, by the number of bases
+T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 10: 2.26}      # Student's t at 97.5 %, by the number of bases
 RESAMPLES = 10_000
 
 
@@ -104,17 +96,12 @@ def spreads(values):
 # ---- What is still to be done, and what came out --------------------------------------------------------------------
 
 def runs_of(row, rate):
-    """The runs of a row that go into the table, all at `rate`. Run 0 is not among them: it chooses rates and rows."""
+    """The runs of a row that go into the table, all at `rate`. Run 0 is not among them: it chooses rates."""
     runs = []
     for number in range(1, row.count + 1):
         for base in row.bases:
             runs.append(Run(row, rate, base, number))
     return runs
-
-
-def choosing(row, rate):
-    """The runs of a row by whose validation figures its rate was chosen, and by which rows are chosen."""
-    return [Run(row, rate, base, number) for base, number in CHOOSING]
 
 
 def missing(runs, rows, splits=("held-out",)):
@@ -130,67 +117,52 @@ def missing(runs, rows, splits=("held-out",)):
     return todo
 
 
-def missing_choice(runs, rows):
-    """[(run, split)] still to be done before `best_of`."""
-    todo = []
-    for row in rows:
-        rate, searching = runs.search(row)
-        todo += searching
-        if rate is not None:
-            todo += runs.missing(choosing(row, rate), "validation")
-    return todo
+def judged(row):
+    """A row whose validation figures take part in a choice between rows: of two runs on each of four bases."""
+    return row._replace(count=2, bases=TEN[:4])
 
 
-def best_of(runs, rows):
-    """The row with the lowest rvd on validation figures."""
-    def validated(row):
-        return np.mean([runs.mean(run, "validation") for run in choosing(row, runs.search(row)[0])])
-
-    return min(rows, key=validated)
-
-
-def champions(runs):
-    """The best SFT, the best RealDPO, and the paper's loss."""
-    return best_of(runs, SFT), best_of(runs, REALDPO), ROWS["paper"]
-
-
-def budget_rows(runs, champion):
-    """A row for each budget, each at its own rate. To save time, the largest budget and the paper's loss, which is far
-    from both others, have the rate of 1 × and fewer bases."""
-    rate, _ = runs.search(champion)
+def budget_rows(runs, row):
+    """A row with each budget, each at its own rate. To save time, the largest budget and the paper's loss, which is far
+    from the others, have the rate of 1 × and fewer bases."""
+    rate, _ = runs.search(row)
     rows = []
     for budget in BUDGETS:
-        row = champion._replace(budget=budget, start=rate)
-        if budget != 1:
-            row = row._replace(name=f"{champion.name} x{budget:g}", count=2 if budget < 1 else 1)
-        if budget == 4 or champion.name == "paper":
-            row = row._replace(fixed=True)
-        if row.fixed and budget != 1:
-            row = row._replace(bases=FEW, count=1)
-        rows.append(row)
+        count = 2 if budget < 1 else 1
+        other = row._replace(name=f"{row.name} x{budget:g}", budget=budget, start=rate, count=count, bases=TEN[:5])
+        if budget == 4 or row is PAPER:
+            other = other._replace(fixed=True, bases=FEW, count=1)
+        rows.append(row if budget == 1 else other)
     return rows
 
 
 def base_row(regime):
     """The base of a regime, as it is."""
-    return BASE._replace(name=f"base, {regime}", regime=regime)
+    return BASE._replace(name=f"base, {regime}", regime=regime, bases=TEN[:5])
 
 
 def regime_rows(runs, regime):
-    """A row for each champion, at its usual rate; in TUNED regimes then one for each at its own rate there."""
+    """SFT, the default and the paper's loss in a regime, at their usual rates; in TUNED regimes then SFT and the default
+    at their own rates there."""
     rows = []
-    for champion in champions(runs):
-        rate, _ = runs.search(champion)
-        name = f"{champion.name}, {regime}"
-        rows.append(champion._replace(name=name, regime=regime, start=rate, fixed=True, count=1))
-    if regime not in TUNED:
-        return rows
-    tuned = []
-    for row in rows:
-        lower = 0 if row.options == ROWS["paper"].options else TUNED[regime]
-        start = RATES[RATES.index(row.start) - lower]
-        tuned.append(row._replace(name=f"{row.name}, own rate", start=start, fixed=False))
-    return rows + tuned
+    for row in (SFT, DEFAULT, PAPER):
+        rate, _ = runs.search(row)
+        rows.append(row._replace(name=f"{row.name}, {regime}", regime=regime, start=rate, fixed=True, count=1,
+                                 bases=TEN[:5]))
+    if regime in TUNED:
+        for row in rows[:2]:
+            start = RATES[RATES.index(row.start) - TUNED[regime]]
+            rows.append(row._replace(name=f"{row.name}, own rate", start=start, fixed=False))
+    return rows
+
+
+def negatives_rows(runs):
+    """The default with other negatives, at the rate that it has with the usual ones."""
+    rate, _ = runs.search(DEFAULT)
+    usual = DEFAULT._replace(bases=TEN[:5])
+    others = [usual._replace(name=f"{DEFAULT.name}, {regime}", regime=regime, start=rate, fixed=True)
+              for regime in NEGATIVES]
+    return [usual, *others]
 
 
 def values_of(runs, row, split="held-out", measure="rvd"):
@@ -206,18 +178,14 @@ def label(row):
         return row.name
     options = training_options(row)
     words = [label_of(options)]
-    if options.beta == 0:
-        words = ["SFT, every gradient clipped"]
-    elif options.compare_every > 1:
+    if options.compare_every > 1:
         words.append(f"compared every {options.compare_every} steps")
     if options.lose_per_step > 1:
         words.append("all three negatives")
     if options.anchor == HALF["anchor"]:
         words.append("half the preference")
-    if options.t_draw == "release":
-        words.append("the release's t")
-    else:
-        words.append("t below 0.6387" if options.t_draw == "low" else "all t")
+    if options.t_draw == "uniform":
+        words.append("all t")
     if options.decay == 0:
         words.append("constant rate")
     return ", ".join(words)
@@ -249,29 +217,51 @@ def row_line(runs, row, compared):
     rate, _ = runs.search(row)
     values = values_of(runs, row)
     cells = [label(row), f"{rate:g}" if rate else "–", str(len(row.bases) * row.count), plus_minus(values)]
-    for other in compared:
-        cells.append("" if other is row else plus_minus(values, values_of(runs, other)))
+    for other in compared:                                 # on the bases that both have
+        cells.append("" if other is row else plus_minus(values, values_of(runs, other._replace(bases=row.bases))))
     for measure in MEASURES:
         cells.append(f"{values_of(runs, row, measure=measure).mean():.2f}")
     return "| " + " | ".join(cells) + " |"
 
 
 def comparison_table(runs):
-    """Every method at its own rate, beside the best SFT."""
-    best = best_of(runs, SFT)
-    lines = [f"| | rate | runs | rvd | difference to {label(best)} | " + " | ".join(MEASURES) + " |", "|---" * 10 + "|"]
-    for row in (BASE, *SFT, *REALDPO, *OTHERS):
-        lines.append(row_line(runs, row, [best]))
+    """Every method at its own rate, beside SFT."""
+    lines = [f"| | rate | runs | rvd | difference to SFT | " + " | ".join(MEASURES) + " |", "|---" * 10 + "|"]
+    for row in (BASE, SFT, *CANDIDATES, *OTHERS):
+        lines.append(row_line(runs, row, [SFT]))
+    return "\n".join(lines)
+
+
+def choice_table(runs):
+    """What the candidates score on validation figures, beside the first of them, which is the cheapest: another is
+    chosen only where the interval of the difference does not contain 0."""
+    lines = ["| on validation figures | rvd | difference to the first |", "|---" * 3 + "|"]
+    first = values_of(runs, judged(CANDIDATES[0]), "validation")
+    for row in CANDIDATES:
+        values = values_of(runs, judged(row), "validation")
+        difference = "" if row is CANDIDATES[0] else plus_minus(values, first)
+        lines.append(f"| {label(row)} | {plus_minus(values)} | {difference} |")
+    return "\n".join(lines)
+
+
+def negatives_table(runs):
+    """The default with more and with fewer negatives and evaluations."""
+    usual, *others = negatives_rows(runs)
+    lines = ["| negatives × evaluations | runs | rvd | difference to 3 × 4 |", "|---" * 4 + "|"]
+    for row in (usual, *others):
+        values = values_of(runs, row)
+        name = "3 × 4" if row is usual else row.regime.replace("x", "×")
+        difference = "" if row is usual else plus_minus(values, values_of(runs, usual))
+        lines.append(f"| {name} | {values.size} | {plus_minus(values)} | {difference} |")
     return "\n".join(lines)
 
 
 def budget_table(runs, file):
-    """What the champions reach with every budget, as a table, and as a picture in `file`."""
-    sft, *others = champions(runs)
-    names = [label(row) for row in (sft, *others)]
-    lines = ["| compute | " + " | ".join(names) + f" | {names[1]} − {names[0]} |", "|---" * 5 + "|"]
+    """What SFT, the default and the paper's loss reach with every budget, as a table, and as a picture in `file`."""
+    names = [label(row) for row in (SFT, DEFAULT, PAPER)]
+    lines = ["| compute | " + " | ".join(names) + " | the second − the first |", "|---" * 5 + "|"]
     points = {name: [] for name in names}
-    rows = [budget_rows(runs, champion) for champion in (sft, *others)]
+    rows = [budget_rows(runs, row) for row in (SFT, DEFAULT, PAPER)]
     for i, budget in enumerate(BUDGETS):
         values = []
         cells = []
@@ -287,7 +277,7 @@ def budget_table(runs, file):
 
 
 def regime_table(runs):
-    """What the champions reach with other real clips and from another base."""
+    """What they reach with other real clips and from another base."""
     lines = ["| regime | | rate | runs | rvd | difference to the base | to SFT | " + " | ".join(MEASURES) + " |",
              "|---" * 12 + "|"]
     for regime in REGIMES:
@@ -304,36 +294,39 @@ def regime_table(runs):
 
 @dataclass
 class Options:
-    """Compare the methods on five bases, each pre-trained from a seed of its own."""
-    part: str = option(help="noise, comparison, budgets or regimes")
+    """Compare the methods on bases that are pre-trained from a seed each."""
+    part: str = option(help="noise, negatives, comparison, budgets or regimes")
     out: str = option("experiment", "folder for everything that is made")
 
 
-def main(options):
-    """Do what is missing of a part, then print its table."""
-    if options.part not in ("noise", "comparison", "budgets", "regimes"):
-        raise UserError(f"{options.part}: expected noise, comparison, budgets or regimes")
-    runs = Runs(options.out)
-    if options.part == "noise":
-        runs.work(lambda: missing(runs, NOISE, ("held-out", "validation")))
-        print(noise_table(runs))
-        return
-    runs.work(lambda: missing_choice(runs, SFT + REALDPO) + missing(runs, [BASE, ROWS["paper"]]))
-    if options.part == "comparison":
-        runs.work(lambda: missing(runs, SFT + REALDPO + OTHERS))
-        print(comparison_table(runs))
-    elif options.part == "budgets":
-        rows = []
-        for champion in champions(runs):
-            rows += budget_rows(runs, champion)
-        runs.work(lambda: missing(runs, rows))
-        print(budget_table(runs, Path(options.out) / "budget.svg"))
-    else:
-        rows = []
+def plan(runs, part):
+    """[(run, split)] still to be done for a part."""
+    if part == "noise":
+        return missing(runs, NOISE, ("held-out", "validation"))
+    todo = missing(runs, (BASE, SFT, DEFAULT, PAPER))
+    if part == "negatives":
+        todo += missing(runs, [] if todo else negatives_rows(runs))
+    elif part == "comparison":
+        todo += missing(runs, CANDIDATES + OTHERS) + missing(runs, map(judged, CANDIDATES), ["validation"])
+    elif part == "budgets" and not todo:
+        for row in (SFT, DEFAULT, PAPER):
+            todo += missing(runs, budget_rows(runs, row))
+    elif part == "regimes" and not todo:
         for regime in REGIMES:
-            rows += [base_row(regime), *regime_rows(runs, regime)]
-        runs.work(lambda: missing(runs, rows))
-        print(regime_table(runs))
+            todo += missing(runs, [base_row(regime), *regime_rows(runs, regime)])
+    return todo
+
+
+def main(options):
+    """Do what is missing of a part, then print its tables."""
+    tables = dict(noise=[noise_table], negatives=[negatives_table], comparison=[comparison_table, choice_table],
+                  budgets=[partial(budget_table, file=Path(options.out) / "budget.svg")], regimes=[regime_table])
+    if options.part not in tables:
+        raise UserError(f"{options.part}: expected {', '.join(tables)}")
+    runs = Runs(options.out)
+    runs.work(partial(plan, runs, options.part))
+    for table in tables[options.part]:
+        print(table(runs))
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from toy.world import (COUNTS, FPS, draw_figure, enlarge, read_toy_video, toy_vi
                        write_toy_videos)
 
 SHOWN = 4                                                             # figures in the picture
-NEGATIVES = dict(solver="multistep", steps=8, guidance=1.0)           # half the evaluations of the tiny model's Euler
+NEGATIVES = dict(solver="multistep", steps=4, guidance=1.0)           # a quarter of the tiny model's usual evaluations
 
 
 def run_stage(module, **options):
@@ -54,15 +54,16 @@ def score_negatives(cache, seed):
     write_json(file, scores)
 
 
-def prepare(out, name, seed, counts, rank, scores=True):
-    """Toy videos, records and negatives under `out`, made by the commands that a user would call. Returns the cache."""
+def prepare(out, name, seed, counts, rank, scores=True, **options):
+    """Toy videos, records and negatives under `out`, made by the commands that a user would call; `options` are those of
+    the negatives, where others than the usual. Returns the cache."""
     for kind, count in counts.items():
         if rank == 0:
             write_toy_videos(Path(out) / "videos" / kind, count, world_of(seed, kind))
         dist.barrier()
         run_stage(data, videos=f"{out}/videos/{kind}", model=name, out=f"{out}/cache/{kind}")
         dist.barrier()
-    run_stage(sample, data=f"{out}/cache/real", model=name, **NEGATIVES)
+    run_stage(sample, data=f"{out}/cache/real", model=name, **NEGATIVES | options)
     dist.barrier()
     if rank == 0 and scores:
         score_negatives(Path(out) / "cache" / "real", seed)

@@ -26,10 +26,14 @@ class Regime(NamedTuple):
     action: str = ""                                       # that all of them show; "": any
     restyled: bool = False                                 # their figures are smaller and darker than the corpus's
     further: int = 0                                       # steps of SFT that its base has had, on CLEAN other clips
+    negatives: int = 3                                     # a record,
+    evaluations: int = 4                                   # each in so many
 
 
 REGIMES = {
     "usual": Regime(),
+    "3 x 8": Regime(evaluations=8),
+    "1 x 4": Regime(negatives=1),
     "12 clips": Regime(count=12),
     "one action": Regime(action="marches in place"),
     "another style": Regime(restyled=True),
@@ -81,7 +85,7 @@ def own_base(folder, seed, steps=BASE_STEPS):
 def improve(base, folder, seed, steps, processes):
     """The base after SFT on clean clips that no run is trained on. Returns its folder."""
     better, clips = folder / "base", folder / "videos" / "clean"
-    if not (better / "base.json").exists():
+    if not (better / "done").exists():
         write_toy_videos(clips, CLEAN, world_of(seed, "clean"))
         run_stage(data, videos=str(clips), model=base, out=f"{folder}/cache/clean")
         options = train.Options(method="sft", model=base, data=f"{folder}/cache/clean", out=str(better), steps=steps,
@@ -106,6 +110,7 @@ def prepare_regime(name, out, seed, processes):
     if not (folder / "prepared").exists():
         write_real_clips(regime, folder / "videos" / "real", seed)
         sizes = SIZES if name == "usual" else {"real": regime.count}
-        prepare(folder, base, seed, sizes, rank=0, scores=name == "usual")
+        prepare(folder, base, seed, sizes, rank=0, scores=name == "usual", negatives=regime.negatives,
+                steps=regime.evaluations)
         (folder / "prepared").touch()
     return base, f"{folder}/cache/real"
