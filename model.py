@@ -19,9 +19,10 @@ from functools import lru_cache, partial
 from pathlib import Path
 
 from support import UserError
-from support.files import write_json
-from support.folders import find_transformer, read_config, read_dit_config, refuse, resolve
-from support.weights import empty, read_weights, save_part
+from support.command import generator
+from support.files import fingerprint_of_weights, write_json
+from support.folders import ADAPTERS, base_of, find_transformer, read_config, read_dit_config, refuse, resolve
+from support.weights import empty, fill, own_rows, read_adapters, read_weights, save_adapters, save_part
 import torch
 import torch.nn as nn
 import torch.nn.functional as nnf
@@ -341,21 +342,49 @@ def rotate(x, rope):
     return turned.flatten(-2).to(x.dtype)
 
 
+ADAPTED = ("attn1",)                                       # the layers that get adapters
+
+
+class Projection(nn.Linear):
+    """W·x + b and, with adapters of low rank R (Hu et al. 2022: LoRA, at scale 1), + B·(A·x).
+
+    Policy and reference have an A (R,in) and a B (out,R) each on the one W, which is frozen then. B begins as zero, so
+    both begin as W alone. Whose adapters count, `side` says: an argument and not a switch, since what the backward pass
+    computes again runs after the other side's turn.
+    """
+
+    def adapt(self, rank):
+        sides = {}
+        for side in ("policy", "reference"):
+            linear = partial(nn.Linear, bias=False, device=self.weight.device)
+            sides[side] = nn.ModuleDict({"lora_A": linear(self.in_features, rank),
+                                         "lora_B": linear(rank, self.out_features)})
+        self.adapters = nn.ModuleDict(sides)
+
+    def forward(self, x, side=None):
+        out = super().forward(x)
+        if side and hasattr(self, "adapters"):
+            adapter = self.adapters[side]
+            out = out + adapter["lora_B"](adapter["lora_A"](x))
+        return out
+
+
 class Attention(nn.Module):
     """Full self-attention over text and video, with LayerNorm on queries and keys and rotary positions."""
 
     def __init__(self, width, heads):
         super().__init__()
-        self.to_q, self.to_k, self.to_v = (nn.Linear(width, width) for _ in range(3))
+        self.to_q, self.to_k, self.to_v = (Projection(width, width) for _ in range(3))
         self.norm_q, self.norm_k = (nn.LayerNorm(width // heads, eps=1e-6) for _ in range(2))
-        self.to_out = nn.Sequential(nn.Linear(width, width))
+        self.to_out = nn.Sequential(Projection(width, width))
         self.heads = heads
 
-    def forward(self, x, rope):
-        q, k, v = (rearrange(to(x), "b s (h d) -> b s h d", h=self.heads) for to in (self.to_q, self.to_k, self.to_v))
+    def forward(self, x, rope, side=None):
+        projections = self.to_q, self.to_k, self.to_v
+        q, k, v = (rearrange(to(x, side), "b s (h d) -> b s h d", h=self.heads) for to in projections)
         q, k = rotate(self.norm_q(q), rope), rotate(self.norm_k(k), rope)            # as they lie in memory: no copies
         q, k, v = (rearrange(y, "b s h d -> b h s d") for y in (q, k, v))
-        return self.to_out(rearrange(nnf.scaled_dot_product_attention(q, k, v), "b h s d -> b s (h d)"))
+        return self.to_out[0](rearrange(nnf.scaled_dot_product_attention(q, k, v), "b h s d -> b s (h d)"), side)
 
 
 def attention_operators():
@@ -372,21 +401,25 @@ class Block(nn.Module):
         super().__init__()
         self.norm1, self.attn1 = AdaptiveNorm(width, time_width, eps, 6), Attention(width, heads)
         self.norm2 = AdaptiveNorm(width, time_width, eps, 6)
-        up = nn.Sequential(OrderedDict(proj=nn.Linear(width, 4 * width), gelu=nn.GELU("tanh")))
-        self.ff = nn.ModuleDict({"net": nn.Sequential(up, nn.Identity(), nn.Linear(4 * width, width))})
+        up = nn.Sequential(OrderedDict(proj=Projection(width, 4 * width), gelu=nn.GELU("tanh")))
+        self.ff = nn.ModuleDict({"net": nn.Sequential(up, nn.Identity(), Projection(4 * width, width))})
 
-    def forward(self, text, video, time, rope, checkpointing=False):
-        """text (B,L,D) and video (B,FHW,D) after the block. `checkpointing`: see Denoiser."""
+    def forward(self, text, video, time, rope, checkpointing=False, side=None):
+        """text (B,L,D) and video (B,FHW,D) after the block. `checkpointing` and `side`: see Denoiser."""
         if not checkpointing:
-            return self.layers(text, video, time, rope)
-        recompute = partial(checkpoint, self.layers, text, video, time, rope, use_reentrant=False)
+            return self.layers(text, video, time, rope, side)
+        recompute = partial(checkpoint, self.layers, text, video, time, rope, side, use_reentrant=False)
         if checkpointing == "selective":
             return recompute(context_fn=partial(create_selective_checkpoint_contexts, attention_operators()))
         return recompute()
 
-    def layers(self, text, video, time, rope):
-        text, video = self.residual(self.norm1, partial(self.attn1, rope=rope), text, video, time)
-        return self.residual(self.norm2, self.ff["net"], text, video, time)
+    def layers(self, text, video, time, rope, side=None):
+        text, video = self.residual(self.norm1, partial(self.attn1, rope=rope, side=side), text, video, time)
+        return self.residual(self.norm2, partial(self.feed_forward, side=side), text, video, time)
+
+    def feed_forward(self, x, side):
+        up, _, down = self.ff["net"]
+        return down(up.gelu(up.proj(x, side)), side)
 
     def residual(self, norm, layer, text, video, time):
         """Add gate · layer(norm(·)) to text and video, which the layer sees as one sequence."""
@@ -427,7 +460,14 @@ class DiT(nn.Module):
         for block in self.transformer_blocks:
             block.forward = torch.compile(block.forward, fullgraph=True)    # not the block: FSDP's hooks stay outside
 
-    def forward(self, x, text, time_code, checkpointing=False):
+    def adapt(self, rank):
+        """Freeze everything, and give the projections adapters of a rank. To be called before sharding."""
+        self.requires_grad_(False)
+        for name, module in self.transformer_blocks.named_modules():
+            if isinstance(module, Projection) and any(part in name for part in ADAPTED):
+                module.adapt(rank)
+
+    def forward(self, x, text, time_code, checkpointing=False, side=None):
         p, n_text = self.config["patch_size"], text.shape[1]
         f, h, w = x.shape[2], x.shape[3] // p, x.shape[4] // p
         time = self.time_embedding(time_code)                                                               # (B,T)
@@ -441,7 +481,7 @@ class DiT(nn.Module):
             text, video = text + positions[:, :n_text], video + positions[:, n_text:]
         rope = rope_table((f, h, w), n_text, self.config["attention_head_dim"], x.device)
         for block in self.transformer_blocks:
-            text, video = block(text, video, time, rope, checkpointing)
+            text, video = block(text, video, time, rope, checkpointing, side)
         shift, scale = self.norm_out(time)
         video = self.proj_out(self.norm_out.modulate(self.norm_final(video), shift, scale))
         return rearrange(video, "b (f h w) (c p q) -> b c f (h p) (w q)", f=f, h=h, w=w, p=p, q=p)
@@ -528,13 +568,25 @@ class Denoiser(nn.Module):
     `net` is F and the only part that runs in bf16. `checkpointing` True recomputes each block in the backward pass,
     "selective" all of it but its attention, False nothing. `time_grid(steps)` gives the times of a sampler with that
     many evaluations, steps + 1 numbers falling from 1 to 0, fp64; `t_min` is the smallest t the network was trained at.
+    Two denoisers may share a network with adapters: then `side` is "policy" or "reference", whose adapters count, and
+    `base` a fingerprint of the network without them.
     """
     checkpointing = False
 
-    def __init__(self, net, prediction, scheduler):
+    def __init__(self, net, prediction, scheduler, side=None, base=""):
         super().__init__()
-        self.net, self.prediction, self.scheduler = net, prediction, scheduler
+        self.net, self.prediction, self.scheduler, self.side, self.base = net, prediction, scheduler, side, base
         self.time_grid, self.t_min = prediction.time_grid, prediction.t_min
+
+    def own(self, named):
+        """Those of the network's (name, tensor) pairs that training changes: all or, with adapters, this side's."""
+        mark = f".adapters.{self.side}."
+        for name, tensor in named:
+            if not self.side or mark in name:
+                yield name.replace(mark, "."), tensor                                   # by their published names
+
+    def named_parameters(self, *_, **__):
+        return self.own(self.net.named_parameters())
 
     def forward(self, x_t, cond, t):
         channels, p = self.net.config["out_channels"], self.net.config["patch_size"]
@@ -548,7 +600,7 @@ class Denoiser(nn.Module):
         image = nnf.pad(cond.image, (0, 0, 0, 0, 0, x_t.shape[2] - 1))                  # zeros after the first frame
         x = torch.cat([(c_in * x_t).to(like), image.to(like)], dim=1)                   # (B,2C,F,H,W)
         code = sinusoid(c_noise.flatten(), self.net.time_embedding.linear_1.in_features)
-        output = self.net(x, cond.text.to(like), code.to(like), checkpointing=self.checkpointing)
+        output = self.net(x, cond.text.to(like), code.to(like), checkpointing=self.checkpointing, side=self.side)
         return c_skip * x_t + c_out * output.float()
 
 
@@ -588,34 +640,89 @@ def load_vae(path, device="cpu", dtype=torch.float32):
     return read_weights(empty(VAE, config, dtype, device), folder / "vae").eval()
 
 
-def load_dit(path, device="cpu", dtype=torch.float32, shard=lambda net: None, compile=False):
+def load_dit(path, device="cpu", dtype=torch.float32, shard=lambda net: None, compile=False, rank=0):
     """Load the diffusion transformer of a model folder, hub id, run or checkpoint as a `Denoiser`. `shard(net)` may
     distribute the still empty network, whose blocks are compiled if so asked; each rank then reads only its own rows of
-    the files. Raises UserError if it is missing, broken or of another kind."""
-    stored = find_transformer(path)
-    folder = resolve(path, "transformer/config.json", "scheduler")
-    config = read_dit_config(folder)
+    the files. Adapters are merged into their base. Raises UserError if it is missing, broken or of another kind.
+
+    With a `rank`, the network gets adapters of that rank instead, those of `path` if it has some: returns the policy
+    and the reference, two Denoisers that share it."""
+    folder, prefix, base = find_transformer(path)
+    adapters = read_adapters(folder, prefix) if base else {}
+    if base:
+        folder, prefix, _ = find_transformer(base_of(path)[0])
+    where = resolve(path, "transformer/config.json", "scheduler")
+    config = read_dit_config(where)
     refuse(config, use_rotary_positional_embeddings=True, patch_size_t=None, ofs_embed_dim=None,
            in_channels=2 * config["out_channels"], activation_fn="gelu-approximate", timestep_activation_fn="silu",
            flip_sin_to_cos=True, freq_shift=0)
-    scheduler = read_config(folder, "scheduler",
+    scheduler = read_config(where, "scheduler",
                             "CogVideoXDDIMScheduler", "CogVideoXDPMScheduler", "FlowMatchEulerDiscreteScheduler")
     if scheduler["_class_name"] == "FlowMatchEulerDiscreteScheduler":
         prediction = FlowPrediction()
     else:
         refuse(scheduler, prediction_type="v_prediction", beta_schedule="scaled_linear", rescale_betas_zero_snr=True)
         prediction = VPrediction(scheduler)
+    fingerprint = fingerprint_of_weights(folder, prefix) if base or rank else ""
+    if base not in ("", "any", fingerprint):
+        raise UserError(f"{path}: its adapters belong to another transformer than the one in {folder}")
+
     def prepare(net):
+        if rank:
+            net.adapt(rank)
         if compile:
             net.compile_blocks()
         shard(net)
 
-    net = read_weights(empty(DiT, config, dtype, device, prepare), *stored)
-    return Denoiser(net, prediction, scheduler)
+    net = empty(DiT, config, dtype, device, prepare)
+    tensors = {prefix + name: tensor for name, tensor in net.state_dict().items() if ".adapters." not in name}
+    fill(tensors, folder, prefix)
+    if not rank:
+        merge(net, adapters, path)
+        return Denoiser(net, prediction, scheduler)
+    sides = [Denoiser(net, prediction, scheduler, side, fingerprint) for side in ("policy", "reference")]
+    for denoiser in sides:
+        begin_adapters(denoiser, adapters, path)
+    return sides
+
+
+@torch.no_grad()
+def begin_adapters(denoiser, adapters, path):
+    """Fill a denoiser's adapters with those of the model at `path`, or B with zeros and A with random numbers, which
+    depend on its name alone. Raises UserError for adapters of another rank or of other layers."""
+    target = dict(denoiser.named_parameters())
+    if adapters and {name: a.shape for name, a in adapters.items()} != {name: t.shape for name, t in target.items()}:
+        raise UserError(f"{path}: its adapters have another rank than --rank, or are for other layers")
+    for name, tensor in target.items():
+        begin = torch.zeros(tensor.shape)
+        if adapters:
+            begin = adapters[name]
+        elif "lora_A" in name:
+            limit = tensor.shape[1] ** -0.5                # as PEFT does
+            begin.uniform_(-limit, limit, generator=generator("adapter", name))
+        mine, first = own_rows(tensor)
+        mine.copy_(begin[first:first + len(mine)])
+
+
+@torch.no_grad()
+def merge(net, adapters, path):
+    """Add B·A to each W that has adapters, in fp32; where W is sharded, to the rows that this rank holds."""
+    weights = net.state_dict()
+    for name in adapters:
+        if "lora_A" in name:
+            weight = weights.get(name.replace("lora_A.weight", "weight"))
+            b = adapters.get(name.replace("lora_A", "lora_B"))
+            if weight is None or b is None:
+                raise UserError(f"{path}: {name} belongs to no layer of this transformer")
+            mine, first = own_rows(weight)
+            mine.copy_(mine.float() + (b[first:first + len(mine)] @ adapters[name]).to(mine.device))
 
 
 def save_dit(dit, path, dtype=None):
-    """Write a denoiser's transformer/ and scheduler/ into the folder `path`; diffusers opens it.
-    `dtype` converts (training keeps fp32, publishing wants bf16). Under torch.distributed every rank must call it."""
+    """Write a denoiser's transformer/ and scheduler/ into the folder `path` or, with adapters, these alone, in fp32;
+    diffusers opens both. `dtype` converts (training keeps fp32, publishing wants bf16). Under torch.distributed every
+    rank must call it."""
+    if dit.side:
+        return save_adapters(dict(dit.named_parameters()), Path(path) / ADAPTERS, dit.base)
     write_json(Path(path) / "scheduler" / "scheduler_config.json", dit.scheduler)
     save_part(dit.net, dit.net.config, Path(path) / "transformer", dtype)

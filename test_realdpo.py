@@ -297,7 +297,7 @@ def test_checkpointing_of_a_denoiser_is_that_of_its_blocks(denoiser, monkeypatch
     asked, layers = [], model.Block.forward
 
     def spy(block, *arguments):
-        asked.append(arguments[-1])
+        asked.append(arguments[-2])
         return layers(block, *arguments)
 
     monkeypatch.setattr(model.Block, "forward", spy)

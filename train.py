@@ -68,6 +68,7 @@ class Options:
     checkpointing: Literal["none", "full", "selective"] = option("selective", "what backward computes again")
     graphs: Literal["all", "two", "one"] = option("two", "graphs alive at a time, of a sample's 1 + negatives: fewer "
                                                   "take less memory for the same gradient")
+    rank: int = option(0, "train adapters of this rank on a frozen base, for one card; 0: the whole network", least=0)
     compile: bool = option(False, "torch.compile each block")
     dry_run: str = option("", "only compute what GPUs need, in memory and hours: 8, or 2x8 for two machines of 8")
     save_every: int = option(200, "steps between checkpoints, and between looks at --eval-data and --bench", "the run",
@@ -332,11 +333,10 @@ def log_step(file, step, metrics):
 def training_state(policy, reference, optimizer):
     """Everything that training changes, as one flat dict of (sharded) tensors."""
     state = {}
-    for name, tensor in policy.net.state_dict().items():   # parameters, and the table of positions
-        state[f"model.{name}"] = tensor
-    for name, tensor in reference.net.state_dict().items():
-        state[f"ref.{name}"] = tensor
-    for (name, _), moments in zip(policy.net.named_parameters(), optimizer.moments, strict=True):
+    for kind, denoiser in (("model", policy), ("ref", reference)):
+        for name, tensor in denoiser.own(denoiser.net.state_dict().items()):   # parameters, and the table of positions
+            state[f"{kind}.{name}"] = tensor
+    for (name, _), moments in zip(policy.named_parameters(), optimizer.moments, strict=True):
         state[f"exp_avg.{name}"], state[f"exp_avg_sq.{name}"] = moments
     return state
 
@@ -346,14 +346,14 @@ def checkpoint_folder(out, step):
     return Path(out) / "checkpoints" / f"step-{step:06d}"
 
 
-def save_checkpoint(state, options, step, rank):
+def save_checkpoint(state, options, base, step, rank):
     """Write checkpoints/step-N, which is a model in itself, then delete all but the last KEEP."""
     folder = checkpoint_folder(options.out, step)
     part = folder.with_name(folder.name + MARK)
     if rank == 0:
         shutil.rmtree(part, ignore_errors=True)            # of a run that was killed while saving
         note_base(part, options.model)
-        write_json(part / "checkpoint.json", {"step": step, **dataclasses.asdict(options)})
+        write_json(part / "checkpoint.json", {"step": step, "base": base, **dataclasses.asdict(options)})
     dist.barrier()
     files = {name: 1 + i // 200 for i, name in enumerate(state)}         # writing a file takes three times its size
     # One process needs no collectives; on a CPU, gloo's threads would make every later step 1.5 times as slow.
@@ -418,10 +418,13 @@ def shard(net, mesh, dtype):
 
 
 def load_models(options, process, mesh):
-    """Policy and reference, sharded, in fp32; they compute in the process's dtype."""
-    load = partial(model.load_dit, options.model, process.device, torch.float32,
-                   partial(shard, mesh=mesh, dtype=process.dtype), options.compile)
-    policy, reference = load(), load()
+    """Policy and reference, sharded, what is trained in fp32; they compute in the process's dtype."""
+    load = partial(model.load_dit, options.model, process.device, compile=options.compile,
+                   shard=partial(shard, mesh=mesh, dtype=process.dtype))
+    if options.rank:                                       # both on one frozen base
+        policy, reference = load(dtype=process.dtype, rank=options.rank)
+    else:
+        policy, reference = load(), load()
     policy.checkpointing = CHECKPOINTING[options.checkpointing]
     return policy.train(), reference.requires_grad_(False)
 
@@ -513,7 +516,7 @@ def train(options, process, mesh):
             done += 1
             bar.update()
             if asked or due:
-                save_checkpoint(state, options, done, rank)
+                save_checkpoint(state, options, policy.base, done, rank)
             if previews and due and not asked:
                 asked = previews.make(policy, done, stop)
         if not asked:

@@ -1,5 +1,6 @@
 """What a run takes, computed: the work of a step, memory on a GPU, and hours from clips to a model."""
 import re
+from dataclasses import replace
 from typing import NamedTuple
 
 from support import UserError
@@ -8,11 +9,12 @@ GIB = 2 ** 30
 CARDS = {24: 165e12, 48: 362e12, 80: 989e12, 141: 989e12}  # dense bf16 FLOP/s of a 4090, L40S, H100 and H200, by their GB
 UTILISATION = 0.4              # of that, for transformers; others measured 38 % compiled and 30 % eager
 # How many activations of all tokens, in bf16, a block's graph keeps, and how many exist while the block is
-# back-propagated. Counted on the real code with tensors without data; the tests hold `memory` to it.
-KEPT = {"none": 25, "full": 1, "selective": 2}
-BACKWARD = 25
+# back-propagated; then both for adapters on a frozen block, which needs less for its gradient. Counted on the real code
+# with tensors without data; the tests hold `memory` to it.
+KEPT = {"none": (25, 13), "full": (1, 1), "selective": (2, 2)}
+BACKWARD = (25, 21)
 ENCODING = 156e12 / 0.1        # FLOP of a clip of 49×480×720 through autoencoder and T5, counted; at 10 %, a guess
-EVALUATIONS = 2 * 25           # of the transformer for a negative, with guidance
+EVALUATIONS = 2 * 12           # of the transformer for a negative, with guidance
 
 
 class Work(NamedTuple):
@@ -24,10 +26,15 @@ class Work(NamedTuple):
     tokens: int = 17_776       # of a video with its caption
     negatives: int = 3         # of a record
 
-    def forward(self, attention=True):
-        """FLOP of a forward pass of one video, or of its matrix products alone."""
-        products = 24 * self.width
-        return self.layers * self.width * self.tokens * (products + 4 * self.tokens if attention else products)
+    @property
+    def products(self):
+        """FLOP of the matrix products in a forward pass of one video."""
+        return 24 * self.layers * self.width ** 2 * self.tokens
+
+    @property
+    def forward(self):
+        """FLOP of a forward pass of one video, with attention."""
+        return self.products + 4 * self.layers * self.width * self.tokens ** 2
 
     def videos(self, compares=True):
         """How many videos of a sample a step looks at."""
@@ -38,11 +45,14 @@ class Work(NamedTuple):
         """FLOP of a step over all ranks: those of the algorithm, and with those done twice to save memory."""
         options, videos = self.options, self.videos(compares)
         compared = videos if compares and options.method in ("realdpo", "dpo") else 0  # by the reference
-        again = {"none": 0, "full": self.forward(), "selective": self.forward(attention=False)}[options.checkpointing]
-        useful = (3 * videos + compared) * self.forward()          # a backward pass is twice a forward one
+        again = {"none": 0, "full": self.forward, "selective": self.products}[options.checkpointing]
+        backward = 2 * self.forward
+        if options.rank:
+            backward -= self.products                      # of the gradients of frozen weights
+        useful = videos * (self.forward + backward) + compared * self.forward
         done = useful + videos * again
         if compared and options.graphs == "one":
-            done += self.forward()                         # the win's error, before its graph
+            done += self.forward                           # the win's error, before its graph
         return options.batch * useful, options.batch * done
 
     def mean_flops(self):
@@ -52,36 +62,40 @@ class Work(NamedTuple):
 
     def memory(self, shards):
         """{kind: bytes} on a GPU at a step's peak, with parameters sharded over so many GPUs."""
-        options = self.options
+        options, frozen = self.options, bool(self.options.rank)
         at_once = graphs = self.videos()
         if options.method in ("realdpo", "dpo") and options.graphs != "all":
             at_once, graphs = 1, {"one": 1, "two": 2}[options.graphs]
-        part = 4 * self.parameters // shards
+        adapters = 8 * options.rank * self.layers * self.width                         # of attention's four projections
+        part = 4 * (adapters if frozen else self.parameters) // shards
         activation = 2 * self.tokens * self.width * options.micro_batch                # bytes of one, of all tokens
-        return {"parameters": part, "gradients": part, "Adam": 2 * part, "reference": part,
-                "graphs": graphs * self.layers * KEPT[options.checkpointing] * activation,
-                "a block's backward pass": at_once * BACKWARD * activation,
-                "gathered blocks": 14 * self.parameters // self.layers,
+        return {"frozen base": 2 * frozen * self.parameters // shards,
+                "parameters": part, "gradients": part, "Adam": 2 * part, "reference": part,
+                "graphs": graphs * self.layers * KEPT[options.checkpointing][frozen] * activation,
+                "a block's backward pass": at_once * BACKWARD[frozen] * activation,
+                "gathered blocks": (4 if frozen else 14) * self.parameters // self.layers,
                 "context, NCCL, fragments (guessed)": (2 if shards == 1 else 5) * GIB}
 
 
 def dry_run(options, steps, clips):
-    """Print what a run of `steps` on `clips` takes on GPUs of each size."""
+    """Print what a run of `steps` on `clips` takes on GPUs of each size; with --rank, the whole network beside."""
     found = re.fullmatch(r"(?:([1-9]\d*)x)?([1-9]\d*)", options.dry_run)
     if not found or options.batch % (int(found[1] or 1) * int(found[2])):
         raise UserError(f"--dry-run {options.dry_run}: expected a number of GPUs by which --batch {options.batch} can be "
                         "divided, such as 8, or of machines and GPUs, such as 2x8")
-    work, here = Work(options), int(found[2])
+    here = int(found[2])
     gpus = int(found[1] or 1) * here
-    gib = sum(work.memory(here if here >= 8 else gpus).values()) / GIB
-    print(f"computed, not measured: {gib:.1f} GiB on each GPU; hours for {clips} clips and {steps} steps of "
-          f"{options.batch}, at {UTILISATION:.0%} of a GPU's peak, with 3 negatives a record or 1\n"
-          f"{'GPUs × GB':>10}  {'s/step':>6}  {'h/1000 samples':>14}  {'encoding':>8}  {'negatives':>13}  {'training':>8}  "
-          f"{'in all':>13}")
-    for size, peak in CARDS.items():
-        step = work.mean_flops()[1] / (gpus * peak * UTILISATION)
-        encoding, training = clips * ENCODING / (gpus * peak) / 3600, steps * step / 3600
-        one = clips * EVALUATIONS * work.forward() / (gpus * peak * UTILISATION) / 3600
-        print(f"{options.dry_run:>4} × {size:>3}  {step:6.1f}  {1000 * step / options.batch / 3600:14.2f}  {encoding:8.1f}  "
-              f"{3 * one:6.1f} {one:6.1f}  {training:8.1f}  {encoding + 3 * one + training:6.1f} "
-              f"{encoding + one + training:6.1f}  {'' if gib <= 0.97 * size else 'does not fit'}")
+    print(f"computed, not measured: hours for {clips} clips and {steps} steps of {options.batch}, at {UTILISATION:.0%} of "
+          f"a GPU's peak, with 3 negatives a record or 1\n{'GPUs × GB':>10}  {'--rank':>6}  {'GiB':>5}  {'s/step':>6}  "
+          f"{'h/1000 samples':>14}  {'encoding':>8}  {'negatives':>13}  {'training':>8}  {'in all':>13}")
+    for rank in sorted({0, options.rank}):
+        work = Work(replace(options, rank=rank))
+        gib = sum(work.memory(here if here >= 8 else gpus).values()) / GIB
+        for size, peak in CARDS.items():
+            step = work.mean_flops()[1] / (gpus * peak * UTILISATION)
+            encoding, training = clips * ENCODING / (gpus * peak) / 3600, steps * step / 3600
+            one = clips * EVALUATIONS * work.forward / (gpus * peak * UTILISATION) / 3600
+            print(f"{options.dry_run:>4} × {size:>3}  {rank:6}  {gib:5.1f}  {step:6.1f}  "
+                  f"{1000 * step / options.batch / 3600:14.2f}  {encoding:8.1f}  {3 * one:6.1f} {one:6.1f}  "
+                  f"{training:8.1f}  {encoding + 3 * one + training:6.1f} {encoding + one + training:6.1f}  "
+                  f"{'' if gib <= 0.97 * size else 'does not fit'}")

@@ -1,11 +1,12 @@
 """Model folders in the published layout: the tiny model, the hub's, a training run, a checkpoint; and their configs."""
-import re
+import json, re
 from pathlib import Path
 
 from support import UserError
-from support.files import fingerprint_of_weights, hash_of, read_json
+from support.files import fingerprint_of_weights, hash_of, open_tensors, read_json
 import huggingface_hub
 
+ADAPTERS = "pytorch_lora_weights.safetensors"              # as diffusers calls them
 TINY = Path(__file__).parent.parent / "assets" / "tiny"
 HUB_MODEL = "zai-org/CogVideoX-5b-I2V"
 # What diffusers assumes if a config does not say, where this code computes something else.
@@ -79,20 +80,37 @@ def resolve(path, *parts):
 
 
 def find_transformer(path):
-    """(folder, prefix): a model's transformer is in the folder's .safetensors files, under names that begin so. It may
-    be that of a checkpoint, of its reference, or of a run that has not ended."""
+    """(folder, prefix, base): what a model's transformer is stored as, in the folder's .safetensors files, under names
+    that begin so. It may be that of a checkpoint, of its reference, or of a run that has not ended. If it is adapters,
+    `base` is the fingerprint of the transformer that they belong to, else ""."""
     folder = last_checkpoint(path) or folder_of(path)
     if is_checkpoint(folder):
-        return folder, "ref." if Path(path).name == "ref" else "model."
-    return resolve(path, "transformer") / "transformer", ""
+        prefix = "ref." if Path(path).name == "ref" else "model."
+        return folder, prefix, read_json(folder / "checkpoint.json").get("base", "")
+    if (folder / ADAPTERS).is_file():
+        return folder, "transformer.", check_adapters(folder / ADAPTERS)
+    return resolve(path, "transformer") / "transformer", "", ""
+
+
+def check_adapters(file):
+    """The fingerprint of the base that a file of adapters names, or "any". Raises UserError unless alpha is the rank."""
+    with open_tensors(file) as f:
+        noted = f.metadata() or {}
+        config = json.loads(noted.get("lora_adapter_metadata", "{}"))
+        if config.get("transformer.lora_alpha") != config.get("transformer.r") or any("alpha" in name for name in f.keys()):
+            raise UserError(f"{file}: has an alpha that is not the rank; scale lora_B by alpha / rank and save it so")
+    return noted.get("base", "any")
 
 
 def fingerprint_of(path, *parts):
     """A short hash of the named parts of a model, which tells them from others."""
     prints = []
     for part in parts:
-        folder, prefix = find_transformer(path) if part == "transformer" else (resolve(path, part) / part, "")
-        prints.append(fingerprint_of_weights(folder, prefix))
+        if part == "transformer":
+            folder, prefix, base = find_transformer(path)
+            prints += [fingerprint_of_weights(folder, prefix), base]
+        else:
+            prints.append(fingerprint_of_weights(resolve(path, part) / part))
     return hash_of(*prints)
 
 

@@ -6,13 +6,13 @@ from shlex import quote
 
 from support import UserError
 from support.files import FORMAT, differences, read_json, visible, write_json
-from support.folders import base_of, checkpoints_of, is_checkpoint
+from support.folders import ADAPTERS, base_of, checkpoints_of, is_checkpoint
 
 # Options that may change when a run goes on: they decide where and how it runs, not what a step does.
 MAY_CHANGE = {"data", "out", "resume", "steps", "save_every", "checkpointing", "graphs", "micro_batch", "compile",
               "eval_data", "bench", "dry_run"}
 # What a run writes into --out. Where one of these is there without run.json, it is not a run's.
-WRITTEN = ("transformer", "scheduler", "metrics.jsonl", "checkpoints", "videos/step-*", "base.json", "done")
+WRITTEN = ("transformer", "scheduler", ADAPTERS, "metrics.jsonl", "checkpoints", "videos/step-*", "base.json", "done")
 
 
 def refuse_others(out):
@@ -79,7 +79,7 @@ def has_ended(out, done, steps):
 
 def withdraw_export(out):
     """Take away RUN/done and the exported transformer, since the run goes on."""
-    for name in ("done", "transformer", "scheduler"):
+    for name in ("done", "transformer", "scheduler", ADAPTERS):
         path = Path(out) / name
         if path.is_dir():
             shutil.rmtree(path)

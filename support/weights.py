@@ -3,10 +3,11 @@ import json, shutil
 from collections import Counter
 
 from support import UserError
-from support.files import MARK, cannot_write, open_tensors, visible
+from support.files import MARK, cannot_write, open_tensors, visible, whole_file
 import huggingface_hub
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -65,6 +66,36 @@ def read_weights(net, folder, prefix=""):
     """`fill` a network, and return it."""
     fill({prefix + name: tensor for name, tensor in net.state_dict().items()}, folder, prefix)
     return net
+
+
+def read_adapters(folder, prefix):
+    """{name: tensor} of the adapters in a folder's .safetensors files, whole and in fp32."""
+    rows = Counter()
+    tensors = {}
+    for file in visible(folder, "*.safetensors"):
+        with open_tensors(file) as f:
+            for name in [name for name in f.keys() if name.startswith(prefix)]:
+                shape = f.get_slice(name).get_shape()      # in a checkpoint, of one rank's rows
+                rows[name] += shape[0]
+                tensors[name] = torch.empty(rows[name], *shape[1:])
+    fill(tensors, folder, prefix)
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+
+
+def save_adapters(tensors, file, base):
+    """Write adapters {name: tensor}, which may be sharded, as diffusers does, with the fingerprint of their base. Every
+    rank must call it. Raises UserError if there is no room."""
+    whole = {}
+    for name, tensor in tensors.items():                   # a collective, where they are sharded
+        tensor = tensor.detach()
+        whole[f"transformer.{name}"] = tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor.cpu()
+    layers = {name.rpartition(".lora_A")[0]: len(tensor) for name, tensor in tensors.items() if "lora_A" in name}
+    rank = max(layers.values())
+    config = {"transformer.r": rank, "transformer.lora_alpha": rank, "transformer.target_modules": list(layers)}
+    noted = {"format": "pt", "base": base, "lora_adapter_metadata": json.dumps(config)}
+    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+        with whole_file(file) as part:
+            save_file(whole, part, noted)
 
 
 def save_part(net, config, where, dtype=None, stem="diffusion_pytorch_model"):
