@@ -13,25 +13,18 @@ a player shows it. A record is a safetensors file that holds all that training n
 Files are written whole or not at all, so every stage can be killed and started again, and does what is missing. A
 record whose clip, caption or first frame has changed is made again, and so are its negatives.
 """
-import json
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from shlex import quote
 
-from support import UserError
+from support import UserError, files, films, folders
 from support.command import command, generator, option, say, this_process
-from support.files import (claim, fingerprint_of_file, hash_of, read_header, read_note, read_tensors, visible,
-                           whole_file, write_tensors)
-from support.films import read_ahead, read_image, read_video, read_video_header
-from support.folders import fingerprint_of, read_config, read_dit_config, resolve
 from support.lists import list_clips
 from model import load_text_encoder, load_vae
 import torch
 from tqdm import tqdm
 
-
-# ---- Records: what training reads -----------------------------------------------------------------------------------
 
 class Records:
     """The records of a cache as a sequence of dicts of tensors, checked to belong together.
@@ -43,8 +36,7 @@ class Records:
 
     def __init__(self, folder, negatives=True, scores=False):
         self.folder = Path(folder)
-        self.remedy = f"make it with: python sample.py --data {quote(str(folder))}"
-        self.names = [path.stem for path in visible(self.folder / "win", "*.safetensors")]
+        self.names = [path.stem for path in files.visible(self.folder / "win", "*.safetensors")]
         if not self.names:
             raise UserError(f"{folder}: holds no records; make them with: python data.py --videos DIR --out "
                             f"{quote(str(folder))} and: python sample.py --data {quote(str(folder))}")
@@ -60,18 +52,21 @@ class Records:
     def read_headers(self, kind, tensors):
         """Note the shapes and hashes of all files of a kind. Returns the settings that they were made with. Raises
         UserError for a file that is missing, of other settings or shapes, or negatives of another record."""
+        folder = self.folder / kind
+        remedy = f"make it with: python sample.py --data {quote(str(self.folder))}"
         for name in self.names:
-            file = self.folder / kind / f"{name}.safetensors"
+            file = folder / f"{name}.safetensors"
             if not file.is_file():
-                raise UserError(f"{file}: missing; {self.remedy}")
-            settings = read_note(file.with_name("made_by.json"))
-            shapes, metadata = read_header(file)
+                raise UserError(f"{file}: missing; {remedy}")
+            settings = files.read_json(folder / "made_by.json")
+            files.check_same(folder, settings, dict(version=files.VERSION))
+            shapes, metadata = files.read_header(file)
             same = shapes == {tensor: self.shapes.setdefault(tensor, shapes.get(tensor)) for tensor in tensors}
             if metadata.get("made_by") != settings["id"] or not same:
                 raise UserError(f"{file}: was made with other settings or shapes than the other records; delete it and "
                                 "run the command that made it again")
             if metadata.get("win", self.hashes[name]) != self.hashes[name]:
-                raise UserError(f"{file}: was made for another encoding of its clip; {self.remedy}")
+                raise UserError(f"{file}: was made for another encoding of its clip; {remedy}")
             self.hashes[name] += metadata["hash"]
         return settings
 
@@ -79,12 +74,12 @@ class Records:
         """Scores (records, count). Raises UserError unless the file has `count` finite numbers for each record."""
         file = self.folder / "scores.json"
         try:
-            stored = json.loads(file.read_text())
+            stored = files.read_json(file)
             scores = torch.stack([torch.tensor(stored[name]).float().reshape(count) for name in self.names])
             if not scores.isfinite().all():
                 raise ValueError("a number is not finite")
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError) as e:
-            raise UserError(f"{file}: {type(e).__name__}: {e}; expected {{record: [{count} numbers]}}") from e
+        except (ValueError, TypeError, RuntimeError) as e:
+            raise UserError(f"{file}: {e}; expected {{record: [{count} numbers]}}") from e
         for name, row in zip(self.names, scores.tolist()):
             self.hashes[name] += f" {row}"
         return scores
@@ -99,23 +94,21 @@ class Records:
         """The tensors of a record, without its negatives where a step does not look at them."""
         record = {}
         for kind in self.kinds if negatives else ["win"]:
-            record |= read_tensors(self.folder / kind / f"{self.names[index]}.safetensors")
+            record |= files.read_tensors(self.folder / kind / f"{self.names[index]}.safetensors")
         if self.scores is not None:
             record["scores"] = self.scores[index]
         return record
 
     def empty_text(self):
         """The embedding (L,D) of the empty caption, for guidance."""
-        return read_tensors(self.folder / "empty.safetensors")["text"]
+        return files.read_tensors(self.folder / "empty.safetensors")["text"]
 
-
-# ---- Encoding: clips into records -----------------------------------------------------------------------------------
 
 def clip_shape(options, folder):
-    """(frames, height, width) of the clips: as many frames as asked for, else as the model was trained with. Raises
-    UserError for a number that the model does not take."""
-    c = read_dit_config(folder)
-    space = 2 ** (len(read_config(folder, "vae", "AutoencoderKLCogVideoX")["block_out_channels"]) - 1)
+    """(frames, height, width) of the clips: as many frames as asked for, else as the model was trained with."""
+    c = folders.read_dit_config(folder)
+    vae = folders.read_config(folder, "vae", "AutoencoderKLCogVideoX")
+    space = 2 ** (len(vae["block_out_channels"]) - 1)
     frames = options.frames or c["sample_frames"]
     if frames < 1 or frames % 8 != 1:
         raise UserError(f"--frames {frames}: expected 8k + 1 frames (9, 17, … 49)")
@@ -130,17 +123,16 @@ def check_clip(clip, negatives, shape, fps):
         raise UserError(f"{clip.file}: has {len(clip.negatives)} negatives in negative_samples/{clip.file.stem}, "
                         f"expected {negatives} as for other clips")
     for video in (clip.file, *clip.negatives):
-        film = read_video_header(video)
         start = clip.start if video == clip.file else 0.0
-        if film.seconds < start + (shape[0] - 1) / fps:    # the header may be wrong: count the pictures
-            read_video(video, *shape, fps, start, film)
+        if films.read_video_header(video).seconds < start + (shape[0] - 1) / fps:
+            films.read_video(video, *shape, fps, start)    # the header may be wrong: count the pictures
 
 
 def read_clip(clip, shape, fps):
     """The pixels of a clip in [-1,1]: its video (3,F,H,W), first frame (3,1,H,W), and negatives, each (3,F,H,W)."""
-    video = read_video(clip.file, *shape, fps, clip.start)
-    image = read_image(clip.image, *shape[1:]) if clip.image else video[:, :1]
-    return video, image, [read_video(file, *shape, fps) for file in clip.negatives]
+    video = films.read_video(clip.file, *shape, fps, clip.start)
+    image = films.read_image(clip.image, *shape[1:]) if clip.image else video[:, :1]
+    return video, image, [films.read_video(file, *shape, fps) for file in clip.negatives]
 
 
 def encode_clip(clip, pixels, vae, seed, device):
@@ -153,30 +145,10 @@ def encode_clip(clip, pixels, vae, seed, device):
     return record, [encode(negative, "lose", k) for k, negative in enumerate(negatives)]
 
 
-def encode_captions(clips, folder, out, device, dtype):
-    """{caption: embedding (L,D), bf16} of the clips; the empty caption's is written beside the records."""
-    encode_text = load_text_encoder(folder, device, dtype)
-    captions = {"", *(clip.caption for clip in clips)}
-    embeddings = {text: encode_text([text])[0].bfloat16().cpu() for text in tqdm(captions, desc="encoding captions")}
-    write_tensors(out / "empty.safetensors", {"text": embeddings[""]})
-    return embeddings
-
-
-def identity_of(clip, settings):
-    """A hash of all that a record is made of: another one means that it has to be made again."""
-    files = [clip.file, *filter(None, [clip.image]), *clip.negatives]
-    return hash_of(settings, clip.caption, clip.start, [fingerprint_of_file(file) for file in files])
-
-
 def is_made(file, **expected):
     """Whether a file of tensors exists and its header says what is expected."""
-    if not file.exists():
-        return False
-    metadata = read_header(file)[1]
-    return all(metadata.get(name) == value for name, value in expected.items())
+    return file.exists() and expected.items() <= files.read_header(file)[1].items()
 
-
-# ---- The command ----------------------------------------------------------------------------------------------------
 
 @dataclass
 class Options:
@@ -198,8 +170,7 @@ def check_faults(faults, options):
 
 
 def main(options):
-    """Encode this rank's share of the clips. Ranks never wait for each other; any number of them makes the same
-    records."""
+    """Encode this rank's share of the clips. Ranks never wait for each other, and any number makes the same records."""
     if not options.videos:
         raise UserError("--videos is missing: the folder of clips with captions")
     rank, world, device, dtype = this_process()
@@ -208,56 +179,63 @@ def main(options):
     negatives = max((len(clip.negatives) for clip in clips), default=0)
     if options.given_negatives and not negatives:
         raise UserError(f"{options.videos}: has no videos in negative_samples/NAME/, which --given-negatives asks for")
-    folder = resolve(options.model, "transformer/config.json", "vae", "text_encoder", "tokenizer/spiece.model")
+    folder = folders.resolve(options.model, "transformer/config.json", "vae", "text_encoder", "tokenizer/spiece.model")
     frames, height, width = shape = clip_shape(options, folder)
-    settings = dict(vae=fingerprint_of(folder, "vae"), text_encoder=fingerprint_of(folder, "text_encoder", "tokenizer"),
-                    frames=frames, height=height, width=width, fps=options.fps, seed=options.seed,
-                    given_negatives=options.given_negatives)
-    out = Path(options.out)
-    for kind in ["win", "lose"] if options.given_negatives else ["win"]:
-        made_by = claim(out / kind / "made_by.json", visible(out / kind, "*.safetensors"), **settings)
+    settings = dict(vae=folders.fingerprint_of(folder, "vae"), frames=frames, height=height, width=width,
+                    text_encoder=folders.fingerprint_of(folder, "text_encoder", "tokenizer"), fps=options.fps,
+                    seed=options.seed, given_negatives=options.given_negatives)
+    win, lose = Path(options.out, "win"), Path(options.out, "lose")
+    made_by = files.claim(win / "made_by.json", files.visible(win, "*.safetensors"), **settings)
+    if negatives:
+        files.claim(lose / "made_by.json", files.visible(lose, "*.safetensors"), **settings)
 
     def look(clip):
-        """The identity of a clip that is still to be encoded, or None."""
-        identity = identity_of(clip, made_by)
-        if is_made(out / "win" / f"{clip.name}.safetensors", identity=identity):
+        """A hash of all that the record of a clip is made of, or None if that record is there."""
+        sources = [clip.file, *filter(None, [clip.image]), *clip.negatives]
+        prints = [files.fingerprint_of_file(file) for file in sources]
+        identity = files.hash_of(made_by, clip.caption, clip.start, prints)
+        name = f"{clip.name}.safetensors"
+        if is_made(win / name, identity=identity) and (not negatives or (lose / name).exists()):
             return None
         check_clip(clip, negatives, shape, options.fps)
         return identity
 
     mine, faults = clips[rank::world], faults[rank::world]                 # every rank has read the whole list
-    looked_at = tqdm(read_ahead(mine, look, faults), "checking clips", len(mine), disable=rank > 0)
+    looked_at = tqdm(films.read_ahead(mine, look, faults), "checking clips", len(mine), disable=rank > 0)
     todo = {clip: identity for clip, identity in looked_at if identity}
     check_faults(faults, options)
-    if todo or not (out / "empty.safetensors").is_file():
-        embeddings = encode_captions(todo, folder, out, device, dtype)     # T5 is freed before the autoencoder is loaded
+    if todo or not (win.parent / "empty.safetensors").is_file():
+        encode_text = load_text_encoder(folder, device, dtype)
+        embeddings = {}                                    # {caption: (L,D), bf16}
+        for text in tqdm({"", *(clip.caption for clip in todo)}, desc="encoding captions"):
+            embeddings[text] = encode_text([text])[0].bfloat16().cpu()
+        del encode_text                                    # T5 makes room for the autoencoder
+        files.write_tensors(win.parent / "empty.safetensors", {"text": embeddings[""]})
     if todo:
         vae = load_vae(folder, device, dtype)
-    decoded = read_ahead(todo, partial(read_clip, shape=shape, fps=options.fps), faults)
+    decoded = films.read_ahead(todo, partial(read_clip, shape=shape, fps=options.fps), faults)
     for clip, pixels in tqdm(decoded, "encoding clips", len(todo), disable=rank > 0):
-        record, lose = encode_clip(clip, pixels, vae, options.seed, device)
+        record, given = encode_clip(clip, pixels, vae, options.seed, device)
         record["text"] = embeddings[clip.caption]
-        made = dict(made_by=made_by, hash=hash_of(record))
-        if lose:
-            given = {"lose": torch.stack(lose)}
-            write_tensors(out / "lose" / f"{clip.name}.safetensors", given, made_by=made_by, win=made["hash"],
-                          hash=hash_of(given))
-        write_tensors(out / "win" / f"{clip.name}.safetensors", record, **made, identity=todo[clip],
-                      caption=clip.caption, source=str(clip.file), start=clip.start)
+        name, made = f"{clip.name}.safetensors", files.hash_of(record)
+        if given:
+            given = {"lose": torch.stack(given)}
+            files.write_tensors(lose / name, given, made_by=made_by, win=made, hash=files.hash_of(given))
+        files.write_tensors(win / name, record, made_by=made_by, hash=made, identity=todo[clip], caption=clip.caption,
+                            source=str(clip.file), start=clip.start)
     check_faults(faults, options)
     report(options, clips, faults, rank)
 
 
 def report(options, clips, faults, rank):
-    """Say what came of it: clips that were left out, records of clips that are not listed, and what comes next. Raises
-    UserError if no clip was left."""
+    """Say what came of it: clips that were left out, records of clips that are not listed, and what comes next."""
     win, left_out = Path(options.out, "win"), Path(options.out, f"left_out_{rank}.txt")
-    records = {path.stem for path in visible(win, "*.safetensors")}
-    if not records and len(faults) >= len(clips):
+    records = {path.stem for path in files.visible(win, "*.safetensors")}
+    if faults and not records and len(faults) >= len(clips):
         raise UserError(f"{options.videos}: no clip is left, all have a fault, such as: {faults[0]}")
     left_out.unlink(missing_ok=True)                       # of an earlier run
     if faults:
-        with whole_file(left_out) as part:
+        with files.whole_file(left_out) as part:
             part.write_text("\n".join(faults) + "\n", encoding="utf-8", errors="replace")
         print(f"{len(faults)} clips left out; {left_out} says why")
     others = records - {clip.name for clip in clips}

@@ -8,8 +8,8 @@ Parameter names are the published checkpoint's, so loading needs no table and wh
     save_dit(denoiser, "my-model")                                 opens in diffusers
 
 A model is a folder in the published layout (transformer/ vae/ text_encoder/ tokenizer/ scheduler/), a hub id, a
-training run, one of its checkpoints (RUN/checkpoints/step-000200, or …/ref for its reference), or "tiny", whose
-transformer has 0.8 million weights: the one in assets/tiny that the tests and the laptop run use.
+training run, one of its checkpoints (RUN/checkpoints/step-000200, or …/ref for its reference), or "tiny", in
+assets/tiny.
 
 Axes: B batch, C channels, F latent frames, H W latent height and width, L text tokens, S all tokens, D width.
 """
@@ -21,8 +21,8 @@ from pathlib import Path
 from support import UserError
 from support.command import generator
 from support.files import fingerprint_of_weights, write_json
-from support.folders import ADAPTERS, base_of, find_transformer, read_config, read_dit_config, refuse, resolve
-from support.weights import empty, fill, own_rows, read_adapters, read_weights, save_adapters, save_part
+from support.folders import ADAPTERS, Stored, base_of, find_transformer, read_config, read_dit_config, refuse, resolve
+from support.weights import empty, fill, gather, own_rows, read_adapters, save_adapters, save_part
 import torch
 import torch.nn as nn
 import torch.nn.functional as nnf
@@ -387,11 +387,9 @@ class Attention(nn.Module):
         return self.to_out[0](rearrange(nnf.scaled_dot_product_attention(q, k, v), "b h s d -> b s (h d)"), side)
 
 
-def attention_operators():
-    """The operators whose outputs "selective" checkpointing keeps: half of a 5B block's work for one more activation.
-    Looked up when needed, so that a torch with other names fails only where they are used."""
-    kinds = "flash_attention", "flash_attention_for_cpu", "efficient_attention", "cudnn_attention"
-    return [getattr(torch.ops.aten, f"_scaled_dot_product_{kind}").default for kind in kinds]
+# What "selective" checkpointing keeps: the output of attention, half of a 5B block's work for one more activation.
+ATTENTION = [getattr(torch.ops.aten, f"_scaled_dot_product_{kind}").default
+             for kind in ("flash_attention", "flash_attention_for_cpu", "efficient_attention", "cudnn_attention")]
 
 
 class Block(nn.Module):
@@ -410,7 +408,7 @@ class Block(nn.Module):
             return self.layers(text, video, time, rope, side)
         recompute = partial(checkpoint, self.layers, text, video, time, rope, side, use_reentrant=False)
         if checkpointing == "selective":
-            return recompute(context_fn=partial(create_selective_checkpoint_contexts, attention_operators()))
+            return recompute(context_fn=partial(create_selective_checkpoint_contexts, ATTENTION))
         return recompute()
 
     def layers(self, text, video, time, rope, side=None):
@@ -456,12 +454,11 @@ class DiT(nn.Module):
         self.proj_out = nn.Linear(width, p * p * c["out_channels"])
 
     def compile_blocks(self):
-        """Compile each block, whole. To be called before sharding; parameter names stay."""
         for block in self.transformer_blocks:
             block.forward = torch.compile(block.forward, fullgraph=True)    # not the block: FSDP's hooks stay outside
 
     def adapt(self, rank):
-        """Freeze everything, and give the projections adapters of a rank. To be called before sharding."""
+        """Freeze everything, and give the projections adapters of a rank."""
         self.requires_grad_(False)
         for name, module in self.transformer_blocks.named_modules():
             if isinstance(module, Projection) and any(part in name for part in ADAPTED):
@@ -488,12 +485,10 @@ class DiT(nn.Module):
 
     def learned_positions(self, grid, n_text):
         """The learned table's rows for text and video (1,S,D). A shorter clip has the first; other sizes have none."""
-        length = self.config["max_text_seq_length"]
-        frames = self.learned_grid[0]
-        size = self.learned_grid[1:]
-        if n_text != length or grid[0] > frames or grid[1:] != size:
+        learned, length = self.learned_grid, self.config["max_text_seq_length"]
+        if n_text != length or grid[0] > learned[0] or grid[1:] != learned[1:]:
             raise UserError(f"{n_text} text tokens and a token grid (frames, height, width) of {grid}; "
-                            f"the learned positions are for {length} and at most {frames} frames of {size}")
+                            f"the learned positions are for {length} and at most {learned}")
         return self.patch_embed.pos_embedding[:, :n_text + math.prod(grid)]
 
 
@@ -589,13 +584,8 @@ class Denoiser(nn.Module):
         return self.own(self.net.named_parameters())
 
     def forward(self, x_t, cond, t):
-        channels, p = self.net.config["out_channels"], self.net.config["patch_size"]
-        if (x_t.ndim != 5 or x_t.shape[1] != channels or x_t.shape[3] % p or x_t.shape[4] % p
-                or cond.image.shape[2] != 1):
-            raise UserError(f"latents {tuple(x_t.shape)} and image latents {tuple(cond.image.shape)}; "
-                            f"expected (B,{channels},F,H,W) and (B,{channels},1,H,W) with H and W divisible by {p}")
-        c_in, c_skip, c_out, c_noise = (c.float()[:, None, None, None, None]
-                                        for c in self.prediction.coefficients(t.double()))
+        coefficients = self.prediction.coefficients(t.double())
+        c_in, c_skip, c_out, c_noise = (c.float()[:, None, None, None, None] for c in coefficients)
         like = self.net.proj_out.weight.dtype
         image = nnf.pad(cond.image, (0, 0, 0, 0, 0, x_t.shape[2] - 1))                  # zeros after the first frame
         x = torch.cat([(c_in * x_t).to(like), image.to(like)], dim=1)                   # (B,2C,F,H,W)
@@ -612,13 +602,13 @@ def load_text_encoder(path, device="cpu", dtype=torch.float32):
     import sentencepiece
     folder = resolve(path, "tokenizer/spiece.model", "text_encoder", "transformer/config.json")
     config = read_config(folder, "text_encoder", "T5EncoderModel")
-    net = read_weights(empty(T5Encoder, config, dtype, device), folder / "text_encoder")
+    net = empty(T5Encoder, config, dtype, device)
+    fill(net.state_dict(), Stored(folder / "text_encoder"))
     spiece = folder / "tokenizer" / "spiece.model"
     try:
         tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(spiece))
     except (RuntimeError, OSError) as e:
-        raise UserError(f"{spiece}: cannot be read ({e}); T5's tokenizer is a SentencePiece file of that name, not a "
-                        "tokenizer.json; copy it from the published model's tokenizer/") from e
+        raise UserError(f"{spiece}: is no whole SentencePiece file ({e}); copy it from the published model") from e
     length = read_dit_config(folder)["max_text_seq_length"]
     PAD, EOS = 0, 1                                        # T5's ids
 
@@ -637,20 +627,20 @@ def load_vae(path, device="cpu", dtype=torch.float32):
     config = read_config(folder, "vae", "AutoencoderKLCogVideoX")
     refuse(config, use_quant_conv=False, use_post_quant_conv=False, invert_scale_latents=False, shift_factor=None,
            norm_eps=1e-6)
-    return read_weights(empty(VAE, config, dtype, device), folder / "vae").eval()
+    net = empty(VAE, config, dtype, device)
+    fill(net.state_dict(), Stored(folder / "vae"))
+    return net
 
 
 def load_dit(path, device="cpu", dtype=torch.float32, shard=lambda net: None, compile=False, rank=0):
     """Load the diffusion transformer of a model folder, hub id, run or checkpoint as a `Denoiser`. `shard(net)` may
-    distribute the still empty network, whose blocks are compiled if so asked; each rank then reads only its own rows of
-    the files. Adapters are merged into their base. Raises UserError if it is missing, broken or of another kind.
+    distribute the still empty network; each rank then reads only its own rows of the files. Adapters are merged into
+    their base. Raises UserError if it is missing, broken or of another kind.
 
     With a `rank`, the network gets adapters of that rank instead, those of `path` if it has some: returns the policy
     and the reference, two Denoisers that share it."""
-    folder, prefix, base = find_transformer(path)
-    adapters = read_adapters(folder, prefix) if base else {}
-    if base:
-        folder, prefix, _ = find_transformer(base_of(path)[0])
+    own = find_transformer(path)
+    whole = find_transformer(base_of(path)) if own.base else own
     where = resolve(path, "transformer/config.json", "scheduler")
     config = read_dit_config(where)
     refuse(config, use_rotary_positional_embeddings=True, patch_size_t=None, ofs_embed_dim=None,
@@ -663,9 +653,9 @@ def load_dit(path, device="cpu", dtype=torch.float32, shard=lambda net: None, co
     else:
         refuse(scheduler, prediction_type="v_prediction", beta_schedule="scaled_linear", rescale_betas_zero_snr=True)
         prediction = VPrediction(scheduler)
-    fingerprint = fingerprint_of_weights(folder, prefix) if base or rank else ""
-    if base not in ("", "any", fingerprint):
-        raise UserError(f"{path}: its adapters belong to another transformer than the one in {folder}")
+    fingerprint = fingerprint_of_weights(whole.folder, whole.prefix) if own.base or rank else ""
+    if own.base not in ("", "any", fingerprint):
+        raise UserError(f"{path}: its adapters belong to another transformer than the one in {whole.folder}")
 
     def prepare(net):
         if rank:
@@ -675,30 +665,27 @@ def load_dit(path, device="cpu", dtype=torch.float32, shard=lambda net: None, co
         shard(net)
 
     net = empty(DiT, config, dtype, device, prepare)
-    tensors = {prefix + name: tensor for name, tensor in net.state_dict().items() if ".adapters." not in name}
-    fill(tensors, folder, prefix)
+    fill({name: tensor for name, tensor in net.state_dict().items() if ".adapters." not in name}, whole)
     if not rank:
-        merge(net, adapters, path)
+        if own.base:
+            merge(net, read_adapters(own), path)
         return Denoiser(net, prediction, scheduler)
     sides = [Denoiser(net, prediction, scheduler, side, fingerprint) for side in ("policy", "reference")]
     for denoiser in sides:
-        begin_adapters(denoiser, adapters, path)
+        begin_adapters(denoiser)
+        if own.base:
+            fill(dict(denoiser.named_parameters()), own)
     return sides
 
 
 @torch.no_grad()
-def begin_adapters(denoiser, adapters, path):
-    """Fill a denoiser's adapters with those of the model at `path`, or B with zeros and A with random numbers, which
-    depend on its name alone. Raises UserError for adapters of another rank or of other layers."""
-    target = dict(denoiser.named_parameters())
-    if adapters and {name: a.shape for name, a in adapters.items()} != {name: t.shape for name, t in target.items()}:
-        raise UserError(f"{path}: its adapters have another rank than --rank, or are for other layers")
-    for name, tensor in target.items():
+def begin_adapters(denoiser):
+    """B begins as zero, A with random numbers, as in PEFT. Its name alone decides them: both sides get the same, on any
+    number of ranks."""
+    for name, tensor in denoiser.named_parameters():
         begin = torch.zeros(tensor.shape)
-        if adapters:
-            begin = adapters[name]
-        elif "lora_A" in name:
-            limit = tensor.shape[1] ** -0.5                # as PEFT does
+        if "lora_A" in name:
+            limit = tensor.shape[1] ** -0.5
             begin.uniform_(-limit, limit, generator=generator("adapter", name))
         mine, first = own_rows(tensor)
         mine.copy_(begin[first:first + len(mine)])
@@ -719,10 +706,12 @@ def merge(net, adapters, path):
 
 
 def save_dit(dit, path, dtype=None):
-    """Write a denoiser's transformer/ and scheduler/ into the folder `path` or, with adapters, these alone, in fp32;
-    diffusers opens both. `dtype` converts (training keeps fp32, publishing wants bf16). Under torch.distributed every
-    rank must call it."""
-    if dit.side:
-        return save_adapters(dict(dit.named_parameters()), Path(path) / ADAPTERS, dit.base)
-    write_json(Path(path) / "scheduler" / "scheduler_config.json", dit.scheduler)
-    save_part(dit.net, dit.net.config, Path(path) / "transformer", dtype)
+    """Write a denoiser's transformer/ and scheduler/ into the folder `path` or, of one with adapters, these alone, in
+    fp32; diffusers opens both. `dtype` converts (training keeps fp32, publishing wants bf16). Every rank must call it;
+    rank 0 then holds the whole network in CPU memory, 22 GB in fp32 at 5B, 11 GB more while it is converted."""
+    tensors = dict(dit.own(gather(dit.net, ignore_frozen_params=bool(dit.side)).items()))
+    if tensors and dit.side:
+        save_adapters(tensors, Path(path) / ADAPTERS, dit.base)
+    elif tensors:
+        write_json(Path(path) / "scheduler" / "scheduler_config.json", dit.scheduler)
+        save_part(tensors, dit.net.config, Path(path) / "transformer", dtype)

@@ -36,41 +36,29 @@ class Condition(NamedTuple):
 
 # ---- Noise and errors (App. C) --------------------------------------------------------------------------------------
 
-def per_sample(t, like):
-    """(B,) -> (B,1,…,1), to multiply with `like` (B,…)."""
-    return t.view(len(t), *(1,) * (like.ndim - 1))
-
-
 def add_noise(x0, noise, t):
     """x_t = (1 − t)·x₀ + t·ε, in fp32. x0 and noise (B,…), t (B,)."""
-    t = per_sample(t, x0).float()
+    t = t.float().view(-1, *[1] * (x0.ndim - 1))
     return (1 - t) * x0.float() + t * noise.float()
 
 
-def weight(t, weighting):
-    """w(t), (B,)."""
-    if weighting not in ("x0", "velocity"):
-        raise ValueError(f'weighting is "{weighting}", expected "x0" or "velocity"')
-    return torch.ones_like(t) if weighting == "x0" else t.float() ** -2
-
-
-def denoising_error(denoiser, x0, noise, t, cond, weighting):
-    """ℓ(x₀) = w(t) · the mean over elements of (x₀ − D(x_t, c, t))², fp32 (B,).
+def denoising_errors(denoiser, videos, noise, t, cond, weighting):
+    """ℓ(x₀) = w(t) · the mean over elements of (x₀ − D(x_t, c, t))², fp32 (B,K), of K videos a sample (B,K,C,F,H,W),
+    all at the sample's one t (B,) and ε (B,C,F,H,W).
 
     weighting "x0" (w = 1) is the paper's App. C; "velocity" (w = 1/t²) is the squared error of the flow velocity
-    ε − x₀, the same as the authors' 1/(1−ᾱ) up to (1−t)² + t².
+    ε − x₀, the same as the authors' 1/(1−ᾱ) up to (1−t)² + t². Raises ValueError for any other.
     """
-    x0 = x0.float()
-    difference = denoiser(add_noise(x0, noise, t), cond, t).float() - x0
-    return weight(t, weighting) * difference.square().flatten(1).mean(1)
-
-
-def denoising_errors(denoiser, videos, noise, t, cond, weighting):
-    """`denoising_error` of K videos a sample (B,K,C,F,H,W), in one batch, at the sample's one t and ε: (B,K)."""
+    if weighting not in ("x0", "velocity"):
+        raise ValueError(f'weighting is "{weighting}", expected "x0" or "velocity"')
     k = videos.shape[1]
-    videos = rearrange(videos, "b k ... -> (b k) ...")
+    x0 = rearrange(videos, "b k ... -> (b k) ...").float()
     noise = repeat(noise, "b ... -> (b k) ...", k=k)
-    errors = denoising_error(denoiser, videos, noise, t.repeat_interleave(k), cond.repeat(k), weighting)
+    t = t.float().repeat_interleave(k)
+    difference = denoiser(add_noise(x0, noise, t), cond.repeat(k), t).float() - x0
+    errors = difference.square().flatten(1).mean(1)
+    if weighting == "velocity":
+        errors = errors / t ** 2
     return rearrange(errors, "(b k) -> b k", k=k)
 
 
@@ -124,22 +112,19 @@ def realdpo_loss(policy, reference, *, win, lose, cond, beta, t, noise, weightin
     return preference_loss(win_error, lose_error, ref_win, ref_lose, beta, anchor, scale)
 
 
-def streamed_realdpo_loss(policy, reference, *, win, lose, cond, beta, t, noise, weighting="x0", anchor=0.0, scale=1.0,
-                          graphs="two"):
-    """`realdpo_loss` with less memory: the same numbers and gradients, a video at a time.
+def streamed_realdpo_loss(policy, reference, *, win, lose, cond, beta, t, noise, weighting="x0", anchor=0.0, scale=1.0):
+    """`realdpo_loss` with less memory: the same numbers and gradients, a video at a time, with two graphs alive.
 
     The backward passes of the negatives run inside; that of the returned loss, called as usual, is the win's. A pair's
     loss depends on the win through one number per sample, its error. A stand-in takes the place of that number and
-    collects its gradient from all negatives. With graphs "two", the win's graph is kept meanwhile, beside that of one
-    negative. With "one", the win's error is first computed without a graph, and again at the end: one more forward.
+    collects its gradient from all negatives, while the win's graph waits.
     """
     videos = win_and_lose(win, lose)
     errors = partial(denoising_errors, noise=noise, t=t, cond=cond, weighting=weighting)
     first, *others = videos.split(1, dim=1)
     with torch.no_grad():      # the same batch shapes as the policy's, so that equal weights give bit-equal errors
         ref_win, *ref_lose = [errors(reference, video) for video in [first, *others]]
-    with torch.set_grad_enabled(graphs == "two"):
-        win_error = errors(policy, first)
+    win_error = errors(policy, first)
     stand_in = win_error.detach().requires_grad_()
     lose_errors = []
     for video, ref in zip(others, ref_lose):
@@ -147,8 +132,6 @@ def streamed_realdpo_loss(policy, reference, *, win, lose, cond, beta, t, noise,
         loss, _ = preference_loss(stand_in, lose_error, ref_win, ref, beta, anchor, scale)
         (loss / len(others)).backward()                    # frees this negative's graph
         lose_errors.append(lose_error.detach())
-    if graphs == "one":
-        win_error = errors(policy, first)
     rest = (win_error * stand_in.grad).sum()               # its gradient is the part of the loss's that is left
     loss, metrics = preference_loss(win_error.detach(), torch.cat(lose_errors, 1), ref_win, torch.cat(ref_lose, 1),
                                     beta, anchor, scale)
@@ -157,7 +140,7 @@ def streamed_realdpo_loss(policy, reference, *, win, lose, cond, beta, t, noise,
 
 def sft_loss(policy, *, win, cond, t, noise, weighting="x0"):
     """Supervised fine-tuning, the paper's baseline: the mean error on real videos, in (loss, metrics) as `win`."""
-    loss = denoising_error(policy, win, noise, t, cond, weighting).mean()
+    loss = denoising_errors(policy, win[:, None], noise, t, cond, weighting).mean()
     return loss, {"win": loss.detach()}
 
 

@@ -7,13 +7,10 @@
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
-from typing import Literal, NamedTuple
+from typing import Literal
 
-from support import UserError
+from support import UserError, files, films, folders
 from support.command import command, flag, generator, option, say, this_process
-from support.files import claim, hash_of, visible, write_tensors
-from support.films import read_image, to_uint8, write_video
-from support.folders import fingerprint_of, resolve
 from support.lists import Clip, read_bench
 from data import Records, clip_shape, is_made
 from model import load_dit, load_text_encoder, load_vae
@@ -21,8 +18,6 @@ from realdpo import Condition, sample
 import torch
 from tqdm import tqdm
 
-
-# ---- One video after the other --------------------------------------------------------------------------------------
 
 class Scenes:
     """Pictures and captions, encoded for the transformer, and the autoencoder that makes pixels of its latents.
@@ -34,10 +29,10 @@ class Scenes:
 
     def __init__(self, prompts, options, device, dtype):
         self.prompts, self.options = prompts, options
-        folder = resolve(options.model, "transformer/config.json", "vae/config.json")
+        folder = folders.resolve(options.model, "transformer/config.json", "vae/config.json")
         frames, height, width = clip_shape(options, folder)
         self.latent_frames = (frames - 1) // 4 + 1
-        pictures = {prompt.file: read_image(prompt.file, height, width) for prompt in prompts}
+        pictures = {prompt.file: films.read_image(prompt.file, height, width) for prompt in prompts}
         encode_text = load_text_encoder(options.model, device, dtype)
         captions = {prompt.caption for prompt in prompts}
         self.texts = {text: encode_text([text]) for text in {"", *captions}}             # (1,L,D)
@@ -47,12 +42,12 @@ class Scenes:
         for file, picture in pictures.items():             # each file once, (1,C,1,H,W), though prompts may share it
             self.images[file] = self.vae.encode(picture[None].to(device), generator("image", options.seed))
 
-    def sample(self, denoiser, prompt, number=0):
-        """Latents (1,C,F,H,W) of a prompt's video, from noise seeded by --seed, the prompt's name and `number`."""
+    def sample(self, denoiser, prompt):
+        """Latents (1,C,F,H,W) of a prompt's video, from noise that --seed and the prompt's name decide."""
         image = self.images[prompt.file]
         options = self.options
         shape = 1, image.shape[1], self.latent_frames, *image.shape[3:]
-        noise = torch.randn(shape, generator=generator("video", options.seed, prompt.name, number, 0))
+        noise = torch.randn(shape, generator=generator("video", options.seed, prompt.name))
         return sample(denoiser, noise.to(image.device), Condition(self.texts[prompt.caption], image),
                       steps=options.steps, guidance=options.guidance, solver=options.solver, uncond=self.texts[""],
                       progress=bool(options.image))
@@ -62,31 +57,39 @@ class Scenes:
         video = self.vae.to(latents.device).decode(latents)[0]
         if not video.isfinite().all():
             raise UserError(f"{file}: would hold numbers that are not finite; check the weights of {self.options.model}")
-        write_video(file, to_uint8(video), self.options.fps)
-
-
-DECODING = 7 * 2 ** 30                                     # bytes for decoding 49×480×720, computed
+        films.write_video(file, films.to_uint8(video), self.options.fps)
 
 
 def make_videos(options):
-    """Generate this rank's share of the videos that are not there yet: of a bench, or the one of --image, anew."""
+    """Make the video of --image, or those of --bench that are not there yet: this rank's share of them."""
     rank, world, device, dtype = this_process()
-    shots = [shot for shot in list_shots(options)[rank::world] if options.image or not shot.file.exists()]
-    if not shots:
+    if options.image:
+        file = Path(options.out or "video.mp4")
+        if file.suffix != ".mp4":
+            raise UserError(f"--out {file}: expected a name that ends in .mp4")
+        videos = {file: Clip("", Path(options.image), options.prompt, "--image")}
+    else:
+        folder = Path(options.out or "videos")
+        prompts, bench = read_bench(options.bench)
+        videos = {folder / f"{prompt.name}.mp4": prompt for prompt in prompts}
+        files.claim(folder / "bench.json", videos, **bench_settings(options, bench),
+              transformer=folders.fingerprint_of(options.model, "transformer", "scheduler"))
+        missing = [file for file in list(videos)[rank::world] if not file.exists()]
+        videos = {file: videos[file] for file in missing}
+    if not videos:
         return say("nothing is missing")
-    scenes = Scenes([shot.prompt for shot in shots], options, device, dtype)
+    scenes = Scenes(list(videos.values()), options, device, dtype)
     denoiser = load_dit(options.model, device, dtype, compile=options.compile)
-    for shot in tqdm(shots, desc="videos", disable=rank > 0 or bool(options.image)):
-        latents = scenes.sample(denoiser.to(device), shot.prompt, shot.number)
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-            if torch.cuda.mem_get_info()[0] < DECODING:    # such as on a card of 16 GB
-                denoiser.cpu()
-        scenes.write(latents, shot.file)
-    say(f"videos made: {len(shots)}, the last in {shot.file}")
+    for file, prompt in tqdm(videos.items(), desc="videos", disable=rank > 0 or bool(options.image)):
+        scenes.write(scenes.sample(denoiser, prompt), file)
+    say(f"videos made: {len(videos)}, the last in {file}")
 
 
-# ---- The negatives of every record (Sec. 4.2) -----------------------------------------------------------------------
+def bench_settings(options, bench):
+    """All that decides how videos of a bench with this hash look, apart from the transformer."""
+    settings = {name: getattr(options, name) for name in ("steps", "guidance", "solver", "frames", "fps", "seed")}
+    return settings | dict(bench=bench, others=folders.fingerprint_of(options.model, "vae", "text_encoder", "tokenizer"))
+
 
 def negatives(options):
     """The offline stage: sample `lose` latents for those of this rank's records that have none yet, and store them as
@@ -95,8 +98,8 @@ def negatives(options):
     records = Records(options.data, negatives=False)
     folder = Path(options.data) / "lose"
     settings = {name: getattr(options, name) for name in ("negatives", "steps", "guidance", "solver", "seed")}
-    made_by = claim(folder / "made_by.json", visible(folder, "*.safetensors"), **settings,
-                    transformer=fingerprint_of(options.model, "transformer", "scheduler"))
+    made_by = files.claim(folder / "made_by.json", files.visible(folder, "*.safetensors"), **settings,
+                    transformer=folders.fingerprint_of(options.model, "transformer", "scheduler"))
     todo = []
     for index, name in list(enumerate(records.names))[rank::world]:
         if not is_made(folder / f"{name}.safetensors", made_by=made_by, win=records.hashes[name]):
@@ -113,55 +116,12 @@ def negatives(options):
             lose.append(sample(denoiser, noise.to(device), cond, steps=options.steps, guidance=options.guidance,
                                solver=options.solver, uncond=empty, progress=False).bfloat16())
         lose = {"lose": torch.cat(lose)}                                                        # (N,C,F,H,W)
-        write_tensors(folder / f"{name}.safetensors", lose, made_by=made_by, win=records.hashes[name],
-                      hash=hash_of(lose))
-    done = len(visible(folder, "*.safetensors"))           # other ranks may still be at work
+        files.write_tensors(folder / f"{name}.safetensors", lose, made_by=made_by, win=records.hashes[name],
+                      hash=files.hash_of(lose))
+    done = len(files.visible(folder, "*.safetensors"))           # other ranks may still be at work
     say(f"{done} of {len(records)} records have {options.negatives} negatives in {folder}; "
         f"next: python train.py --model {quote(options.model)} --data {quote(options.data)}")
 
-
-# ---- A bench: pictures with captions --------------------------------------------------------------------------------
-
-class Shot(NamedTuple):
-    """A video to be made."""
-    file: Path                                             # where it is written
-    prompt: Clip                                           # its picture and caption
-    number: int                                            # among several of one picture
-
-
-def shots_of(prompts, folder, samples=0):
-    """`samples` Shots of each prompt, as NAME-0.mp4 …, or one, as NAME.mp4."""
-    shots = []
-    for prompt in prompts:
-        for number in range(samples or 1):
-            name = f"{prompt.name}-{number}.mp4" if samples else f"{prompt.name}.mp4"
-            shots.append(Shot(folder / name, prompt, number))
-    return shots
-
-
-def list_shots(options):
-    """The Shot of --image, or those of --bench. Raises UserError for an --out that is not an .mp4, or whose videos were
-    made with other settings."""
-    if options.image:
-        out = Path(options.out or "video.mp4")
-        if out.suffix != ".mp4":
-            raise UserError(f"--out {out}: expected a name that ends in .mp4")
-        return [Shot(out, Clip("", Path(options.image), options.prompt, "--image"), 0)]
-    out = Path(options.out or "videos")
-    prompts, bench = read_bench(options.bench)
-    shots = shots_of(prompts, out, options.samples)
-    claim(out / "bench.json", [shot.file for shot in shots], **bench_settings(options, bench),
-          transformer=fingerprint_of(options.model, "transformer", "scheduler"))
-    return shots
-
-
-def bench_settings(options, bench):
-    """All that decides how videos of a bench with this hash look, apart from the transformer."""
-    settings = {name: getattr(options, name) for name in ("steps", "guidance", "solver", "frames", "fps", "seed")}
-    return settings | dict(bench=bench, others=fingerprint_of(options.model, "vae", "text_encoder", "tokenizer"))
-
-
-# ---- The command ----------------------------------------------------------------------------------------------------
 
 @dataclass
 class Options:
@@ -173,7 +133,6 @@ class Options:
     bench: str = option("", "a video of each picture in a folder of pictures with captions")
     prompt: str = option("", "what happens; may be empty", "Sampling")
     negatives: int = option(3, "generated videos per record (paper: 3)", least=1)
-    samples: int = option(0, "videos per picture, as NAME-0.mp4 …; default: one, as NAME.mp4", least=0)
     steps: int = option(0, "evaluations of the transformer; default: 50 (release) with euler, 25 with multistep, "
                            "12 for --data", least=0)
     guidance: float = option(6.0, "scale of classifier-free guidance; 1: none (release: 6)")
@@ -185,8 +144,7 @@ class Options:
 
 
 # The modes, and what each has no use for: an option that would be ignored is refused.
-UNUSED = {"data": ("out", "prompt", "samples", "frames", "fps"), "image": ("negatives", "samples"),
-          "bench": ("negatives", "prompt")}
+UNUSED = {"data": ("out", "prompt", "frames", "fps"), "image": ("negatives",), "bench": ("negatives", "prompt")}
 
 
 def settle(options):

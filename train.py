@@ -11,21 +11,16 @@ checkpoint.
 import dataclasses, json, math, os, shutil, warnings
 from collections import Counter
 from contextlib import nullcontext
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from shlex import quote
 from time import time
 from typing import Literal
 
-from support import UserError
+from support import UserError, files, folders
 from support.budget import dry_run
 from support.command import command, generator, option, say, stop_signals, this_process
-from support.files import MARK, cannot_write, check_same, claim, sole_owner, write_json
-from support.folders import checkpoints_of, defaults_of, fingerprint_of
 from support.lists import read_bench
-from support.runs import (begin_run, choose_checkpoint, has_ended, note_base, open_log, refuse_others,
-                          withdraw_export)
 from support.weights import fill
 import model
 import sample
@@ -37,8 +32,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from tqdm import tqdm
 
 from data import Records
-from realdpo import (Condition, best_and_worst, denoising_errors, ema_update, local, preference_loss, realdpo_loss,
-                     rwr_loss, sft_loss, streamed_realdpo_loss)
+from realdpo import (Condition, best_and_worst, ema_update, local, realdpo_loss, rwr_loss, sft_loss,
+                     streamed_realdpo_loss)
 
 
 @dataclasses.dataclass
@@ -52,11 +47,9 @@ class Options:
     beta: float = option(5000.0, "strength of the preference, on the mean squared error (release: 5000)")
     anchor: float = option(2000.0, "weight of the win error added to the loss (paper: 0, see README)")
     weighting: Literal["x0", "velocity"] = option("x0", "weight of the error at t: 1 for x0 (App. C), 1/t² for velocity")
-    t_draw: Literal["uniform", "low", "release"] = option("release", "how the noise level t is drawn: uniform up to 1 "
-                                                          "(paper) or to 0.64; or as the release, with few small ones")
+    t_draw: Literal["uniform", "release"] = option("release", "noise level t: uniform (paper), or as the release, up to 0.64")
     lose_per_step: int = option(1, "negatives drawn per sample and step, for realdpo; 0: all (paper: 3)", least=0)
-    compare_every: int = option(4, "realdpo: steps from one comparison with lose and reference to the next; the anchor "
-                                   "alone trains between them (paper: 1)", least=1)
+    compare_every: int = option(4, "realdpo: steps between comparisons; in between, the anchor trains (paper: 1)", least=1)
     ema_decay: float = option(0.996, "ω of the reference (Eq. 7, paper: 0.996, release: 0.999); 1: frozen")
     ema_every: int = option(1, "steps between two updates of the reference (paper: not given; release: 100)", least=1)
     lr: float = option(1e-5, "learning rate after warm-up (paper: 1e-5; release: 1e-6)", "the optimizer")
@@ -66,13 +59,11 @@ class Options:
     batch: int = option(8, "samples per step over all GPUs (paper: 8); each a win with its lose", least=1)
     micro_batch: int = option(1, "samples a GPU takes at once, at most", "the hardware", least=1)
     checkpointing: Literal["none", "full", "selective"] = option("selective", "what backward computes again")
-    graphs: Literal["all", "two", "one"] = option("two", "graphs alive at a time, of a sample's 1 + negatives: fewer "
-                                                  "take less memory for the same gradient")
+    graphs: Literal["all", "two"] = option("two", "graphs alive at a time; two take less memory for the same gradient")
     rank: int = option(0, "train adapters of this rank on a frozen base, for one card; 0: the whole network", least=0)
     compile: bool = option(False, "torch.compile each block")
-    dry_run: str = option("", "only compute what GPUs need, in memory and hours: 8, or 2x8 for two machines of 8")
-    save_every: int = option(200, "steps between checkpoints, and between looks at --eval-data and --bench", "the run",
-                             least=1)
+    dry_run: int = option(0, "only compute the memory and hours of a run on so many GPUs, eight a machine", least=0)
+    save_every: int = option(200, "steps between checkpoints, held-out figures and videos", "the run", least=1)
     eval_data: str = option("", "cache of held-out records with negatives; the first 8 are looked at")
     bench: str = option("", "folder of pictures with captions, of which to make videos at every checkpoint")
     seed: int = option(0, "seed of order, noise, t and drawn negatives")
@@ -86,7 +77,6 @@ KEEP = 2                                # checkpoints
 # The noise levels of CogVideoX's first 500 training steps, of 1000. The release draws one of them; few are small.
 RELEASE_T = model.VPrediction(dict(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012,
                                    snr_shift_scale=1.0)).t[:500].float()
-LOW_T = 0.6387                          # the largest of them
 
 
 # ---- One step, from the records to the updated reference ------------------------------------------------------------
@@ -108,14 +98,13 @@ def compares(options, step):
 
 def draw_sample(record, options, step, place, t_min):
     """A record with this step's t, noise and negatives, a function of (seed, step, place in the batch). t is drawn as
-    the release draws it, or uniformly from (t_min, 1] or (t_min, 0.6387]; below t_min the network was never trained."""
+    the release draws it, or uniformly from (t_min, 1]; below t_min the network was never trained."""
     rng = generator("train", options.seed, step, place)
     u = torch.rand((), generator=rng)
     if options.t_draw == "release":
         record["t"] = RELEASE_T[int(u * len(RELEASE_T))]
     else:
-        t_max = LOW_T if options.t_draw == "low" else 1.0
-        record["t"] = t_min + (t_max - t_min) * (1 - u)
+        record["t"] = t_min + (1 - t_min) * (1 - u)
     record["noise"] = torch.randn(record["win"].shape, generator=rng)
     if "lose" in record and options.lose_per_step and options.method == "realdpo":
         drawn = torch.randperm(len(record["lose"]), generator=rng)[:options.lose_per_step]
@@ -125,7 +114,7 @@ def draw_sample(record, options, step, place, t_min):
 
 def loss_of(policy, reference, batch, options):
     """Loss and metrics of a micro-batch (a dict of stacked records) by the chosen method. The caller runs the backward
-    pass. With --graphs two or one, that of the negatives has been run already."""
+    pass. With --graphs two, that of the negatives has been run already."""
     common = dict(cond=Condition(batch["text"], batch["image"]), t=batch["t"], noise=batch["noise"],
                   weighting=options.weighting)
     if options.method == "sft":
@@ -142,7 +131,7 @@ def loss_of(policy, reference, batch, options):
         common["win"], common["lose"] = best_and_worst(batch["lose"], batch["scores"])
     if options.graphs == "all":
         return realdpo_loss(policy, reference, **common)
-    return streamed_realdpo_loss(policy, reference, graphs=options.graphs, **common)
+    return streamed_realdpo_loss(policy, reference, **common)
 
 
 def accumulate_gradients(policy, reference, records, samples, options, step, device):
@@ -180,14 +169,6 @@ def learning_rate(options, step, steps):
     return options.lr * min(1, up, down)
 
 
-def norm_over_ranks(gradients, mesh):
-    """The norm of all gradients, of which each rank has its shards."""
-    mine = torch.nn.utils.get_total_norm(gradients)
-    norms = [torch.empty_like(mine) for _ in range(mesh["shard"].size())]
-    dist.all_gather(norms, mine, group=mesh.get_group("shard"))
-    return torch.linalg.vector_norm(torch.stack(norms))
-
-
 def train_step(policy, reference, optimizer, records, options, step, process, mesh, stop):
     """One optimizer step. Returns the metrics, averaged over all ranks, and whether the Event `stop` is set on any."""
     samples = list(enumerate(batch_indices(options, len(records), step)))
@@ -198,9 +179,17 @@ def train_step(policy, reference, optimizer, records, options, step, process, me
     dist.all_reduce(numbers)
     metrics = dict(zip(metrics, numbers.tolist()))
     asked = metrics.pop("asked") > 0
-    norm = norm_over_ranks(gradients, mesh)
+    norm = torch.nn.utils.get_total_norm(gradients)        # of this rank's shards, then of all
+    norms = [torch.empty_like(norm) for _ in range(mesh["shard"].size())]
+    dist.all_gather(norms, norm, group=mesh.get_group("shard"))
+    norm = torch.linalg.vector_norm(torch.stack(norms))
     metrics["grad_norm"] = norm.item()
-    check_health(metrics, options, step, [records.names[index] for _, index in samples])
+    bad = [name for name, value in metrics.items() if not math.isfinite(value)]
+    if bad:                                                # before the optimizer can spoil the weights
+        names = [records.names[index] for _, index in samples]
+        raise UserError(f"step {step}: {', '.join(bad)} not finite, records {' '.join(names)}; nothing was updated; last "
+                        f"good checkpoint: {max(folders.checkpoints_of(options.out), default='none')}; go on from one "
+                        "with --resume, a lower --lr or --beta and another --out")
     metrics["lr"] = learning_rate(options, step, number_of_steps(options, len(records)))
     group = optimizer.param_groups[0]
     group["lr"] = metrics["lr"]
@@ -215,16 +204,6 @@ def train_step(policy, reference, optimizer, records, options, step, process, me
     return metrics, asked
 
 
-def check_health(metrics, options, step, names):
-    """Raise UserError if a number is not finite, before the optimizer can spoil the weights."""
-    bad = [name for name, value in metrics.items() if not math.isfinite(value)]
-    if bad:
-        last = max(checkpoints_of(options.out), default="none")
-        raise UserError(f"step {step}: {', '.join(bad)} not finite, records {' '.join(names)}; nothing was updated; "
-                        f"last good checkpoint: {last}; go on from one with --resume, a lower --lr or --beta and "
-                        "another --out")
-
-
 # ---- Looking at it: held-out records, videos, the log ---------------------------------------------------------------
 
 EVAL_T = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -234,24 +213,20 @@ EVAL_RECORDS = 8                        # they take 4.1 % of the time of the 200
 @torch.no_grad()
 def evaluate(policy, reference, records, options, process):
     """Preference loss, margin, accuracy and the four errors on the first held-out records, at fixed t and noise: their
-    means over t, {"eval_margin": …}, and their values at each t, {"eval_margin_t0.1": …}. One video at a time."""
-    def errors(denoiser, videos, **given):
-        found = [denoising_errors(denoiser, video, weighting=options.weighting, **given) for video in videos]
-        return found[0], torch.cat(found[1:], dim=1)
-
+    means over t, {"eval_margin": …}, and their values at each t, {"eval_margin_t0.1": …}."""
     sums = Counter()
     count = min(len(records), EVAL_RECORDS)
     for i in range(math.ceil(count / process.world_size)):             # the same number on all ranks: collectives
         number = process.rank + i * process.world_size
-        share = (number < count) / count                   # 0 for a record that only fills up the last round
+        share = 1 / count if number < count else 0         # of a record that only fills up the last round
         record = {name: tensor[None].to(process.device).float() for name, tensor in records[number % count].items()}
-        videos = [record["win"][:, None], *record["lose"].split(1, dim=1)]
         for t in EVAL_T:
             rng = generator("eval", records.names[number % count], t)
-            given = dict(cond=Condition(record["text"], record["image"]), t=torch.tensor([t], device=process.device),
-                         noise=torch.randn(record["win"].shape, generator=rng).to(process.device))
-            pairs = errors(policy, videos, **given) + errors(reference, videos, **given)
-            for name, value in preference_loss(*pairs, options.beta)[1].items():
+            noise = torch.randn(record["win"].shape, generator=rng).to(process.device)
+            _, metrics = realdpo_loss(policy, reference, win=record["win"], lose=record["lose"],
+                                      cond=Condition(record["text"], record["image"]), beta=options.beta, noise=noise,
+                                      t=torch.tensor([t], device=process.device), weighting=options.weighting)
+            for name, value in metrics.items():
                 sums[f"eval_{name}"] += value.double() * share / len(EVAL_T)
                 sums[f"eval_{name}_t{t}"] += value.double() * share
     numbers = torch.stack(list(sums.values()))
@@ -263,7 +238,7 @@ def over_ranks(number, process):
     """The greatest of all ranks' numbers, which are integers or truth values."""
     number = torch.tensor(int(number), device=process.device)
     dist.all_reduce(number, dist.ReduceOp.MAX)
-    return int(number)
+    return number.item()
 
 
 class Previews:
@@ -272,41 +247,35 @@ class Previews:
     def __init__(self, options, process):
         """Encode pictures and captions, before the networks to be trained take the memory."""
         settings = sample.Options(model=options.model, seed=options.seed, solver="multistep")
-        for name, value in defaults_of(options.model, "sample").items():
-            setattr(settings, name, value)
+        settings = sample.settle(dataclasses.replace(settings, **folders.defaults_of(options.model, "sample")))
         self.folder, self.process = Path(options.out) / "videos", process
         prompts, bench = read_bench(options.bench)
-        self.made_by = sample.bench_settings(sample.settle(settings), bench)
-        for note in self.folder.glob("step-*/bench.json"):
-            claim(note, [], **self.made_by)                # one run does not mix two benches
-        self.prompts = prompts[process.rank::process.world_size]
-        self.scenes = sample.Scenes(self.prompts or prompts[:1], settings, process.device, process.dtype)
+        files.claim(self.folder / "bench.json", files.visible(self.folder, "step-*"),               # one run has one bench
+              captions={prompt.name: prompt.caption for prompt in prompts},
+              **sample.bench_settings(settings, bench))
+        # The policy's forward passes are collectives: every rank makes as many videos, if need be those of others.
+        places = range(process.rank, process.rank + len(prompts), process.world_size)
+        mine = [prompts[place % len(prompts)] for place in places]
+        self.scenes = sample.Scenes(mine, settings, process.device, process.dtype)
         self.scenes.vae.cpu()                              # where it waits while steps run
 
     def make(self, policy, step, stop):
-        """Make those of this rank's videos that the folder of a step lacks. The policy's forward passes are
-        collectives, so a rank with fewer videos left samples a stand-in to keep pace. Returns whether the Event `stop`
-        was set on any rank meanwhile."""
+        """Make the videos that the folder of a step lacks. Returns whether the Event `stop` was set on any rank."""
         folder = self.folder / f"step-{step:06d}"
-        if self.process.rank == 0:
-            claim(folder / "bench.json", [], **self.made_by)
-        missing = [shot for shot in sample.shots_of(self.prompts, folder) if not shot.file.exists()]
-        rounds = over_ranks(len(missing), self.process)
-        shots = missing + [sample.Shot(None, self.scenes.prompts[0], 0)] * (rounds - len(missing))
         asked = False
-        for shot in tqdm(shots, desc=f"videos of {folder.name}", leave=False, disable=self.process.rank > 0):
-            latents = self.scenes.sample(policy, shot.prompt)
-            if shot.file:
-                self.scenes.write(latents, shot.file)
+        for prompt in tqdm(self.scenes.prompts, f"videos of {folder.name}", leave=False, disable=self.process.rank > 0):
+            file = folder / f"{prompt.name}.mp4"
+            if over_ranks(not file.exists(), self.process):
+                self.scenes.write(self.scenes.sample(policy, prompt), file)
             asked = over_ranks(stop.is_set(), self.process)
             if asked:
                 break
         self.scenes.vae.cpu()
-        return bool(asked)
+        return asked
 
 
-def console_line(step, metrics):
-    """The most important metrics in one line of at most 100 columns; metrics.jsonl has them all."""
+def log_step(file, step, metrics):
+    """Append all metrics to metrics.jsonl, and print the most important ones in a line of at most 100 columns."""
     line = f"step {step:4d}  loss {metrics['loss']:.3g}"
     if "ref_win" in metrics:                               # differences, since t and noise are the same on both sides
         line += (f"  win {metrics['win'] - metrics['ref_win']:+.1e}  lose {metrics['lose'] - metrics['ref_lose']:+.1e}"
@@ -315,17 +284,10 @@ def console_line(step, metrics):
     if "eval_margin" in metrics:
         line += (f"\n  held out  preference {metrics['eval_preference']:.4f}  margin {metrics['eval_margin']:.3g}"
                  f"  acc {metrics['eval_accuracy']:.2f}")
-    return line
-
-
-def log_step(file, step, metrics):
-    """Print a line and append one to metrics.jsonl."""
-    tqdm.write(console_line(step, metrics))
-    try:
+    tqdm.write(line)
+    with files.writing(file.name):
         file.write(json.dumps({"step": step, **metrics}) + "\n")
         file.flush()
-    except OSError as e:
-        raise cannot_write(file.name, e) from e
 
 
 # ---- Checkpoints: tensors only, in safetensors; a folder has its name only once it is whole -------------------------
@@ -341,47 +303,33 @@ def training_state(policy, reference, optimizer):
     return state
 
 
-def checkpoint_folder(out, step):
-    """Where a run's checkpoint is kept."""
-    return Path(out) / "checkpoints" / f"step-{step:06d}"
-
-
 def save_checkpoint(state, options, base, step, rank):
     """Write checkpoints/step-N, which is a model in itself, then delete all but the last KEEP."""
-    folder = checkpoint_folder(options.out, step)
-    part = folder.with_name(folder.name + MARK)
+    folder = Path(options.out) / "checkpoints" / f"step-{step:06d}"
+    part = folder.with_name(folder.name + files.MARK)
     if rank == 0:
         shutil.rmtree(part, ignore_errors=True)            # of a run that was killed while saving
-        note_base(part, options.model)
-        write_json(part / "checkpoint.json", {"step": step, "base": base, **dataclasses.asdict(options)})
+        folders.note_base(part, options.model)
+        files.write_json(part / "checkpoint.json", {"step": step, "base": base, **dataclasses.asdict(options)})
     dist.barrier()
-    files = {name: 1 + i // 200 for i, name in enumerate(state)}         # writing a file takes three times its size
+    parts = {name: 1 + i // 200 for i, name in enumerate(state)}         # writing a file takes three times its size
     # One process needs no collectives; on a CPU, gloo's threads would make every later step 1.5 times as slow.
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-    writer = dcp.HuggingFaceStorageWriter(str(part), files, save_distributed=True)
-    try:
-        dcp.save(state, storage_writer=writer, no_dist=dist.get_world_size() == 1)
-    except dcp.api.CheckpointException as e:
-        shutil.rmtree(part, ignore_errors=True)
-        raise cannot_write(part, next(iter(e.failures.values()))[0]) from None
+    writer = dcp.HuggingFaceStorageWriter(str(part), parts, save_distributed=True)
+    with files.writing(part):
+        try:
+            dcp.save(state, storage_writer=writer, no_dist=dist.get_world_size() == 1)
+        except dcp.api.CheckpointException as e:
+            shutil.rmtree(part, ignore_errors=True)
+            raise next(iter(e.failures.values()))[0] from None
     if rank == 0:
         part.rename(folder)
-        for old in checkpoints_of(options.out)[:-KEEP]:
+        for old in folders.checkpoints_of(options.out)[:-KEEP]:
             shutil.rmtree(old, ignore_errors=True)         # if it is in use, the next save tries again
     dist.barrier()
 
 
-def load_checkpoint(state, optimizer, folder, step):
-    """Read a checkpoint into the models and the optimizer. Raises UserError if it is not whole or of another model."""
-    fill(state, folder)
-    for moments in optimizer.state.values():
-        moments["step"].fill_(step)
-
-
 # ---- Processes and sharding: the networks know nothing of it --------------------------------------------------------
-
-TIMEOUT = timedelta(minutes=60)         # of a collective: the other ranks wait while rank 0 writes an export
-
 
 def make_mesh(device_type, world_size, ranks_a_machine):
     """The mesh of all ranks: parameters are sharded over all of them or, on machines of eight GPUs or more, within each
@@ -397,12 +345,9 @@ def init_distributed():
     cuda = process.device.type == "cuda"
     backend = "cuda:nccl,cpu:gloo" if cuda else "gloo"
     alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
-    dist.init_process_group(backend, timeout=TIMEOUT, device_id=process.device if cuda else None, **alone)
+    dist.init_process_group(backend, device_id=process.device if cuda else None, **alone)
     ranks_a_machine = int(os.environ.get("LOCAL_WORLD_SIZE", process.world_size))
-    mesh = make_mesh(process.device.type, process.world_size, ranks_a_machine)
-    for group in mesh.get_all_groups():
-        group.set_timeout(TIMEOUT)                         # the mesh's groups do not inherit it
-    return process, mesh
+    return process, make_mesh(process.device.type, process.world_size, ranks_a_machine)
 
 
 def shard(net, mesh, dtype):
@@ -460,12 +405,14 @@ def read_records(options):
     the model's, or with fewer negatives than a step draws."""
     records = Records(options.data, negatives=options.method != "sft", scores=options.method in SCORED)
     held_out = Records(options.eval_data) if options.eval_data else None
-    vae = fingerprint_of(options.model, "vae")
+    vae = folders.fingerprint_of(options.model, "vae")
     for each in filter(None, (records, held_out)):
-        check_same(each.folder / "win", each.settings, dict(vae=vae))
+        files.check_same(each.folder / "win", each.settings, dict(vae=vae))
     n_lose = records.shapes.get("lose", (0,))[0]
-    if options.method == "realdpo" and options.lose_per_step > n_lose:
-        raise UserError(f"--lose-per-step {options.lose_per_step}: the records of {options.data} have {n_lose}")
+    needed = {"realdpo": options.lose_per_step, "sft": 0, "dpo": 2, "rwr": 2}[options.method]
+    if n_lose < needed:
+        raise UserError(f"--method {options.method} --lose-per-step {options.lose_per_step}: needs {needed} negatives a "
+                        f"record, those of {options.data} have {n_lose}")
     return records, held_out
 
 
@@ -480,12 +427,11 @@ def train(options, process, mesh):
         raise UserError(f"--anchor {options.anchor}: nothing else trains between two comparisons; give --compare-every 1")
     records, held_out = read_records(options)
     steps = number_of_steps(options, len(records))
-    checkpoint, done = choose_checkpoint(out, options.resume)
+    checkpoint, done = folders.choose_checkpoint(out, options.resume)
     newest = over_ranks(done, process)                     # a rank may have a stale view of a network file system
     if newest > done:
-        checkpoint, done = checkpoint_folder(out, newest), newest
-    begin_run(options, records.hashes, steps, partial(learning_rate, options, done - 1), rank)
-    if has_ended(out, done, steps):
+        checkpoint, done = out / "checkpoints" / f"step-{newest:06d}", newest
+    if folders.begin_run(options, records.hashes, steps, done, learning_rate, rank):
         say(f"{out} has ended: its {steps} steps are done, nothing is left to do")
         return True
     if checkpoint:
@@ -495,11 +441,13 @@ def train(options, process, mesh):
     optimizer = make_optimizer(policy, options)
     state = training_state(policy, reference, optimizer)
     if checkpoint:
-        load_checkpoint(state, optimizer, checkpoint, done)
+        fill(state, folders.Stored(checkpoint))
+        for moments in optimizer.state.values():
+            moments["step"].fill_(done)
     dist.barrier()                                         # all ranks have everything
     if rank == 0:
-        withdraw_export(out)
-        log = open_log(out / "metrics.jsonl", done)
+        folders.withdraw_export(out)
+        log = folders.open_log(out / "metrics.jsonl", done)
     with stop_signals() as stop, tqdm(initial=done, total=steps, desc=options.out, disable=rank > 0) as bar:
         asked = False
         if previews and is_due(options, done, steps):      # of the base, or those a killed run did not finish
@@ -522,11 +470,11 @@ def train(options, process, mesh):
         if not asked:
             model.save_dit(policy, out, torch.bfloat16)    # the precision in which it will run
     if asked:
-        say(f"stopped after {done} steps; checkpoint saved in {out}/checkpoints, and the same command continues")
+        say(f"stopped after {done} steps; the same command continues")
         return False
     if rank == 0:
-        note_base(out, options.model)
-        write_json(out / "done", {"steps": steps})
+        folders.note_base(out, options.model)
+        files.write_json(out / "done", {"steps": steps})
     return True
 
 
@@ -534,20 +482,15 @@ def train(options, process, mesh):
 
 def main(options):
     """Train on a cache of records; without one, with the tiny model, go through the whole story on the toy world."""
+    if options.dry_run and options.model == "tiny":
+        raise UserError("--dry-run: is about CogVideoX-5B-I2V and its defaults; add --model zai-org/CogVideoX-5b-I2V")
     if options.dry_run:
         return dry_run(options, number_of_steps(options, 5000), 5000)
     toy = options.model == "tiny" and not options.data
     options.out = options.out or ("run-tiny" if options.model == "tiny" else "run")
     options.data = options.data or "cache"
-    if not toy and not Path(options.data).is_dir():
-        cache, name = quote(options.data), quote(options.model)
-        raise UserError(f"--data {options.data}: no such cache; "
-                        f"make it with: python data.py --videos DIR --model {name} --out {cache}"
-                        f" and: python sample.py --model {name} --data {cache}; "
-                        "or watch it on the toy world: python train.py --model tiny")
-    refuse_others(options.out)
     process, mesh = init_distributed()
-    with sole_owner(Path(options.out)) if process.rank == 0 else nullcontext():
+    with files.sole_owner(Path(options.out)) if process.rank == 0 else nullcontext():
         if toy:
             from toy import laptop
             laptop.run(options, process, partial(train, process=process, mesh=mesh))

@@ -36,17 +36,17 @@ ONE_TIME = 946684800                                       # 1 January 2000: the
 # ---- Videos of methods ----------------------------------------------------------------------------------------------
 
 def list_videos(folder, prompts, bench):
-    """[(method, Clip, the method's first video of it)] of a folder with a folder per method. `prompts` and `bench` are
+    """[(method, Clip, the method's video of it)] of a folder with a folder per method. `prompts` and `bench` are
     what `read_bench` returned. Raises UserError for a method that lacks a video or was made of another bench."""
     videos = []
     for method in sorted(path for path in Path(folder).glob("[!.]*") if path.is_dir()):
         found, missing = [], []
         for prompt in prompts:
-            one, first = method / f"{prompt.name}.mp4", method / f"{prompt.name}-0.mp4"
-            if one.is_file() or first.is_file():
-                found.append((method.name, prompt, one if one.is_file() else first))
+            video = method / f"{prompt.name}.mp4"
+            if video.is_file():
+                found.append((method.name, prompt, video))
             else:
-                missing.append(f"{one.name} (or {first.name})")
+                missing.append(video.name)
         if not found:
             print(f"{method}: holds no video of --bench, so it is not taken for a method")
             continue

@@ -1,5 +1,4 @@
 """What a run takes, computed: the work of a step, memory on a GPU, and hours from clips to a model."""
-import re
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -42,30 +41,26 @@ class Work(NamedTuple):
         return {"realdpo": 1 + drawn, "sft": 1, "dpo": 2, "rwr": self.negatives}[self.options.method]
 
     def flops(self, compares=True):
-        """FLOP of a step over all ranks: those of the algorithm, and with those done twice to save memory."""
+        """FLOP of a step over all ranks, with what the backward pass computes again."""
         options, videos = self.options, self.videos(compares)
-        compared = videos if compares and options.method in ("realdpo", "dpo") else 0  # by the reference
         again = {"none": 0, "full": self.forward, "selective": self.products}[options.checkpointing]
-        backward = 2 * self.forward
+        backward = 2 * self.forward + again
         if options.rank:
             backward -= self.products                      # of the gradients of frozen weights
-        useful = videos * (self.forward + backward) + compared * self.forward
-        done = useful + videos * again
-        if compared and options.graphs == "one":
-            done += self.forward                           # the win's error, before its graph
-        return options.batch * useful, options.batch * done
+        referred = videos if compares and options.method in ("realdpo", "dpo") else 0
+        return options.batch * (videos * (self.forward + backward) + referred * self.forward)
 
     def mean_flops(self):
         """`flops` of the mean step: every `compare_every`-th compares."""
         share = 1 / self.options.compare_every if self.options.method == "realdpo" else 1
-        return [share * compared + (1 - share) * alone for compared, alone in zip(self.flops(), self.flops(False))]
+        return share * self.flops() + (1 - share) * self.flops(compares=False)
 
     def memory(self, shards):
         """{kind: bytes} on a GPU at a step's peak, with parameters sharded over so many GPUs."""
         options, frozen = self.options, bool(self.options.rank)
         at_once = graphs = self.videos()
-        if options.method in ("realdpo", "dpo") and options.graphs != "all":
-            at_once, graphs = 1, {"one": 1, "two": 2}[options.graphs]
+        if options.method in ("realdpo", "dpo") and options.graphs == "two":
+            at_once, graphs = 1, 2
         adapters = 8 * options.rank * self.layers * self.width                         # of attention's four projections
         part = 4 * (adapters if frozen else self.parameters) // shards
         activation = 2 * self.tokens * self.width * options.micro_batch                # bytes of one, of all tokens
@@ -79,23 +74,20 @@ class Work(NamedTuple):
 
 def dry_run(options, steps, clips):
     """Print what a run of `steps` on `clips` takes on GPUs of each size; with --rank, the whole network beside."""
-    found = re.fullmatch(r"(?:([1-9]\d*)x)?([1-9]\d*)", options.dry_run)
-    if not found or options.batch % (int(found[1] or 1) * int(found[2])):
-        raise UserError(f"--dry-run {options.dry_run}: expected a number of GPUs by which --batch {options.batch} can be "
-                        "divided, such as 8, or of machines and GPUs, such as 2x8")
-    here = int(found[2])
-    gpus = int(found[1] or 1) * here
+    gpus = options.dry_run
+    if options.batch % gpus:
+        raise UserError(f"--dry-run {gpus}: expected a number of GPUs by which --batch {options.batch} can be divided")
     print(f"computed, not measured: hours for {clips} clips and {steps} steps of {options.batch}, at {UTILISATION:.0%} of "
           f"a GPU's peak, with 3 negatives a record or 1\n{'GPUs × GB':>10}  {'--rank':>6}  {'GiB':>5}  {'s/step':>6}  "
           f"{'h/1000 samples':>14}  {'encoding':>8}  {'negatives':>13}  {'training':>8}  {'in all':>13}")
     for rank in sorted({0, options.rank}):
         work = Work(replace(options, rank=rank))
-        gib = sum(work.memory(here if here >= 8 else gpus).values()) / GIB
+        gib = sum(work.memory(min(gpus, 8)).values()) / GIB
         for size, peak in CARDS.items():
-            step = work.mean_flops()[1] / (gpus * peak * UTILISATION)
+            step = work.mean_flops() / (gpus * peak * UTILISATION)
             encoding, training = clips * ENCODING / (gpus * peak) / 3600, steps * step / 3600
             one = clips * EVALUATIONS * work.forward / (gpus * peak * UTILISATION) / 3600
-            print(f"{options.dry_run:>4} × {size:>3}  {rank:6}  {gib:5.1f}  {step:6.1f}  "
+            print(f"{gpus:>4} × {size:>3}  {rank:6}  {gib:5.1f}  {step:6.1f}  "
                   f"{1000 * step / options.batch / 3600:14.2f}  {encoding:8.1f}  {3 * one:6.1f} {one:6.1f}  "
                   f"{training:8.1f}  {encoding + 3 * one + training:6.1f} {encoding + one + training:6.1f}  "
                   f"{'' if gib <= 0.97 * size else 'does not fit'}")

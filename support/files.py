@@ -1,7 +1,8 @@
 """Files written whole or not at all, one owner a folder, tensors with what made them, and fingerprints of content."""
-import errno, fcntl, hashlib, json, os, platform, time
+import fcntl, hashlib, json, os, platform, time
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from shlex import quote
 
 from support import UserError
 import torch
@@ -9,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 MARK = ".realdpo-part"         # the end of the name of whatever is unfinished; nobody else's files are called so
-FORMAT = 2                     # of caches and runs; those of other versions of this program are refused
+VERSION = 2                    # of caches and runs; those that another version of this program made are refused
 
 
 def visible(folder, pattern="*"):
@@ -17,25 +18,27 @@ def visible(folder, pattern="*"):
     return sorted(path for path in Path(folder).glob(pattern) if not path.name.startswith("."))
 
 
-def cannot_write(path, error):
-    """The UserError for a full disk, a missing permission or the like."""
-    return UserError(f"{path}: cannot be written ({error}); what is finished is whole: make room, then start again")
+@contextmanager
+def writing(path):
+    """Raise UserError if writing fails meanwhile: a full disk, a missing permission or the like."""
+    try:
+        yield
+    except (OSError, SafetensorError) as e:
+        raise UserError(f"{path}: cannot be written ({e}); make room, then start again: what is finished stays") from e
 
 
 @contextmanager
 def whole_file(path):
-    """Yield a temporary name beside `path`. What is written there gets the name `path` once it is on the disk; after an
-    error it is removed. Raises UserError if it cannot be written."""
+    """Yield a temporary name beside `path`. What is written there gets the name `path` once it is on the disk."""
     path = Path(path)
     part = path.with_name(f".{path.name}.{platform.node()[:20]}.{os.getpid()}{MARK}")      # unique to this process
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield part
-        with open(part, "rb") as f:
-            os.fsync(f.fileno())
-        part.replace(path)
-    except (OSError, SafetensorError) as e:
-        raise cannot_write(path, e) from e
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield part
+            with open(part, "rb") as f:
+                os.fsync(f.fileno())
+            part.replace(path)
     finally:
         with suppress(OSError):                            # it has been renamed, or `path` lies below a file
             part.unlink()
@@ -43,8 +46,9 @@ def whole_file(path):
 
 def write_json(path, *values):
     """Write a JSON file: one line for each value."""
+    lines = [json.dumps(value) + "\n" for value in values]
     with whole_file(path) as part:
-        part.write_text("".join(json.dumps(value) + "\n" for value in values), encoding="utf-8")
+        part.write_text("".join(lines), encoding="utf-8")
 
 
 class Config(dict):
@@ -64,67 +68,50 @@ def read_json(file):
     return config
 
 
-# ---- One owner a folder, which notes what its files are made with ---------------------------------------------------
-
 class InUse(UserError):
     """Another process is at work in a folder."""
 
 
 @contextmanager
 def sole_owner(folder):
-    """Hold `folder` for this process alone, until it ends in whatever way. Raises InUse, saying who is at work there."""
-    try:
+    """Hold `folder` for this process alone, until it ends in whatever way. Raises InUse if another one does."""
+    note = folder / ".owner"
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / ".owner", "ab+", buffering=0)
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {platform.node()}, since {time.strftime('%F %T')},".encode())
-    except BlockingIOError:
-        who = (folder / ".owner").read_text()
-        raise InUse(f"{folder}: {who} is at work there; wait for it or choose another --out") from None
-    except OSError as e:
-        if e.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-            raise cannot_write(folder, e) from e
-        print(f"{folder}: this file system has no locks ({e}); make sure that no other job writes there")
+        file = open(note, "a")
     with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InUse(f"{folder}: {note.read_text()} is at work there; wait or choose another --out") from None
+        except OSError as e:
+            print(f"{folder}: this file system has no locks ({e}); make sure that no other job writes there")
+        with writing(note):
+            note.write_text(f"process {os.getpid()} on {platform.node()}, since {time.strftime('%F %T')},")
         yield
 
 
-def differences(found, expected):
-    """What `expected` has and `found` has otherwise, in words: "fps 8 (now 4)"."""
-    return [f"{name} {found.get(name)} (now {value})" for name, value in expected.items() if found.get(name) != value]
-
-
 def check_same(place, found, expected):
-    """Raise UserError, naming a file or folder, unless `found` has every value that is `expected`."""
-    different = ", ".join(differences(found, expected))
-    if different:
-        raise UserError(f"{place}: was made with other settings: {different}; use those, choose another place, or make "
-                        f"it anew: rm -r {place}")
-
-
-def read_note(note):
-    """What a folder's note says of how its files were made. Raises UserError for one of another version."""
-    found = read_json(note)
-    if found.get("format") != FORMAT:
-        raise UserError(f"{note.parent}: was made by another version of this program; make it anew: rm -r {note.parent}")
-    return found
+    """Raise UserError, with the first difference, unless what was `found` in a place has all that is `expected`."""
+    for name, value in expected.items():
+        if found.get(name) != value:
+            raise UserError(f"{place}: was made with {name} {found.get(name)} (now {value}); use the same, choose another "
+                            f"place or, if nothing in it is needed: rm -r {quote(str(place))}")
 
 
 def claim(note, files, **settings):
-    """Note in a folder which settings its `files` are made with; returns the note's id. So a second job with the same
-    settings shares the work. Raises UserError if the note says otherwise, or if there are files and no note."""
-    there = [file for file in files if file.exists()]
-    if there and not note.exists():
-        raise UserError(f"{there[0]}: is there, but no {note.name} says what made it; choose another folder")
+    """Note the settings that `files` are made with; returns the note's id. Raises UserError if it says otherwise, or if
+    there are files and no note."""
+    settings = {"version": VERSION, **settings}
     if not note.exists():
-        write_json(note, dict(format=FORMAT, id=hash_of(json.dumps(settings)), **settings))
-    found = read_note(note)
+        for file in files:
+            if file.exists():
+                raise UserError(f"{file}: is there, but no {note.name} says what made it; choose another folder")
+        write_json(note, {"id": hash_of(json.dumps(settings)), **settings})
+    found = read_json(note)
     check_same(note.parent, found, settings)
     return found["id"]
 
-
-# ---- Tensors with what made them, and fingerprints: two contents that differ have two -------------------------------
 
 @contextmanager
 def open_tensors(path):
@@ -154,7 +141,7 @@ def read_header(path):
 
 
 def read_tensors(path):
-    """All tensors of a safetensors file. Raises UserError if it is damaged."""
+    """All tensors of a safetensors file."""
     with open_tensors(path) as f:
         return {name: f.get_tensor(name) for name in f.keys()}
 
@@ -172,18 +159,13 @@ def hash_of(*parts):
     return sha.hexdigest()[:16]
 
 
-def spread(count, most):
-    """At most so many of the numbers below `count`, evenly spaced, the first and the last among them."""
-    return range(count) if count <= most else [i * (count - 1) // (most - 1) for i in range(most)]
-
-
 def fingerprint_of_file(path, block=2 ** 16):
-    """A short hash of a file's size and of 16 blocks of its content. Raises UserError if it cannot be read."""
+    """A short hash of a file's size and of 16 blocks of its content, from its beginning to its end."""
     try:
         with open(path, "rb") as f:
             parts = [os.fstat(f.fileno()).st_size]
-            for number in spread(-(-parts[0] // block), 16):
-                f.seek(number * block)
+            for i in range(16):
+                f.seek(max(0, parts[0] - block) * i // 15)
                 parts.append(f.read(block))
     except OSError as e:
         raise UserError(f"{path}: cannot be read ({e.strerror})") from e
@@ -191,8 +173,8 @@ def fingerprint_of_file(path, block=2 ** 16):
 
 
 def fingerprint_of_weights(folder, prefix=""):
-    """A short hash of a folder's configs, and of the name, type, shape and eight rows of each tensor in its safetensors
-    files, or of those whose names begin with `prefix`."""
+    """A short hash of a folder's configs, and of the name, type, shape and eight rows of each tensor whose name begins
+    with `prefix`."""
     parts = [prefix]
     for file in visible(folder):
         if file.suffix in (".json", ".model"):
@@ -201,6 +183,7 @@ def fingerprint_of_weights(folder, prefix=""):
             with open_tensors(file) as f:
                 for name in sorted(name for name in f.keys() if name.startswith(prefix)):
                     tensor = f.get_slice(name)
-                    rows = [tensor[row:row + 1] for row in spread(tensor.get_shape()[0], 8)]
+                    last = tensor.get_shape()[0] - 1
+                    rows = [tensor[row:row + 1] for row in {last * i // 7 for i in range(8)}]
                     parts += [name, tensor.get_dtype(), tensor.get_shape(), *rows]
     return hash_of(*parts)

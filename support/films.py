@@ -7,7 +7,6 @@ from io import BytesIO
 from itertools import islice
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from shlex import quote
 
 from support import UserError
 from support.files import whole_file
@@ -19,9 +18,9 @@ from imageio_ffmpeg import get_ffmpeg_exe
 from PIL import Image, ImageCms, ImageOps
 
 READERS = 4                                                # clips read ahead in threads; 200 MB each at 49×480×720
+MEND = "leave it out, or make a plain file of it: ffmpeg -i OLD -c:v libx264 -crf 12 -pix_fmt yuv420p NEW.mp4"
 
-# The moving pictures in a file, as ffmpeg describes them: number and codec of the stream; format and colours of its
-# pixels, such as yuv420p(tv, bt709, progressive); the size as stored, neither square nor upright; the length it claims.
+# As ffmpeg describes it: `pixels` such as yuv420p(tv, bt709, progressive), the size as stored, the length it claims.
 Film = namedtuple("Film", "stream codec pixels width height seconds")
 
 
@@ -35,27 +34,17 @@ def to_uint8(video):
     return rearrange((video.float().clamp(-1, 1) + 1) * 127.5, "c f h w -> f h w c").round().byte().cpu().numpy()
 
 
-def refusal(path, reason):
-    """The UserError for a film that is not read, with the command that makes a plain file of it."""
-    return UserError(f"{path}: {reason}; leave it out, or make a plain file of it: ffmpeg -i {quote(str(path))} "
-                     "-c:v libx264 -crf 12 -pix_fmt yuv420p new.mp4")
-
-
 @lru_cache
 def find_ffmpeg():
-    """The path of ffmpeg. Raises UserError unless it has the options, filters and log lines that are used here."""
-    hdr = Film("", "", "yuv420p10le(tv, bt2020nc/bt2020/smpte2084)", 16, 16, 1)
-    trial = ["-v", "level+info", "-debug_ts", "-f", "lavfi", "-i", "color=s=16x16:d=0.1", "-vf",
-             picture_filters(hdr, "null"), "-fps_mode", "passthrough", "-f", "null", "-"]
+    """The path of ffmpeg. Raises UserError if it is missing or, as a trial tells, too old."""
+    trial = "-v level+info -debug_ts -f lavfi -i color=s=16x16:d=0.1 -fps_mode passthrough -f null -"
     try:
         ffmpeg = get_ffmpeg_exe()
-        log = subprocess.run([ffmpeg, *trial], capture_output=True, text=True).stderr
+        log = subprocess.run([ffmpeg, *trial.split()], capture_output=True, text=True).stderr
     except (OSError, RuntimeError) as e:
-        raise UserError(f"ffmpeg: cannot be run ({e}); pip install imageio-ffmpeg brings one") from e
+        raise UserError(f"ffmpeg: cannot be run ({e}); try: pip install 'imageio-ffmpeg>=0.8'") from e
     if not picture_times(log):
-        reason = re.findall(r"\[(?:error|fatal)\] (.*)", log) or ["its log has another form"]
-        raise UserError(f"{ffmpeg}: is too old, or lacks something ({reason[0]}); ffmpeg 7 or later with zscale is "
-                        "needed: unset IMAGEIO_FFMPEG_EXE, and pip install 'imageio-ffmpeg>=0.8'")
+        raise UserError(f"{ffmpeg}: is too old; unset IMAGEIO_FFMPEG_EXE, and pip install 'imageio-ffmpeg>=0.8'")
     return ffmpeg
 
 
@@ -77,8 +66,7 @@ def read_video_header(path):
         reason = re.findall(r"\[(?:error|fatal)\] (.*)", log)[0]
         raise UserError(f"{path}: is damaged or not a video ({reason})")
     films = []
-    # ffmpeg prints a line for each stream and indents the details below it. A file's own titles and comments are
-    # indented as well, so nothing in them can pass for a stream.
+    # A line for each stream, with details indented below it. A file's own titles are indented too: none is a stream.
     for about in re.findall(r"^\[info\]   Stream #0:.*(?:\n\[info\]     .*)*", log, re.MULTILINE):
         found = re.match(r".*?(0:\d+)[^:]*: Video: (\w+)(?: \(.*?\))*, (\w+(?:\(.*?\))?), (\d+)x(\d+)(.*)", about)
         if found and not re.search(r"\((attached pic|still image|timed thumbnails)\)", found[6]):
@@ -87,22 +75,20 @@ def read_video_header(path):
     if not films:
         raise UserError(f"{path}: holds no moving picture")
     about, found = (moving or films)[0]
-    # Dolby Vision 5, and other profiles without a compatible base layer, use a colour matrix of their own.
     dolby = re.search(r"\n.info. +DOVI configuration record:.* profile: (5|\d+(?=.*compatibility id: 0))", about)
     if dolby:
-        raise UserError(f"{path}: is Dolby Vision of profile {dolby[1]}, which ffmpeg shows in wrong colours; export it "
-                        "as SDR or HDR10, or leave it out")
+        raise UserError(f"{path}: is Dolby Vision {dolby[1]}, whose colours ffmpeg gets wrong; export it as SDR or HDR10")
     alpha = re.match(r"yuva|gbrap|rgba|bgra|argb|abgr|pal8|ya\d|ayuv|vuya|uyva", found[3])
     if alpha or re.search(r"^\[info\] +alpha_mode +: 1$", about, re.MULTILINE):                  # the latter of webm
-        raise refusal(path, "has transparency, and nothing says what is behind it")
+        raise UserError(f"{path}: has transparency, and nothing says what is behind it; {MEND}")
     length = re.search(r"^\[info\]   Duration: (\d+):(\d+):([\d.]+)", log, re.MULTILINE)
     seconds = 3600 * int(length[1]) + 60 * int(length[2]) + float(length[3]) if length else math.inf
     return Film(found[1], found[2], found[3], int(found[4]), int(found[5]), seconds)
 
 
 def picture_filters(film, size, instants=()):
-    """The ffmpeg filters that turn decoded, upright pictures into what a player shows: RGB with square pixels. `size`
-    is the filter that scales them (it may use `dar` and `sar`); `instants` are filters that pick moments in time."""
+    """The ffmpeg filters that turn decoded pictures into what a player shows, RGB with square pixels. `size` is the
+    filter that scales them; `instants` are filters that pick moments in time."""
     apart = re.search(r"([\w-]+)/([\w-]+)/([\w-]+)", film.pixels)       # three names, or one for all three
     alike = re.search(r"[( ]((bt|smpte|fcc|ycgco)[\w-]*)[,)]", film.pixels)
     if apart:
@@ -132,49 +118,40 @@ def picture_times(log):
     return [(float(time), float(duration)) for time, duration in found if time != "NOPTS"]
 
 
-def find_complaint(log):
-    """The first line in which ffmpeg, at work, speaks of an error or of something incomplete; None if there is none."""
-    opening, _, work = log.partition("\n[info] Stream mapping:")
-    for line in re.findall(r"^\[in#.* @ .*\[error\].*", opening, re.MULTILINE) + work.splitlines():
-        if re.search(r" @ .*(\[error\]|\[fatal\]|corrupt|concealing|first frame|Reconfiguring)", line):
-            return re.sub(r".*\[(error|fatal|warning|info)\] ", "", line)
-    return None
-
-
 def decode(path, film, filters, *output, start=0.0):
     """Decode a film strictly, from `start` seconds on. Returns what `filters` make of it and its pictures, [(time,
-    duration)], with times counted from there or, if that comes later, from the first picture. Raises UserError if
-    ffmpeg complains of anything."""
-    decoder = []
-    if film.codec == "vp9":                                # ffmpeg's own decoder does not notice damage
-        decoder = ["-c:v", "libvpx-vp9"]
+    duration)], counted from there or, if that comes later, from the first picture."""
+    decoder = ["-c:v", "libvpx-vp9"] if film.codec == "vp9" else []    # ffmpeg's own does not notice damage
     for seek in (max(0, min(start, film.seconds) - 5), 0):             # from the beginning if a seek ends inside a group
         place = ["-noaccurate_seek", "-ss", str(seek)] if seek else []
         zero = f"max(STARTPTS,{start - seek}/TB)" if start else "STARTPTS"
         made, log = run_ffmpeg(path, "-map", film.stream, "-vf", f"settb=AVTB,setpts='PTS-{zero}',{filters}",
                                "-fps_mode", "passthrough", "-map_metadata", "-1", *output, options=[*decoder, *place])
-        complaint, pictures = find_complaint(log), picture_times(log)
-        whole = pictures and not complaint
+        pictures = picture_times(log)
+        opening, _, work = log.partition("\n[info] Stream mapping:")
+        faults = re.findall(r"^\[in#.* @ .*\[error\].*", opening, re.MULTILINE)
+        faults += re.findall(r"^.* @ .*(?:\[error\]|\[fatal\]|corrupt|concealing|first frame|Reconfiguring).*", work, re.MULTILINE)
+        whole = pictures and not faults
         if seek == 0 or whole and pictures[0][0] <= start - seek:
             break
     if not whole:
-        raise refusal(path, f"is damaged, or begins inside a group of pictures ({complaint or 'no picture'})")
+        reason = faults[0].rpartition("] ")[2] if faults else "no picture"
+        raise UserError(f"{path}: is damaged, or begins inside a group of pictures ({reason}); {MEND}")
     begin = max(pictures[0][0], start - seek) if start else pictures[0][0]
     return made, [(time - begin, duration) for time, duration in pictures]
 
 
-def read_video(path, frames, height, width, fps, start=0.0, film=None):
+def read_video(path, frames, height, width, fps, start=0.0):
     """A film as a player shows it, (3,F,height,width) fp32 in [-1,1]. Frame k is what is on screen k/fps s after
     `start`, or after the first picture: upright, with square pixels, de-interlaced, in SDR, resized to cover and
-    cropped at the centre. The last picture is held if the film ends less than a frame too early. `film` is its header,
-    if already read. Raises UserError for a file that is missing, not a video, damaged, too short or of a rare kind."""
-    film = film or read_video_header(path)
+    cropped at the centre. Raises UserError for a film that is missing, damaged, too short or of a rare kind."""
+    film = read_video_header(path)
     flags = "area" if film.width * film.height > width * height else "bicubic"
     if (film.width, film.height) != (width, height):       # at the same size, ffmpeg's default colours, bit for bit
         flags += "+accurate_rnd+full_chroma_int+full_chroma_inp"
     cover = f"scale=w='max({width},round({height}*dar))':h='max({height},round({width}/dar))':flags={flags}"
-    # What is on screen at k/fps is the last picture that began by then, so times are rounded up; first 1 ms is taken
-    # off, since some formats round to that. The last picture is held on a fine grid, before the coarse one is taken.
+    # On screen at k/fps is the last picture that began by then, so times are rounded up; 1 ms is taken off first, since
+    # some formats round to that. The last picture is held on a fine grid, before the coarse one is taken.
     instants = ("setpts=PTS-1000", f"fps={30 * fps}:start_time=0:round=up",
                 "tpad=stop_mode=clone:stop_duration=2", f"fps={fps}:round=up")
     filters = f"{picture_filters(film, cover, instants)},crop={width}:{height}:exact=1"
@@ -183,9 +160,8 @@ def read_video(path, frames, height, width, fps, start=0.0, film=None):
     time, duration = pictures[-1]
     needed = (frames - 1) / fps
     if len(video) < frames or time + duration + min(duration, 1 / fps) < needed - 0.002:
-        since = f" from {start:g} s on" if start else ""
-        raise UserError(f"{path}: lasts {start + time + duration:.2f} s, but {frames} frames at {fps} fps{since} need "
-                        f"{start + needed:.2f} s; leave it out or choose fewer --frames")
+        raise UserError(f"{path}: lasts {start + time + duration:.2f} s, but {frames} frames at {fps} fps from {start:g} s "
+                        f"on need {start + needed:.2f} s; leave it out or choose fewer --frames")
     return from_uint8(video)
 
 
@@ -198,8 +174,7 @@ def write_video(path, frames, fps):
 
 
 def open_image(path):
-    """A picture as a viewer shows it, upright, in sRGB, on white, as Pillow's RGB image. Raises UserError for a file
-    that is missing, not a picture, or not of 8 bits a colour."""
+    """A picture as a viewer shows it, upright, in sRGB, on white, as Pillow's RGB image."""
     try:
         with Image.open(path) as image:
             image = ImageOps.exif_transpose(image)
@@ -217,8 +192,8 @@ def open_image(path):
 
 
 def read_image(path, height, width):
-    """A picture as `open_image` shows it, (3,1,height,width) fp32 in [-1,1], resized to cover and cropped at the centre.
-    """
+    """A picture, (3,1,height,width) fp32 in [-1,1], as a viewer shows it, resized to cover and cropped at the centre.
+    Raises UserError for one that cannot be read, or not of 8 bits a colour."""
     image = open_image(path)
     smaller = height < image.height and width < image.width
     image = ImageOps.fit(image, (width, height), Image.Resampling.BOX if smaller else Image.Resampling.BICUBIC)
@@ -226,8 +201,7 @@ def read_image(path, height, width):
 
 
 def read_ahead(clips, read, faults):
-    """Yield (clip, read(clip)) in order, while READERS threads read the clips that come next. A clip that raises
-    UserError is left out, and its message goes to the list `faults`."""
+    """Yield (clip, read(clip)) in order, while READERS threads read on. A UserError goes to the list `faults`."""
     coming = iter(clips)
     queue = deque()
     with ThreadPool(READERS) as pool:

@@ -1,9 +1,13 @@
-"""Model folders in the published layout: the tiny model, the hub's, a training run, a checkpoint; and their configs."""
-import json, re
+"""Model folders in the published layout (the tiny model, the hub's, a run, a checkpoint), their configs, and runs."""
+import json, re, shutil
+from dataclasses import asdict
 from pathlib import Path
+from shlex import quote
+from typing import NamedTuple
 
 from support import UserError
-from support.files import fingerprint_of_weights, hash_of, open_tensors, read_json
+from support.files import (VERSION, check_same, fingerprint_of_weights, hash_of, open_tensors, read_json, visible,
+                           write_json)
 import huggingface_hub
 
 ADAPTERS = "pytorch_lora_weights.safetensors"              # as diffusers calls them
@@ -13,10 +17,7 @@ HUB_MODEL = "zai-org/CogVideoX-5b-I2V"
 ASSUMED = dict(use_rotary_positional_embeddings=False, prediction_type="epsilon", rescale_betas_zero_snr=False)
 
 
-# ---- Which folder a --model is --------------------------------------------------------------------------------------
-
 def is_checkpoint(folder):
-    """Whether a folder is a checkpoint of a training run."""
     return (folder / "checkpoint.json").is_file()
 
 
@@ -39,24 +40,28 @@ def last_checkpoint(path):
 
 
 def base_of(path):
-    """(the model that a training run or checkpoint started from, the file that says so); others: (`path`, None)."""
-    file = (last_checkpoint(path) or folder_of(path)) / "base.json"
-    return (read_json(file)["model"], file) if file.is_file() else (str(path), None)
+    """The model that a training run or checkpoint started from, by its base.json; `path` itself for any other."""
+    note = (last_checkpoint(path) or folder_of(path)) / "base.json"
+    return read_json(note)["model"] if note.is_file() else str(path)
+
+
+def note_base(folder, path):
+    """Write base.json into a folder with weights: the model that has the parts it lacks, such as the autoencoder."""
+    base = Path(base_of(path))
+    write_json(folder / "base.json", {"model": str(base.resolve() if base.is_dir() else base)})
 
 
 def defaults_of(path, command):
-    """The option defaults that suit a model, from {command: {option: value}} in the defaults.json of its folder or of
-    its base's. {} if there is none; the hub is never asked."""
-    for folder in (folder_of(path), folder_of(base_of(path)[0])):
+    """The defaults that suit a model: {option: value} for a command, by its defaults.json or its base's, or {}."""
+    for folder in (folder_of(path), folder_of(base_of(path))):
         if (folder / "defaults.json").is_file():
             return read_json(folder / "defaults.json").get(command, {})
     return {}
 
 
 def resolve(path, *parts):
-    """The local folder that holds the named parts of a model: its own, that of its base if it is a training run without
-    them, or the hub's, downloaded once. Raises UserError, with the cause, if there is none or a part is missing."""
-    base, named_by = base_of(path)
+    """The local folder that holds the named parts of a model: its own, its base's, or the hub's, downloaded once."""
+    base = base_of(path)
     own, folder = folder_of(path), folder_of(base)
     if all((own / part).exists() for part in parts):
         return own
@@ -67,54 +72,47 @@ def resolve(path, *parts):
             cause = e
             while cause.__cause__ or cause.__context__:
                 cause = cause.__cause__ or cause.__context__
-            place = f"{named_by} names the base {base}" if named_by else base
-            first, last = [str(each).strip().split("\n")[0] for each in (e, cause)]
-            raise UserError(f"{place}: no such model folder, and the hub did not give such a model ({first}, caused by "
-                            f"{type(cause).__name__}: {last}); once that is mended, the same command goes on") from e
+            reason = " ".join(f"{type(cause).__name__}: {cause}".split())                # one line of it
+            place = base if base == str(path) else f"{base}, which {own}/base.json names"
+            raise UserError(f"{place}: no such model folder, and the hub did not give it ({reason:.200}); once that is "
+                            "mended, the same command goes on") from e
     for part in parts:
         if not (folder / part).exists():
-            raise UserError(f"{base}: {folder} has no {part}; a model folder holds transformer/ vae/ text_encoder/ "
-                            "scheduler/ and tokenizer/spiece.model (not a tokenizer.json); a download that was cut off "
-                            "can be continued online")
+            raise UserError(f"{base}: {folder} has no {part}; copy it from the published model (tokenizer.json does not do)")
     return folder
 
 
+class Stored(NamedTuple):
+    """Where a network lies: in the .safetensors files of a folder, under names that begin so."""
+    folder: Path
+    prefix: str = ""
+    base: str = ""                                         # of adapters: the fingerprint of what they belong to, or any
+
+
 def find_transformer(path):
-    """(folder, prefix, base): what a model's transformer is stored as, in the folder's .safetensors files, under names
-    that begin so. It may be that of a checkpoint, of its reference, or of a run that has not ended. If it is adapters,
-    `base` is the fingerprint of the transformer that they belong to, else ""."""
+    """The Stored transformer of a model: that of a folder, of a checkpoint or its reference, or a run's adapters."""
     folder = last_checkpoint(path) or folder_of(path)
     if is_checkpoint(folder):
         prefix = "ref." if Path(path).name == "ref" else "model."
-        return folder, prefix, read_json(folder / "checkpoint.json").get("base", "")
-    if (folder / ADAPTERS).is_file():
-        return folder, "transformer.", check_adapters(folder / ADAPTERS)
-    return resolve(path, "transformer") / "transformer", "", ""
-
-
-def check_adapters(file):
-    """The fingerprint of the base that a file of adapters names, or "any". Raises UserError unless alpha is the rank."""
-    with open_tensors(file) as f:
-        noted = f.metadata() or {}
-        config = json.loads(noted.get("lora_adapter_metadata", "{}"))
-        if config.get("transformer.lora_alpha") != config.get("transformer.r") or any("alpha" in name for name in f.keys()):
-            raise UserError(f"{file}: has an alpha that is not the rank; scale lora_B by alpha / rank and save it so")
-    return noted.get("base", "any")
+        return Stored(folder, prefix, read_json(folder / "checkpoint.json")["base"])
+    if not (folder / ADAPTERS).is_file():
+        return Stored(resolve(path, "transformer") / "transformer")
+    with open_tensors(folder / ADAPTERS) as f:
+        noted, names = f.metadata() or {}, " ".join(f.keys())
+    config = json.loads(noted.get("lora_adapter_metadata", "{}"))
+    if config.get("transformer.lora_alpha") != config.get("transformer.r") or "alpha" in names:
+        raise UserError(f"{folder / ADAPTERS}: has an alpha that is not the rank; save it with lora_B · alpha / rank")
+    return Stored(folder, "transformer.", noted.get("base", "any"))
 
 
 def fingerprint_of(path, *parts):
-    """A short hash of the named parts of a model, which tells them from others."""
+    """A short hash of the named parts of a model."""
     prints = []
     for part in parts:
-        if part == "transformer":
-            folder, prefix, base = find_transformer(path)
-            prints += [fingerprint_of_weights(folder, prefix), base]
-        else:
-            prints.append(fingerprint_of_weights(resolve(path, part) / part))
+        stored = find_transformer(path) if part == "transformer" else Stored(resolve(path, part) / part)
+        prints += [fingerprint_of_weights(stored.folder, stored.prefix), stored.base]
     return hash_of(*prints)
 
-
-# ---- Configs --------------------------------------------------------------------------------------------------------
 
 def read_config(folder, part, *class_names):
     """config.json of a part. Raises UserError for another class of network."""
@@ -131,10 +129,71 @@ def read_dit_config(path):
 
 
 def refuse(config, **supported):
-    """Raise UserError if a config asks for something that this code does not have, rather than compute something else.
-    What it does not say is what diffusers assumes."""
+    """Raise UserError if a config, or what diffusers assumes for it, has anything but what is `supported`."""
     for key, value in supported.items():
         found = config.get(key, ASSUMED.get(key, value))
         if found != value:
-            raise UserError(f"{config.file}: {key} is {found}, supported is {value}; this code knows CogVideoX-5B-I2V "
-                            "(not 2b, text-to-video, or 1.5)")
+            raise UserError(f"{config.file}: {key} is {found}, expected {value} as in CogVideoX-5B-I2V (not 2b or 1.5)")
+
+
+# Options that may change when a run goes on: they decide where and how it runs, not what a step does.
+MAY_CHANGE = {"data", "out", "save_every", "checkpointing", "graphs", "micro_batch", "compile", "eval_data", "bench",
+              "dry_run"}
+# What a run writes into --out. Where one of these is there without run.json, it is not a run's.
+EXPORT = ("done", "transformer", "scheduler", ADAPTERS)
+WRITTEN = (*EXPORT, "metrics.jsonl", "checkpoints", "videos/step-*", "base.json", "index.html")
+
+
+def choose_checkpoint(out, resume):
+    """(checkpoint, its step) to continue from: the last in --out, else --resume, else (None, 0)."""
+    path = Path(resume)
+    if resume and not is_checkpoint(path):
+        there = [*checkpoints_of(path), *checkpoints_of(path.parent), *checkpoints_of(path.parent.parent)]
+        names = ", ".join(map(str, there)) or "RUN/checkpoints/step-000200"
+        raise UserError(f"--resume {resume}: is no checkpoint; expected a folder such as {names}")
+    chosen = max(checkpoints_of(out), default=path if resume else None)
+    return chosen, read_json(chosen / "checkpoint.json")["step"] if chosen else 0
+
+
+def begin_run(options, records, steps, done, learning_rate, rank):
+    """Note in RUN/run.json what a run is. One that is there must be the same; an option that it does not have counts as
+    its default, and the number of steps may change while none of those `done` would have had another `learning_rate`.
+    Returns whether nothing is left to do."""
+    note, file = Path(options.out) / "run.json", Path(options.out) / "done"
+    settings = {name: value for name, value in asdict(options).items() if name not in MAY_CHANGE}
+    settings |= dict(version=VERSION, steps=steps, records=hash_of(records))
+    if options.resume:
+        settings["resume"] = str(Path(options.resume).resolve())
+    if note.exists():
+        saved = asdict(type(options)()) | read_json(note)
+        if learning_rate(options, done - 1, saved["steps"]) == learning_rate(options, done - 1, steps):
+            saved["steps"] = steps
+        check_same(options.out, saved, settings)
+    else:
+        for pattern in WRITTEN:
+            for path in visible(options.out, pattern):
+                raise UserError(f"{path}: is there, and not of a run that could go on; choose another --out")
+    ended = read_json(file)["steps"] if file.exists() else 0
+    if done < ended < steps:
+        raise UserError(f"{options.out}: has ended after {ended} steps, without a checkpoint; to train its model further: "
+                        f"--model {quote(options.out)} and another --out")
+    if rank == 0:
+        write_json(note, settings)
+    return 0 < steps <= ended
+
+
+def withdraw_export(out):
+    """Take away what says that a run has ended, since it goes on."""
+    for name in EXPORT:
+        path = Path(out) / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        path.unlink(missing_ok=True)
+
+
+def open_log(file, first):
+    """Open metrics.jsonl for appending, without the lines of steps that will be done again."""
+    lines = file.read_text().splitlines() if file.exists() else []
+    rows = [json.loads(line) for line in lines if line.endswith("}")]      # a killed run may leave half a line
+    write_json(file, *[row for row in rows if row["step"] < first])
+    return open(file, "a")

@@ -9,6 +9,8 @@ from support.files import fingerprint_of_file, hash_of, visible
 
 SUFFIXES = {"video": ".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .ts .mts .m2ts .wmv .flv .ogv .3gp .vob .mxf".split(),
             "picture": ".png .jpg .jpeg .webp .bmp .tif .tiff .gif .avif".split()}
+LISTS = {"video": ("video.txt", "metadata.jsonl", "metadata.csv"),
+         "picture": ("image.txt", "images.txt", "metadata.jsonl", "metadata.csv")}
 
 
 class Clip(NamedTuple):
@@ -16,7 +18,7 @@ class Clip(NamedTuple):
     name: str                                              # of its record
     file: Path
     caption: str
-    where: str | Path                                      # the row or file that the caption comes from
+    where: str                                             # the row or file that the caption comes from
     start: float = 0.0                                     # where in the video the clip begins, in seconds
     keep: bool = True                                      # what curation says
     image: Path | None = None                              # a separate first frame, if the folder has one
@@ -30,83 +32,76 @@ def record_name(file):
     return name if len(raw) <= 200 else raw[:180].decode(errors="ignore") + hash_of(name)
 
 
-# ---- The three forms, as rows: (where it stands, {"file_name": …, "text": …}) ---------------------------------------
+# The three forms, as rows: (where it stands, {"file_name": …, "text": …}), or, in place of the latter, what is wrong.
 
 def read_lines(path):
-    """The lines of a UTF-8 file, with or without a byte order mark. Only \\n and \\r\\n end a line, since captions may
-    contain other separators. A byte that is not UTF-8 becomes a surrogate, which `make_clip` reports."""
+    """The lines of a UTF-8 file. Captions may contain other separators than \\n; a byte that is not UTF-8 becomes a
+    surrogate, which `make_clip` reports."""
     text = path.read_bytes().decode("utf-8-sig", "surrogateescape")
     return text.replace("\r\n", "\n").removesuffix("\n").split("\n")
 
 
-def paired_rows(files, prompts):
+def paired_rows(files):
     """The rows of two text files with one line per sample: the layout of the authors' release."""
+    prompts = files.with_name("prompts.txt" if files.with_name("prompts.txt").exists() else "prompt.txt")
     names, captions = read_lines(files), read_lines(prompts)
     surplus = names[len(captions):] + captions[len(names):]
     if "".join(surplus).strip():                           # a blank line at the end does no harm
-        raise UserError(f"{files.parent}: {files.name} has {len(names)} lines and {prompts.name} {len(captions)}; "
-                        "expected a caption for each")
+        raise UserError(f"{files}: has {len(names)} lines and {prompts.name} {len(captions)}; expected a caption for each")
     for number, (name, caption) in enumerate(zip(names, captions), start=1):
         yield f"{files}, row {number}", {"file_name": name, "text": caption}
 
 
-def json_rows(path, faults):
-    """The rows of a metadata.jsonl. Those that are no JSON go to `faults`."""
+def json_rows(path):
     for number, line in enumerate(read_lines(path), start=1):
         try:
-            yield f"{path}, row {number}", json.loads(line.strip() or "{}")
-        except ValueError as e:
-            faults.append(f"{path}, row {number}: {e}; expected one JSON object a line, with file_name and text")
+            fields = json.loads(line.strip() or "{}")
+        except ValueError:
+            fields = None
+        if not isinstance(fields, dict):
+            fields = f"is {line:.90}; expected a JSON object with file_name and text, on one line"
+        yield f"{path}, row {number}", fields
 
 
-def csv_rows(path, faults):
-    """The rows of a metadata.csv. Those with more or fewer cells than its head go to `faults`."""
+def csv_rows(path):
     table = csv.DictReader([line + "\n" for line in read_lines(path)], strict=True)
     try:
         table.fieldnames = [name.strip() for name in table.fieldnames or ()]
-        if not {"file_name", "text"} <= {*table.fieldnames}:
-            raise csv.Error(f"its head is {','.join(table.fieldnames):.60}")
         for fields in table:
-            if None in fields or None in fields.values():
-                faults.append(f"{path}, row {table.line_num}: has not the {len(table.fieldnames)} cells of the head; put "
-                              "a caption with commas in quotes")
-            else:
-                yield f"{path}, row {table.line_num}", fields
+            if None in fields or None in fields.values():  # more cells than the head, or fewer
+                fields = f"has not the {len(table.fieldnames)} cells of the head; put a caption with commas in quotes"
+            yield f"{path}, row {table.line_num}", fields
     except csv.Error as e:
-        raise UserError(f"{path}, row {table.reader.line_num}: {e}; expected file_name and text, with commas between") from e
+        raise UserError(f"{path}, row {table.reader.line_num}: {e}; expected a table with commas between cells") from e
 
 
-def sidecar_rows(folder, what, faults):
+def sidecar_rows(folder, what):
     """The rows of NAME.mp4 beside NAME.txt."""
     captions = {path.stem: path for path in visible(folder) if path.suffix.lower() == ".txt"}
     for path in visible(folder):
         caption = captions.get(path.stem)
         if path.suffix.lower() in SUFFIXES[what] and caption:
-            yield caption, {"file_name": path.name, "text": "\n".join(read_lines(caption))}
+            yield str(caption), {"file_name": path.name, "text": "\n".join(read_lines(caption))}
         elif path.suffix.lower() in SUFFIXES[what]:
-            faults.append(f"{path}: has no caption; write one into {path.with_suffix('.txt')}")
+            yield str(path), f"has no caption; write one into {path.with_suffix('.txt')}"
 
 
-def rows_of(folder, what, faults):
-    """The rows of a folder of videos or pictures (`what`). Raises UserError if it holds two lists."""
-    pairs = {"video": ["video.txt"], "picture": ["image.txt", "images.txt"]}[what]
-    lists = [folder / name for name in (*pairs, "metadata.jsonl", "metadata.csv") if (folder / name).is_file()]
+def rows_of(folder, what):
+    """The rows of a folder of videos or pictures (`what`)."""
+    lists = [folder / name for name in LISTS[what] if (folder / name).is_file()]
     if len(lists) > 1:
         raise UserError(f"{folder}: holds {lists[0].name} and {lists[1].name}; only one can be read: move the other away")
     if not lists:
-        return sidecar_rows(folder, what, faults)
-    if lists[0].suffix == ".txt":
-        prompts = folder / "prompts.txt"
-        return paired_rows(lists[0], prompts if prompts.exists() else folder / "prompt.txt")
-    return json_rows(lists[0], faults) if lists[0].suffix == ".jsonl" else csv_rows(lists[0], faults)
+        return sidecar_rows(folder, what)
+    return {".txt": paired_rows, ".jsonl": json_rows, ".csv": csv_rows}[lists[0].suffix](lists[0])
 
-
-# ---- From rows to clips ---------------------------------------------------------------------------------------------
 
 def make_clip(folder, where, fields):
     """The Clip of one row. Raises UserError where it has a fault."""
+    if isinstance(fields, str):
+        raise UserError(f"{where}: {fields}")
     for key in ("text", "file_name"):
-        value = fields.get(key) if isinstance(fields, dict) else fields
+        value = fields.get(key)
         if not isinstance(value, str) or re.search("[\0\ud800-\udfff]", value):
             raise UserError(f"{where}: {key} is {json.dumps(value):.90}, expected text in UTF-8")
     file, start = fields["file_name"].strip(), str(fields.get("start") or 0)
@@ -122,21 +117,18 @@ def make_clip(folder, where, fields):
 
 def read_list(folder, what="video"):
     """The Clips of a folder of videos or pictures (`what`) with captions, in a fixed order, and what is wrong with its
-    other rows. The folder has video.txt (or image.txt) and prompt.txt, one line per sample; or metadata.jsonl or
-    metadata.csv with file_name and text; or NAME.mp4 beside NAME.txt. Raises UserError if it has none of these, has
-    two, or cannot be read."""
-    folder = Path(folder)
+    other rows. Raises UserError if it has no list of the three forms, or two."""
     clips = {}
     faults = []
     try:
-        for where, fields in rows_of(folder, what, faults):
+        for where, fields in rows_of(folder, what):
             if isinstance(fields, dict) and not "".join(map(str, fields.values())).strip():
                 continue                                   # a blank row
             try:
                 clip = make_clip(folder, where, fields)
                 if clip.name in clips:
-                    raise UserError(f"{where}: its record would be called {clip.name}, as that of "
-                                    f"{clips[clip.name].where}; give a clip one caption, and two files two names")
+                    raise UserError(f"{where}: its record would have the name of that of {clips[clip.name].where}, "
+                                    f"{clip.name}; give a clip one caption, and two files two names")
                 clips[clip.name] = clip
             except UserError as e:
                 faults.append(str(e))
@@ -145,41 +137,37 @@ def read_list(folder, what="video"):
         raise UserError(f"{e.filename}: cannot be read ({e.strerror})") from e
     if not clips and not faults:
         raise UserError(f"{folder}: holds no {what}s with captions; found {', '.join(found[:9]) or 'none'}, expected "
-                        f"NAME.txt beside each {what}, {what}.txt and prompt.txt, metadata.jsonl or metadata.csv with "
-                        "file_name and text")
+                        f"NAME.txt beside each {what}, {what}.txt and prompt.txt, or metadata.jsonl or .csv with a text")
     return list(clips.values()), faults
 
 
 def list_clips(folder, given_negatives=False):
-    """The clips of a folder, in a fixed order, without those whose row has a false `keep`, and what is wrong with the
-    others. Prints what is not used. Raises UserError as `read_list` does, and if no clip is left."""
+    """The Clips of a folder whose `keep` is not false, and what is wrong with its other rows. Says what is not used."""
     folder = Path(folder)
     listed, faults = read_list(folder)
     images = {path.stem: path for path in visible(folder, "first_frames/*")}
     clips = []
-    used = {folder / name for name in ("video.txt", "prompt.txt", "prompts.txt", "metadata.jsonl", "metadata.csv", "inspect.html")}
     for clip in listed:
         image = images.get(clip.name.removesuffix(f"@{clip.start:.10g}") if clip.start else clip.name)
         negatives = visible(folder / "negative_samples" / clip.file.stem) if given_negatives else ()
-        used |= {clip.file, clip.where, image, *negatives}
         if clip.keep:
             clips.append(clip._replace(image=image, negatives=tuple(negatives)))
     if len(clips) < len(listed):
         say(f"{folder}: {len(listed) - len(clips)} clips are not used, by their `keep`")
-    unused = [path for path in visible(folder, "**/*") if path.is_file() and path not in used]
+    files = {clip.file for clip in listed}
+    unused = [path for path in visible(folder) if path.suffix.lower() in SUFFIXES["video"] and path not in files]
     if unused:
-        say(f"{folder}: {len(unused)} other files are not used, such as {unused[0].name}")
+        say(f"{folder}: {len(unused)} other videos are not used, such as {unused[0].name}")
     if not clips and not faults:
-        raise UserError(f"{folder}: no clip is left; none has a `keep` that is true")
+        raise UserError(f"{folder}: no clip has a `keep` that is true")
     return clips, faults
 
 
 def read_bench(folder):
-    """The Clips of a folder of pictures with captions, and a hash of their names, captions and pictures. Raises
-    UserError if a picture is missing or something is wrong with the list."""
+    """The Clips of a folder of pictures with captions, and a hash of their names, captions and pictures."""
     if not folder:
-        raise UserError("--bench is missing: the folder of pictures with captions that the videos are made of")
-    prompts, faults = read_list(folder, "picture")
+        raise UserError("--bench is missing: a folder of pictures with captions")
+    prompts, faults = read_list(Path(folder), "picture")
     faults += [f"{prompt.where}: {prompt.file} is not there" for prompt in prompts if not prompt.file.is_file()]
     if faults:
         raise UserError(faults[0])

@@ -3,10 +3,9 @@ import json, shutil
 from collections import Counter
 
 from support import UserError
-from support.files import MARK, cannot_write, open_tensors, visible, whole_file
+from support.files import MARK, open_tensors, visible, whole_file, writing
 import huggingface_hub
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
@@ -32,94 +31,74 @@ def own_rows(tensor):
 
 
 @torch.no_grad()
-def fill(target, folder, prefix=""):
-    """Fill the tensors of `target` {name: tensor}, which may be sharded, from all .safetensors files in a folder. Names
-    and shapes must match exactly; names without `prefix` are ignored. In a checkpoint, each rank has written its own
-    rows of a tensor into a file of its own. Index files are not needed, so none is read."""
-    found = Counter()
-    for file in visible(folder, "*.safetensors"):
+def fill(target, stored):
+    """Fill the tensors of `target` {name: tensor}, which may be sharded, with the Stored ones of the same names. In a
+    checkpoint, each rank has written its own rows of a tensor into a file of its own."""
+    rows = Counter()
+    for file in visible(stored.folder, "*.safetensors"):
         with open_tensors(file) as f:
             parts = json.loads((f.metadata() or {}).get("DCP_SHARDING_INFO", "{}"))
-            for name in [name for name in f.keys() if name.startswith(prefix)]:
-                if name not in target:
+            for name in [name for name in f.keys() if name.startswith(stored.prefix)]:
+                source = f.get_slice(name)
+                shape = source.get_shape()
+                tensor = target.get(name.removeprefix(stored.prefix))
+                if tensor is None:
                     raise UserError(f"{file}: tensor {name} is not expected")
-                stored = f.get_slice(name)
-                shape, expected = stored.get_shape(), list(target[name].shape)
-                if len(shape) != len(expected) or shape[1:] != expected[1:]:
-                    raise UserError(f"{file}: tensor {name} is {shape}, expected {expected}")
-                rows = shape[0]
-                found[name] += rows
+                if len(shape) != tensor.ndim or shape[1:] != list(tensor.shape[1:]):
+                    raise UserError(f"{file}: tensor {name} is {shape}, expected {list(tensor.shape)}")
                 begin = parts[name]["saved_offsets"][0] if parts else 0
-                mine, first = own_rows(target[name])
-                low, high = max(first, begin), min(first + len(mine), begin + rows)
+                end = begin + shape[0]
+                mine, first = own_rows(tensor)
+                low, high = max(first, begin), min(first + len(mine), end)
                 if low < high:
-                    mine[low - first:high - first] = stored[low - begin:high - begin]
-    if not found:
-        raise UserError(f"{folder}: holds no .safetensors weights (pickled weights are not read)")
+                    mine[low - first:high - first] = source[low - begin:high - begin]
+                rows[name.removeprefix(stored.prefix)] += shape[0]
+    if not rows:
+        raise UserError(f"{stored.folder}: holds no .safetensors weights (pickled weights are not read)")
     for name, tensor in target.items():
-        if found[name] != len(tensor):
-            raise UserError(f"{folder}: cannot be read into this network: tensor {name} has {found[name]} rows, expected "
-                            f"{len(tensor)} ({len(target)} tensors expected, {len(found)} found)")
+        if rows[name] != len(tensor):
+            raise UserError(f"{stored.folder}: cannot be read into this network: tensor {name} has {rows[name]} rows, "
+                            f"expected {len(tensor)} ({len(target)} tensors expected, {len(rows)} found)")
 
 
-def read_weights(net, folder, prefix=""):
-    """`fill` a network, and return it."""
-    fill({prefix + name: tensor for name, tensor in net.state_dict().items()}, folder, prefix)
-    return net
-
-
-def read_adapters(folder, prefix):
-    """{name: tensor} of the adapters in a folder's .safetensors files, whole and in fp32."""
+def read_adapters(stored):
+    """{name: tensor} of Stored adapters, whole and in fp32."""
     rows = Counter()
     tensors = {}
-    for file in visible(folder, "*.safetensors"):
+    for file in visible(stored.folder, "*.safetensors"):
         with open_tensors(file) as f:
-            for name in [name for name in f.keys() if name.startswith(prefix)]:
+            for name in [name for name in f.keys() if name.startswith(stored.prefix)]:
                 shape = f.get_slice(name).get_shape()      # in a checkpoint, of one rank's rows
                 rows[name] += shape[0]
-                tensors[name] = torch.empty(rows[name], *shape[1:])
-    fill(tensors, folder, prefix)
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+                tensors[name.removeprefix(stored.prefix)] = torch.empty(rows[name], *shape[1:])
+    fill(tensors, stored)
+    return tensors
+
+
+def gather(net, **which):
+    """{name: tensor} of a network, whole and in CPU memory, on rank 0; {} on others. Every rank must call it."""
+    return get_model_state_dict(net, options=StateDictOptions(full_state_dict=True, cpu_offload=True, **which))
 
 
 def save_adapters(tensors, file, base):
-    """Write adapters {name: tensor}, which may be sharded, as diffusers does, with the fingerprint of their base. Every
-    rank must call it. Raises UserError if there is no room."""
-    whole = {}
-    for name, tensor in tensors.items():                   # a collective, where they are sharded
-        tensor = tensor.detach()
-        whole[f"transformer.{name}"] = tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor.cpu()
-    layers = {name.rpartition(".lora_A")[0]: len(tensor) for name, tensor in tensors.items() if "lora_A" in name}
-    rank = max(layers.values())
-    config = {"transformer.r": rank, "transformer.lora_alpha": rank, "transformer.target_modules": list(layers)}
+    """Write adapters {name: tensor} as diffusers does, with the fingerprint of their base."""
+    layers = [name.removesuffix(".lora_A.weight") for name in tensors if name.endswith("lora_A.weight")]
+    rank = len(tensors[f"{layers[0]}.lora_A.weight"])
+    config = {"transformer.r": rank, "transformer.lora_alpha": rank, "transformer.target_modules": layers}
     noted = {"format": "pt", "base": base, "lora_adapter_metadata": json.dumps(config)}
-    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
-        with whole_file(file) as part:
-            save_file(whole, part, noted)
+    with whole_file(file) as part:
+        save_file({f"transformer.{name}": tensor for name, tensor in tensors.items()}, part, noted)
 
 
-def save_part(net, config, where, dtype=None, stem="diffusion_pytorch_model"):
-    """Write a network and its config as the folder `where`, whole or not at all. Every rank must call it; rank 0 then
-    holds the whole network in CPU memory (22 GB in fp32 at 5B, 11 GB more to convert it to bf16). Raises UserError if
-    there is no room."""
-    # A collective, which leaves everything on rank 0.
-    tensors = get_model_state_dict(net, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    if torch.distributed.is_initialized() and torch.distributed.get_rank() > 0:
-        return
+def save_part(tensors, config, where, dtype=None, stem="diffusion_pytorch_model"):
+    """Write a network's {name: tensor} and its config as the folder `where`, whole or not at all, in files of at most
+    5 GB, as the published ones."""
     tensors = {name: tensor.to(dtype or tensor.dtype) for name, tensor in tensors.items()}
-    part, before = where.with_name(where.name + MARK), where.with_name(where.name + ".old" + MARK)
-    try:
-        if before.exists() and not where.exists():         # killed between the two renames below
-            before.rename(where)
-        shutil.rmtree(part, ignore_errors=True)            # of a process that was killed while writing
+    part = where.with_name(where.name + MARK)
+    shutil.rmtree(part, ignore_errors=True)                # of a process that was killed while writing
+    with writing(where):
         part.mkdir(parents=True)
         (part / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        # split at 5 GB, as the published files are
         huggingface_hub.save_torch_state_dict(tensors, part, filename_pattern=stem + "{suffix}.safetensors")
-        if where.exists():
-            where.rename(before)
+        shutil.rmtree(where, ignore_errors=True)
         part.rename(where)
-        shutil.rmtree(before, ignore_errors=True)
-    except (OSError, SafetensorError) as e:
-        shutil.rmtree(part, ignore_errors=True)
-        raise cannot_write(where, e) from e

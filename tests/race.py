@@ -8,8 +8,8 @@ import copy, sys, time
 from functools import partial
 from pathlib import Path
 
-from support.folders import read_config
-from support.weights import empty, read_weights
+from support.folders import Stored, read_config
+from support.weights import empty, fill
 import model
 import torch
 import torch.nn.functional as nnf
@@ -65,15 +65,15 @@ def their_step(folder, *sizes):
     return work
 
 
-def step(negatives, graphs, side, folder, *sizes):
-    """A RealDPO step; ours with so many negatives, and "two" graphs or "one" at a time."""
+def step(negatives, side, folder, *sizes):
+    """A RealDPO step; ours with so many negatives, and two graphs at a time."""
     if side == "theirs":
         return their_step(folder, *sizes)
     net, x, cond, t = our_dit(folder, *sizes)
     ref = model.load_dit(folder).requires_grad_(False)
     net.checkpointing = "selective"
     given = dict(win=x, lose=torch.randn(len(x), negatives, *x.shape[1:]), cond=cond, beta=5000, t=t,
-                 noise=torch.randn_like(x), graphs=graphs)
+                 noise=torch.randn_like(x))
     return lambda: streamed_realdpo_loss(net, ref, **given)[0].backward()
 
 
@@ -93,13 +93,13 @@ def t5(side, folder):
         net = transformers.T5EncoderModel.from_pretrained(folder / "text_encoder").eval()
     else:
         config = read_config(folder, "text_encoder", "T5EncoderModel")
-        net = read_weights(empty(model.T5Encoder, config, torch.float32, "cpu"), folder / "text_encoder")
+        net = empty(model.T5Encoder, config, torch.float32, "cpu")
+        fill(net.state_dict(), Stored(folder / "text_encoder"))
     return torch.no_grad()(partial(net, torch.randint(3, 1000, (8, TEXT[0]))))
 
 
 RACES = {"DiT forward": partial(dit, False), "DiT forward and backward": partial(dit, True),
-         "RealDPO step": partial(step, 3, "two"), "RealDPO step, one negative of three": partial(step, 1, "two"),
-         "RealDPO step, one negative, one graph": partial(step, 1, "one"),
+         "RealDPO step": partial(step, 3), "RealDPO step, one negative of three": partial(step, 1),
          "VAE encode": partial(vae, "encode"), "VAE decode": partial(vae, "decode"), "T5": t5}
 
 if __name__ == "__main__":

@@ -70,15 +70,15 @@ def test_both_sides_begin_with_the_same_a_which_their_names_decide_and_b_zero(fo
 
 
 @pytest.mark.parametrize("checkpointing", [True, "selective"])
-@pytest.mark.parametrize("graphs", ["all", "two", "one"])
+@pytest.mark.parametrize("graphs", ["all", "two"])
 def test_what_backward_computes_again_is_the_policys_though_the_reference_came_after(folder, graphs, checkpointing):
     found = []
     for how in (False, checkpointing):
         policy, reference = pair(folder)
         policy.checkpointing = how
         loss = realdpo.realdpo_loss
-        if graphs != "all":
-            loss = partial(realdpo.streamed_realdpo_loss, graphs=graphs)
+        if graphs == "two":
+            loss = realdpo.streamed_realdpo_loss
         loss(policy, reference, **preference_of(policy), beta=3.0)[0].backward()
         found.append({name: p.grad for name, p in policy.named_parameters()})
         assert all(p.grad is None for p in reference.parameters())
@@ -142,7 +142,7 @@ def test_a_second_round_starts_from_the_runs_own_adapters_and_still_fits_the_bas
         if name.startswith("ref."):                        # after one step, 0.4 % of it away
             assert relative(tensor, ended["transformer." + name[4:]]) < 0.1
     assert json.loads((tmp_path / "again" / "base.json").read_text()) == {"model": "tiny"}
-    with pytest.raises(UserError, match="adapted: its adapters have another rank than --rank, or are for other layers"):
+    with pytest.raises(UserError, match="lora_[AB].weight is .*4.*, expected .*2"):
         run_training(tmp_path / "other", cache, model=str(adapted), steps=1, rank=2)
     (line,) = run_training(tmp_path / "whole", cache, model=str(adapted), steps=1)       # of what they make, merged
     merged = model.load_dit(adapted).net.state_dict()

@@ -57,7 +57,7 @@ def test_no_tensor_is_on_the_wrong_device_where_networks_are_on_a_gpu(cache, mon
             seen.add(realdpo.sample(policy, torch.empty_like(latents), cond, steps=3, guidance=6.0, uncond=cond.text,
                                     solver="multistep", progress=False).device)
             policy.checkpointing = "selective"
-            options = train.Options(batch=2, micro_batch=2, anchor=1.0, graphs="all", t_draw="low")    # without item()
+            options = train.Options(batch=2, micro_batch=2, anchor=1.0, graphs="all", t_draw="uniform")    # without item()
             with pytest.raises(KeyboardInterrupt):
                 train.train_step(policy, reference, None, records, options, 0, Process(0, 1, device, None), None,
                                  threading.Event())

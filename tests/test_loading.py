@@ -39,7 +39,7 @@ BREAKAGES = {
         "2b": (config(use_rotary_positional_embeddings=False), "use_rotary.*2b"),
         "silent about rope": (config(use_rotary_positional_embeddings=...), "use_rotary.* is False"),
         "1.5": (config(patch_size_t=2, patch_bias=False, ofs_embed_dim=512), r"patch_size_t is 2.*1\.5"),
-        "text to video": (config(in_channels=4), "in_channels is 4.*text-to-video"),
+        "text to video": (config(in_channels=4), "in_channels is 4, expected 8"),
         "unknown scheduler": (schedule(_class_name="PNDMScheduler"), "PNDMScheduler"),
         "schedule without its rescaling": (schedule(rescale_betas_zero_snr=...), "rescale_betas_zero_snr"),
         "weights cut in the last tensor": (content(WEIGHTS, lambda b: b[:-1]), WEIGHTS),
@@ -86,10 +86,8 @@ solve = partial(realdpo.sample, Toy(1), *inputs(), steps=2)
 
 
 @pytest.mark.parametrize("call, message", [
-    (lambda dit: dit(*inputs(1, 5, 8, 6), torch.ones(1)), r"\(5, 4, 3\).*\(2, 3\)"),     # not in the learned table
-    (lambda dit: dit(*inputs(1, 6, 4, 6), torch.ones(1)), "at most 5 frames"),
-    (lambda dit: dit(*inputs(1, 5, 5, 6), torch.ones(1)), r"\(1, 4, 5, 5, 6\).*divisible by 2"),
-    (lambda dit: dit(*inputs(c=DIT | dict(out_channels=5)), torch.ones(1)), r"\(1, 5, 5, 4, 6\).*\(B,4,F,H,W\)"),
+    (lambda dit: dit(*inputs(1, 5, 8, 6), torch.ones(1)), r"\(5, 4, 3\).*\(5, 2, 3\)"),     # not in the learned table
+    (lambda dit: dit(*inputs(1, 6, 4, 6), torch.ones(1)), r"at most \(5, 2, 3\)"),
     (lambda _: loss(lose=torch.zeros(2, 4, 3, 4, 6)), r"lose \(2, 4, 3, 4, 6\)"),
     (lambda _: streamed(lose=torch.zeros(2, 1, 4, 2, 4, 6)), r"lose \(2, 1, 4, 2, 4, 6\)"),
     (lambda _: loss(weighting="snr"), "snr"),
@@ -149,8 +147,8 @@ def test_a_model_that_cannot_be_had_is_refused_by_name_with_the_cause(name, tmp_
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "base.json").write_text(json.dumps({"model": name}))
-    for path, named in ((name, name), (tmp_path, f"{tmp_path}/base.json names the base {name}")):
-        with pytest.raises(UserError, match=rf"\A{named}: .*\(offline, caused by ConnectionReset.*by peer.*\Z"):
+    for path, named in ((name, name), (tmp_path, f"{name}, which {tmp_path}/base.json names")):
+        with pytest.raises(UserError, match=rf"\A{named}: .*\(ConnectionReset.*by peer.*\Z"):
             model.load_vae(path)
 
 

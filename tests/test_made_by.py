@@ -41,7 +41,7 @@ def test_whoever_adds_files_with_other_settings_is_refused_before_anything_is_lo
         for name in ("load_vae", "load_text_encoder", "load_dit"):
             monkeypatch.setattr(module, name, None, raising=False)
     options = change if isinstance(change, dict) else dict(model=tiny_with_other(change, tmp_path / "other"))
-    with pytest.raises(UserError, match=rf"{place}\S*: was made with other settings: {setting} .*rm -r \S+{place}"):
+    with pytest.raises(UserError, match=rf"{place}\S*: was made with {setting} .*rm -r \S+{place}"):
         if place == "win":
             folder = shutil.copytree(videos, tmp_path / "videos")
             shutil.copytree(videos, folder / "negative_samples" / "00000")
@@ -55,8 +55,8 @@ def test_whoever_adds_files_with_other_settings_is_refused_before_anything_is_lo
 def test_a_cache_that_says_nothing_of_what_made_it_or_is_of_another_version_is_refused(videos, own_cache):
     for kind, act in (("lose", lambda: add_negatives(own_cache)), ("win", lambda: encode(videos, own_cache))):
         note = own_cache / kind / "made_by.json"
-        rewrite(note, format=files.FORMAT - 1)
-        with pytest.raises(UserError, match=f"{kind}: was made by another version .* rm -r .*{kind}"):
+        rewrite(note, version=files.VERSION - 1)
+        with pytest.raises(UserError, match=f"{kind}: was made with version .* rm -r .*{kind}"):
             data.Records(own_cache)
         note.unlink()
         with pytest.raises(UserError, match="00000.safetensors: is there, but no made_by.json says what made it"):

@@ -33,7 +33,7 @@ ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: partial
 
 @pytest.mark.parametrize("layers, checkpointing, graphs, lose, close", [
     (2, "selective", "two", 1, 0.1),
-    pytest.param(4, "full", "one", 3, 0.1, marks=pytest.mark.slow),
+    pytest.param(4, "full", "all", 1, 0.1, marks=pytest.mark.slow),
     pytest.param(42, "selective", "two", 1, 0.03, marks=pytest.mark.slow)])
 def test_memory_and_flops_are_those_of_the_real_code(layers, checkpointing, graphs, lose, close):
     options = train.Options(batch=1, lose_per_step=lose, checkpointing=checkpointing, graphs=graphs)
@@ -56,7 +56,7 @@ def test_memory_and_flops_are_those_of_the_real_code(layers, checkpointing, grap
     work = Work(options, sum(p.numel() for p in policy.parameters()), layers)
     memory = sum(size for kind, size in work.memory(RANKS).items() if "guess" not in kind)
     assert memory == pytest.approx(tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"], rel=close)
-    assert work.flops()[1] == pytest.approx(counter.get_total_flops(), rel=0.005)
+    assert work.flops() == pytest.approx(counter.get_total_flops(), rel=0.005)
 
 
 @pytest.mark.parametrize("options, forwards", [
@@ -64,17 +64,17 @@ def test_memory_and_flops_are_those_of_the_real_code(layers, checkpointing, grap
     (dict(compare_every=4), (8 + 3 * 3) / 4)])             # the anchor alone at three of four steps
 def test_the_work_of_a_step_is_three_forwards_of_the_policy_a_video_and_one_of_the_reference(options, forwards):
     options = train.Options(**dict(batch=1, checkpointing="none", compare_every=1) | options)
-    assert Work(options).mean_flops() == pytest.approx([forwards * FORWARD] * 2, rel=0.01)
+    assert Work(options).mean_flops() == pytest.approx(forwards * FORWARD, rel=0.01)
 
 
-@pytest.mark.parametrize("gpus, count, sizes", [("1", 1, [141]), ("8", 8, [48, 80, 141]), ("2x8", 16, [48, 80, 141])])
+@pytest.mark.parametrize("gpus, count, sizes", [(1, 1, [141]), (8, 8, [48, 80, 141]), (16, 16, [48, 80, 141])])
 def test_a_dry_run_says_for_each_size_of_gpu_whether_it_fits_and_how_long_it_takes(gpus, count, sizes, capsys):
     train.main(train.Options(batch=16, dry_run=gpus))
     head, _, *rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert {"5000", "3125"} <= {*head}                     # clips and steps
     assert len(rows) == 4 and [int(row[2]) for row in rows if row[-1] != "fit"] == sizes
     least = 16 * (8 + 3 * 3) / 4 * FORWARD / (count * 989e12 * 0.4)          # without what is done twice
-    assert least < float(rows[2][3]) < 1.25 * least
-    hours = [float(cell) for cell in rows[2][5:11]]        # encoding, three negatives or one, training, and their sums
+    assert least < float(rows[2][5]) < 1.25 * least
+    hours = [float(cell) for cell in rows[2][7:13]]        # encoding, three negatives or one, training, and their sums
     assert hours[0] + hours[1] + hours[3] == pytest.approx(hours[4], abs=0.11)
     assert hours[0] + hours[2] + hours[3] == pytest.approx(hours[5], abs=0.11)

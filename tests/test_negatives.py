@@ -46,19 +46,19 @@ def test_negatives_are_asked_for_with_their_records_caption_and_first_frame(own_
 
 
 def test_videos_of_a_bench_are_asked_for_with_their_own_picture_and_caption(shots, asked, tmp_path):
-    options = dict(model="tiny", bench=str(shots), steps=7, guidance=2.5, solver="multistep", samples=2, frames=9)
+    options = dict(model="tiny", bench=str(shots), steps=7, guidance=2.5, solver="multistep", frames=9)
     sample.main(sample.Options(out=str(tmp_path / "a"), **options))
     sample.main(sample.Options(out=str(tmp_path / "b"), **options, seed=1))
     encode_text, vae = model.load_text_encoder("tiny"), model.load_vae("tiny")
     prompts, _ = read_bench(shots)
-    assert len(asked) == 2 * 2 * len(prompts)
-    for call, prompt in zip(asked, [prompt for prompt in prompts for _ in range(2)] * 2):
+    assert len(asked) == 2 * len(prompts)
+    for call, prompt in zip(asked, prompts * 2):
         assert torch.equal(call["cond"].text, encode_text([prompt.caption]))
         mean = vae.encode(films.read_image(prompt.file, 32, 32)[None])              # a sample of its posterior
         assert 0 < relative(call["cond"].image, mean) < 0.2
         assert torch.equal(call["uncond"], encode_text([""]))
         assert (call["steps"], call["guidance"], call["solver"], call["progress"]) == (7, 2.5, "multistep", False)
-    assert_unrelated(torch.cat([call["noise"] for call in asked]))         # of each sample, picture and seed its own
+    assert_unrelated(torch.cat([call["noise"] for call in asked]))         # of each picture and seed its own
     assert asked[0]["noise"].shape == (1, 8, 3, 8, 8)
 
 
@@ -79,14 +79,14 @@ def test_negatives_depend_only_on_seed_record_and_index(own_cache, monkeypatch):
     assert not torch.equal(two[0], two[1])
 
 
-def test_negatives_take_half_the_evaluations_of_a_published_video(monkeypatch):
+def test_negatives_take_a_quarter_of_the_evaluations_of_a_published_video(monkeypatch):
     taken = []
     for action in "negatives", "make_videos":
         monkeypatch.setattr(sample, action, lambda options: taken.append((options.solver, options.steps)))
     for options in ({"data": "cache"}, {"image": "a.png"}, {"bench": "shots"}, {"data": "cache", "solver": "euler"},
                     {"data": "cache", "steps": 9}, {"image": "a.png", "solver": "multistep"}):
         sample.main(sample.Options(model="tiny", **options))
-    assert taken == [("multistep", 25), ("euler", 50), ("euler", 50), ("euler", 50), ("multistep", 9),
+    assert taken == [("multistep", 12), ("euler", 50), ("euler", 50), ("euler", 50), ("multistep", 9),
                      ("multistep", 25)]
 
 

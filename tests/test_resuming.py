@@ -4,7 +4,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-from support import UserError, folders, runs
+from support import UserError, folders
 from support.command import this_process
 from support.files import MARK, read_json, write_json
 from tests.helpers import (Count, as_a_process, carried, checkpoint, exported, metrics, processes, run_training,
@@ -44,14 +44,14 @@ def test_a_run_from_elsewhere_may_take_other_options(half, cache, tmp_path):
 # What decides a step, and another value of it; all other options decide where and how a run runs.
 DECIDES = dict(model="other", method="dpo", beta=7.0, anchor=7.0, weighting="velocity", t_draw="uniform",
                lose_per_step=2, compare_every=7, ema_decay=0.9, ema_every=7, lr=7.0, warmup=7, decay=0.1, batch=16,
-               seed=7)
+               seed=7, rank=7)
 
 
 def test_what_decides_a_step_may_not_change_when_a_run_goes_on_and_all_else_may(tmp_path):
     options = train.Options(model="tiny", out=str(tmp_path / "run"), steps=8)
 
     def begin(options, records={"a": "1"}):
-        runs.begin_run(options, records, options.steps, lambda steps: 1.0, rank=0)
+        folders.begin_run(options, records, options.steps, 1, lambda *_: 1.0, rank=0)
 
     begin(options)
     saved = read_json(tmp_path / "run" / "run.json")
@@ -62,7 +62,7 @@ def test_what_decides_a_step_may_not_change_when_a_run_goes_on_and_all_else_may(
         elif field.name not in ("out", "steps", "resume"):
             begin(dataclasses.replace(options, **{field.name: "another"}))
     for records in ({"a": "2"}, {}, {"a": "1", "b": "1"}):
-        with pytest.raises(UserError, match="another record [ab]: it has changed, is new or is gone"):
+        with pytest.raises(UserError, match="with records "):
             begin(options, records)
     del saved["weighting"]                                 # an older run: what it does not say counts as the default
     write_json(tmp_path / "run" / "run.json", saved)
@@ -76,9 +76,9 @@ def test_the_number_of_steps_may_change_until_the_rate_has_begun_to_fall(cache, 
     falling(steps=2)                                       # rates 1 and 1: of two, none is lower yet
     falling(steps=4)
     assert [line["lr"] for line in metrics(tmp_path / "run")] == pytest.approx([1e-4, 1e-4, 1e-4, 5e-5])
-    with pytest.raises(UserError, match=r"steps 4 \(now 8\), at whose end the rate has begun to fall; .*--resume"):
+    with pytest.raises(UserError, match=r"steps 4 \(now 8\)"):
         falling(steps=8)
-    resume = str(tmp_path / "run" / "checkpoints" / "step-000004")             # the way that the message names
+    resume = str(tmp_path / "run" / "checkpoints" / "step-000004")
     lines = run_training(tmp_path / "other", cache, decay=0.5, steps=8, resume=resume)
     assert [line["lr"] for line in lines] == pytest.approx([1e-4, 7.5e-5, 5e-5, 2.5e-5])
 
@@ -147,22 +147,14 @@ def test_parameters_are_sharded_over_all_ranks_or_within_machines_of_eight(ranks
         assert train.make_mesh("cpu", world, ranks_a_machine).shape == mesh
 
 
-def test_every_group_waits_for_an_hour():
-    """While rank 0 writes an export of 5B; torch's own limit is half of that, with NCCL a sixth."""
-    with as_a_process():
-        _, mesh = train.init_distributed()
-        for group in (dist.group.WORLD, *mesh.get_all_groups()):
-            assert group._get_backend(torch.device("cpu")).options._timeout.total_seconds() == 3600
-
-
 def test_a_rank_with_a_stale_view_goes_on_from_where_the_others_do(half, cache, tmp_path, monkeypatch):
     """Here as a rank that does not see the second checkpoint: another says step 2."""
     run, loaded = shutil.copytree(half, tmp_path / "run"), []
-    monkeypatch.setattr(train, "choose_checkpoint", lambda *_: (run / "checkpoints" / "step-000001", 1))
+    monkeypatch.setattr(folders, "choose_checkpoint", lambda *_: (run / "checkpoints" / "step-000001", 1))
     monkeypatch.setattr(train, "over_ranks", lambda number, process: 2)
-    monkeypatch.setattr(train, "load_checkpoint", lambda state, optimizer, folder, step: loaded.append((folder, step)))
+    monkeypatch.setattr(train, "fill", lambda state, stored: loaded.append(stored.folder))
     run_training(run, cache, steps=3)
-    assert loaded == [(run / "checkpoints" / "step-000002", 2)]
+    assert loaded == [run / "checkpoints" / "step-000002"]
 
 
 def watched(function, file):
@@ -260,7 +252,7 @@ def test_two_ranks_compute_what_one_does_and_may_alternate_with_it(half, straigh
         assert step["_reduce_scatter_base_ default_pg"] == weights / 2
     assert len(traffic["ema_update"]) == len(traffic["train_step"]) and not any(traffic["ema_update"])
     next((tmp_path / "two" / "checkpoints" / "step-000004").glob("shard-00001-*")).unlink()  # a copy that was cut off
-    lacks = r"tensor \S+ has \d+ rows, expected \d+.*delete .*step-000004 to continue from an earlier"
+    lacks = r"step-000004: .*tensor \S+ has \d+ rows, expected \d+"
     with pytest.raises(UserError, match=lacks):
         run_training(tmp_path / "two", cache, steps=5)
 
@@ -280,16 +272,20 @@ def test_two_machines_of_two_ranks_compute_what_one_rank_does(half, straight, ca
     shutil.copytree(half, tmp_path / "from-one")
     runs = [dict(out=tmp_path / "four", cache=cache, save_every=2), dict(out=tmp_path / "from-one", cache=cache),
             dict(out=tmp_path / "often", cache=cache, batch=8, micro_batch=1, graphs="two", steps=1),
-            dict(out=tmp_path / "one graph", cache=cache, graphs="one", micro_batch=1)]
+            dict(out=tmp_path / "ranked", cache=cache, rank=4, graphs="two", micro_batch=1)]
     traffic = run_on_ranks(runs, tmp_path, world_size=4)
-    for name in ("four", "from-one", "one graph"):
+    for name in ("four", "from-one"):
         same_to_rounding(tmp_path / name, metrics(tmp_path / name), straight)
+    ranked = run_training(tmp_path / "ranked, alone", cache, rank=4, graphs="two", micro_batch=1)
+    for ours, theirs in zip(metrics(tmp_path / "ranked"), ranked, strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-5, rel=1e-4)
     shutil.rmtree(tmp_path / "four" / "checkpoints" / "step-000004")
     same_to_rounding(tmp_path / "four", run_training(tmp_path / "four", cache), straight)     # the rest on one rank
     weights = 4 * sum(p.numel() for p in model.load_dit("tiny").parameters())
     *steps, often = traffic["train_step"][:7]
     for step in steps:                                     # between machines: each rank's half of the gradient
         assert step.pop("allreduce_ default_pg") < 100     # the metrics
+        assert step.pop("allgather_ mesh_shard") == 8      # the gradient's norm
         assert step == {"_allgather_base_ mesh_shard": 3 * weights, "_reduce_scatter_base_ mesh_shard": weights / 2,
                         "allreduce_ mesh_replicate": weights / 2}
     assert often["_reduce_scatter_base_ mesh_shard"] == 2 * 2 * weights / 2    # of two samples' two videos each,

@@ -9,9 +9,9 @@ import torch
 import model
 import sample
 import train
-from support import UserError, command, files, runs
+from support import UserError, command, files, films, folders
 from support.files import MARK, read_json, sole_owner, write_json
-from support.folders import base_of, defaults_of, fingerprint_of, last_checkpoint
+from support.folders import base_of, choose_checkpoint, defaults_of, fingerprint_of, last_checkpoint
 from tests.helpers import (REPO, SHORT, checkpoint, contents, generate_bench, metrics, on_rank, refusal,
                            run_training, same_tensors, spy_on_losses, spy_on_videos)
 from toy import laptop
@@ -27,28 +27,28 @@ QUICK = dict(steps=3, guidance=1.0)
 @pytest.fixture
 def quick(monkeypatch):
     """A model whose own defaults ask for videos in a few steps."""
-    monkeypatch.setattr(train, "defaults_of", lambda path, command: QUICK)
+    monkeypatch.setattr(folders, "defaults_of", lambda path, command: QUICK)
 
 
 @pytest.fixture(scope="module")
 def watched(cache, shots):
     """A run of four steps with videos of a bench at its start, in its middle and at its end."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "defaults_of", lambda path, command: QUICK)
+        patch.setattr(folders, "defaults_of", lambda path, command: QUICK)
         run_training(cache.parent / "watched", cache, bench=str(shots), save_every=2)
     return cache.parent / "watched"
 
 
 def test_a_bench_shows_the_start_every_checkpoint_and_the_end(watched, straight, shots, tmp_path):
     steps = {"step-000000": "tiny", "step-000002": watched / "checkpoints" / "step-000002", "step-000004": watched}
-    assert {path.name for path in (watched / "videos").iterdir()} == steps.keys()
+    assert {path.name for path in (watched / "videos").iterdir()} == {*steps, "bench.json"}
     for step, trained in steps.items():
         settings = QUICK | dict(frames=0, solver="multistep")                            # as train.py chooses them
         generate_bench(shots, tmp_path / step, model=str(trained), **settings)
         ours, theirs = contents(watched / "videos" / step), contents(tmp_path / step)
-        assert {*ours} == {*theirs} == {"bench.json", "somersault.mp4", "walk-12.mp4"}
+        assert {*ours} == {*theirs} - {"bench.json"} == {"somersault.mp4", "walk-12.mp4"}
         if step != "step-000004":                          # which was exported in bf16, while the run shows it in fp32
-            assert all(ours[name] == theirs[name] for name in ours if name.endswith(".mp4"))
+            assert all(ours[name] == theirs[name] for name in ours)
     shown = {contents(watched / "videos" / step)["somersault.mp4"] for step in steps}
     assert len(shown) == 3                                 # and training changes what one sees
     assert metrics(watched) == [{k: v for k, v in line.items() if "eval" not in k} for line in metrics(straight)]
@@ -60,16 +60,16 @@ def test_a_stop_is_heeded_within_one_video_and_the_same_command_makes_the_others
     for name in ("checkpoints/step-000004", "videos/step-000002", "videos/step-000004", "transformer", "scheduler"):
         shutil.rmtree(run / name)
     (run / "done").unlink()
-    made, write = spy_on_videos(monkeypatch), sample.write_video
+    made, write = spy_on_videos(monkeypatch), films.write_video
 
     def write_and_stop(*video):
         write(*video)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(sample, "write_video", write_and_stop)
+    monkeypatch.setattr(films, "write_video", write_and_stop)
     assert len(run_training(run, cache, bench=str(shots), save_every=2)) == 2            # and no step more
     assert made == ["somersault.mp4"]
-    monkeypatch.setattr(sample, "write_video", write)
+    monkeypatch.setattr(films, "write_video", write)
     run_training(run, cache, bench=str(shots), save_every=2)
     assert made == ["somersault.mp4", "walk-12.mp4", "somersault.mp4", "walk-12.mp4"]
     assert contents(run / "videos") == contents(watched / "videos") and metrics(run) == metrics(watched)
@@ -80,7 +80,7 @@ def test_other_pictures_are_not_mixed_with_those_that_a_run_has_shown(watched, c
     run = shutil.copytree(watched, tmp_path / "run")
     other = shutil.copytree(shots, tmp_path / "other")
     (other / "walk-12.txt").write_text("another caption")
-    with pytest.raises(UserError, match=r"videos/step-00000\d: was made with other settings: bench "):
+    with pytest.raises(UserError, match="run/videos: was made with captions .*another caption"):
         run_training(run, cache, bench=str(other), save_every=2, steps=5)
     assert (run / "transformer").is_dir()                  # it has not gone on, so it keeps what it has exported
 
@@ -103,19 +103,18 @@ def test_previews_are_sampled_as_the_model_asks_from_one_noise_and_their_autoenc
     for before, after in zip(asked[:2], asked[2:], strict=True):
         assert torch.equal(before["noise"], after["noise"]) and torch.equal(before["cond"].image, after["cond"].image)
     assert not torch.equal(asked[0]["noise"], asked[1]["noise"])
-    assert read_json(tmp_path / "run" / "videos" / "step-000001" / "bench.json")["seed"] == 5
+    assert read_json(tmp_path / "run" / "videos" / "bench.json")["seed"] == 5
 
 
-@pytest.mark.parametrize("rank, made", [(0, {"somersault.mp4"}), (1, {"walk-12.mp4"}), (2, set())])
-def test_a_rank_that_has_no_video_to_make_keeps_pace_with_the_others(rank, made, shots, tmp_path, monkeypatch):
-    asked = []                                             # a forward is a collective: another rank has two videos left
+def test_all_ranks_make_as_many_videos_since_a_forward_is_a_collective(shots, tmp_path, monkeypatch):
+    asked, made = [], spy_on_videos(monkeypatch)
     monkeypatch.setattr(sample, "sample", lambda denoiser, noise, cond, **options: asked.append(noise) or noise)
-    monkeypatch.setattr(train, "over_ranks", lambda number, process: 0 if number is False else 2)
-    process = command.Process(rank, 3, torch.device("cpu"), torch.float32)
-    previews = train.Previews(train.Options(model="tiny", bench=str(shots), out=str(tmp_path)), process)
-    assert previews.make(None, 7, threading.Event()) is False and len(asked) == 2
-    assert {path.name for path in tmp_path.glob("videos/step-000007/*.mp4")} == made
-    assert (tmp_path / "videos" / "step-000007" / "bench.json").exists() == (rank == 0)
+    monkeypatch.setattr(train, "over_ranks", lambda number, process: number)
+    for rank in range(4):                                  # of two pictures
+        process = command.Process(rank, 4, torch.device("cpu"), torch.float32)
+        previews = train.Previews(train.Options(model="tiny", bench=str(shots), out=str(tmp_path / str(rank))), process)
+        assert not previews.make(None, 7, threading.Event()) and len(asked) == rank + 1
+    assert made == ["somersault.mp4", "walk-12.mp4"] * 2
 
 
 # ---- A checkpoint is a model ----------------------------------------------------------------------------------------
@@ -128,7 +127,7 @@ def test_a_checkpoint_and_its_reference_are_models(half, cache, tmp_path):
     assert defaults_of(folder, "sample") == defaults_of("tiny", "sample") != {}
     (first,) = run_training(tmp_path / "on", cache, model=str(folder), steps=1)
     assert first["margin"] == 0                            # a run of its own, with a reference of its own
-    assert base_of(tmp_path / "on") == ("tiny", tmp_path / "on" / "base.json")
+    assert base_of(tmp_path / "on") == "tiny"
     assert len({fingerprint_of(path, "transformer") for path in (folder, folder / "ref", "tiny")}) == 3
 
 
@@ -149,16 +148,12 @@ def test_a_run_opens_before_it_has_ended_and_says_so(half, picture, tmp_path, mo
 # ---- What a folder holds, and where a run goes on -------------------------------------------------------------------
 
 @pytest.mark.parametrize("name", ["transformer", "scheduler", "metrics.jsonl", "checkpoints", "videos/step-000000",
-                                  "base.json", "done"])
-def test_what_a_run_would_write_over_is_refused_by_name(name, tmp_path):
-    (tmp_path / "videos" / "mine").mkdir(parents=True)
-    (tmp_path / "transformer.old").mkdir()
-    runs.refuse_others(tmp_path)                           # these stay, whatever a run does
-    (tmp_path / name).mkdir()
+                                  "base.json", "done", "index.html", folders.ADAPTERS])
+def test_what_a_run_would_write_over_is_refused_by_name(name, cache, tmp_path):
+    for mine in ("videos/mine", "transformer.old", name):                    # of which only the last is in the way
+        (tmp_path / mine).mkdir(parents=True)
     with pytest.raises(UserError, match=f"^{tmp_path}/{name}: is there"):
-        runs.refuse_others(tmp_path)
-    (tmp_path / "run.json").touch()
-    runs.refuse_others(tmp_path)
+        run_training(tmp_path, cache)
 
 
 def test_a_run_that_has_ended_is_left_alone_and_goes_on_if_asked_to(half, own_cache, tmp_path, monkeypatch, capsys):
@@ -180,38 +175,39 @@ def test_a_run_that_has_ended_is_left_alone_and_goes_on_if_asked_to(half, own_ca
 def test_an_ended_run_whose_checkpoints_are_gone_is_kept_and_named(half, cache, tmp_path):
     run = shutil.copytree(half, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints"))
     before = contents(run / "transformer")
-    with pytest.raises(UserError, match=rf"run: has ended after 2 steps, .* gone; .*--model {run} and another --out"):
+    with pytest.raises(UserError, match=rf"run: has ended after 2 steps, without a checkpoint; .*--model {run} and another --out"):
         run_training(run, cache)
     assert contents(run / "transformer") == before and len(metrics(run)) == 2 and (run / "done").is_file()
 
 
 @pytest.fixture
 def steps(tmp_path):
-    """Checkpoints of steps 1 and 2 of a run, and of step 5 of another from which it went on."""
-    folders = {n: tmp_path / out / "checkpoints" / f"step-{n:06d}" for n, out in ((1, "run"), (2, "run"), (5, "first"))}
-    for number, folder in folders.items():
+    """Checkpoints of steps 1 and 2 of a run, and of step 5 of another."""
+    places = {n: tmp_path / out / "checkpoints" / f"step-{n:06d}" for n, out in ((1, "run"), (2, "run"), (5, "first"))}
+    for number, folder in places.items():
         write_json(folder / "checkpoint.json", {"step": number})
-    write_json(tmp_path / "run" / "run.json", {"resume": str(folders[5])})
-    return folders
+    return places
 
 
 def test_a_run_goes_on_from_its_own_last_checkpoint_else_from_where_it_began(steps, tmp_path):
-    choose = partial(runs.choose_checkpoint, tmp_path / "run")
-    for resume in ("", str(steps[2]), str(steps[5])):
-        assert choose(resume) == (steps[2], 2)
     for name in ("step-000003.best", f"step-000004{MARK}"):
         shutil.copytree(steps[2], steps[2].with_name(name))
-    with pytest.raises(UserError, match=f"--resume {steps[1]}: .*run goes on from {steps[2]}; leave --resume out"):
-        choose(str(steps[1]))
-    shutil.rmtree(tmp_path / "run" / "checkpoints")
-    assert choose("") == choose(str(steps[5])) == (steps[5], 5)              # stopped before its first checkpoint
-    assert runs.choose_checkpoint(tmp_path / "new", "") == (None, 0)
+    for resume in ("", str(steps[5])):
+        assert choose_checkpoint(tmp_path / "run", resume) == (steps[2], 2)
+    assert choose_checkpoint(tmp_path / "new", str(steps[5])) == (steps[5], 5)
+    assert choose_checkpoint(tmp_path / "new", "") == (None, 0)
 
 
 @pytest.mark.parametrize("name", ["run", "run/checkpoints", "run/checkpoints/latest", "run/checkpoints/step-000009"])
 def test_what_is_no_checkpoint_is_answered_with_those_there_are(name, steps, tmp_path):
     with pytest.raises(UserError, match=f"no checkpoint; expected a folder such as {steps[1]}, {steps[2]}$"):
-        runs.choose_checkpoint(tmp_path / "other", str(tmp_path / name))
+        choose_checkpoint(tmp_path / "other", str(tmp_path / name))
+
+
+def test_a_run_is_not_taken_back_to_an_older_checkpoint_of_its_own(half, cache, tmp_path):
+    run = shutil.copytree(half, tmp_path / "run")
+    with pytest.raises(UserError, match=r"run: was made with resume  \(now \S+step-000002\)"):
+        run_training(run, cache, steps=3, resume=str(run / "checkpoints" / "step-000002"))
 
 
 def test_a_second_job_says_who_is_at_work(cache, tmp_path, monkeypatch):
@@ -222,7 +218,7 @@ def test_a_second_job_says_who_is_at_work(cache, tmp_path, monkeypatch):
 
 def test_a_file_system_without_locks_is_named_and_used(tmp_path, monkeypatch, capsys):
     def refuse(*_):
-        raise OSError(files.errno.ENOLCK, "No locks available")
+        raise OSError("No locks available")
 
     monkeypatch.setattr(files.fcntl, "flock", refuse)
     with sole_owner(tmp_path / "run"):
@@ -295,13 +291,10 @@ def end_of(monkeypatch, error):
     (UserError("a mistake"), "error: a mistake"), (KeyboardInterrupt(), "interrupted; what is finished stays"),
     (RuntimeError("Connection closed by peer"), "another rank has gone"),                                  # gloo
     (RuntimeError("ncclRemoteError: a remote process exited"), "another rank has gone"),                   # NCCL
-    (BrokenPipeError(), "1")])                             # | head: nothing is said, not even by Python's last flush
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to"), "error: the GPU's memory ran out (CUDA out of memory); ")])
 def test_a_command_ends_in_a_line_and_a_status(error, line, monkeypatch):
-    silenced = []
-    monkeypatch.setattr(os, "dup2", lambda _, stream: silenced.append(stream))
     on_rank(monkeypatch, 0, 2)
     assert str(end_of(monkeypatch, error)).startswith(line)
-    assert silenced == ([sys.stdout.fileno()] if line == "1" else [])
     with pytest.raises(RuntimeError, match="of the sizes"):                  # a mistake of ours ends in a traceback
         end_of(monkeypatch, RuntimeError("of the sizes"))
 
@@ -318,9 +311,11 @@ def test_other_ranks_leave_it_to_rank_0_to_speak(monkeypatch, capsys):
 
 def test_a_command_says_its_model_and_what_is_not_its_default_and_knows_the_home_folder(monkeypatch, capsys):
     monkeypatch.setenv("HOME", "/home/me")
-    options = command.parse(train.Options, "train", ["--model", "tiny", "--out=~/run", "--beta", "7"])
+    monkeypatch.setattr(sys, "argv", "train.py --model tiny --out=~/run --beta 7".split())
+    taken = []
+    command.command(taken.append, train.Options, "train")
+    (options,) = taken
     assert (options.out, options.beta, options.lr) == ("/home/me/run", 7.0, defaults_of("tiny", "train")["lr"])
-    command.announce(options)
     lines = r"model: tiny \(.*\)\noptions: --out /home/me/run --beta 7.0 .*--lr 0.002 .*\n"
     assert re.fullmatch(lines, capsys.readouterr().out)
 

@@ -265,7 +265,7 @@ def test_curating_keeps_drops_and_leaves_undecided(server, videos, tmp_path, cap
     assert f"python data.py --videos '{out}'" in said      # to be pasted
     assert rows == curate_clips(raw, out, server) and len(server.asked) == 6           # nothing is asked again
     assert [clip.file.name for clip in list_clips(out)[0]] == ["00000.mp4", "00003.mp4"]
-    with pytest.raises(UserError, match=r"metadata.jsonl: was made with other settings: theme figures \(now dogs\)"):
+    with pytest.raises(UserError, match=r"metadata.jsonl: was made with theme figures \(now dogs\)"):
         curate_clips(raw, out, server, theme="dogs")
 
 

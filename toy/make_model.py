@@ -144,7 +144,7 @@ def make_text_encoder(folder):
             sentence_iterator=sentences, model_writer=f, model_type="unigram", vocab_size=TINY_T5["vocab_size"],
             pad_id=0, eos_id=1, unk_id=2, bos_id=-1, hard_vocab_limit=False, minloglevel=2)
     torch.manual_seed(0)
-    save_part(model.T5Encoder(TINY_T5), TINY_T5, folder / "text_encoder", torch.bfloat16, stem="model")
+    save_part(model.T5Encoder(TINY_T5).state_dict(), TINY_T5, folder / "text_encoder", torch.bfloat16, stem="model")
 
 
 FAULTS = (0.4, 1.0)                        # least and greatest strength of the faults in the corpus
@@ -188,7 +188,7 @@ def make_vae(folder, steps):
     config["scaling_factor"] = round(1 / mean.std().item(), 6)
     error = (output.clamp(-1, 1) - held_out).square().mean().item() / 4
     print(f"autoencoder: {-10 * math.log10(error):.1f} dB on 32 held-out clips")
-    save_part(vae, config, folder / "vae", torch.bfloat16)
+    save_part(vae.state_dict(), config, folder / "vae", torch.bfloat16)
 
 
 def make_base(folder, steps, seed=0, clips=4096, unseen=128):

@@ -57,7 +57,7 @@ CHOOSING = ((1, 0), (2, 0))                        # base and number of the runs
 
 def cost_of_a_step(options):
     """FLOP of a training step, on average over those with and those without a comparison."""
-    return Work(options, layers=5, width=96, tokens=96).mean_flops()[0]           # the tiny model's
+    return Work(options, layers=5, width=96, tokens=96).mean_flops()           # the tiny model's
 
 
 def training_options(row):
