@@ -25,7 +25,6 @@ from model import load_text_encoder, load_vae
 import torch
 from tqdm import tqdm
 
-
 class Records:
     """The records of a cache as a sequence of dicts of tensors, checked to belong together.
 
@@ -103,7 +102,6 @@ class Records:
         """The embedding (L,D) of the empty caption, for guidance."""
         return files.read_tensors(self.folder / "empty.safetensors")["text"]
 
-
 def clip_shape(options, folder):
     """(frames, height, width) of the clips: as many frames as asked for, else as the model was trained with."""
     c = folders.read_dit_config(folder)
@@ -116,7 +114,6 @@ def clip_shape(options, folder):
         raise UserError(f"--frames {frames}: this model's learned positions are for at most {c['sample_frames']} frames")
     return frames, c["sample_height"] * space, c["sample_width"] * space
 
-
 def check_clip(clip, negatives, shape, fps):
     """Raise UserError if a clip is faulty, as far as its header tells, or has another number of negatives."""
     if len(clip.negatives) != negatives:
@@ -127,13 +124,11 @@ def check_clip(clip, negatives, shape, fps):
         if films.read_video_header(video).seconds < start + (shape[0] - 1) / fps:
             films.read_video(video, *shape, fps, start)    # the header may be wrong: count the pictures
 
-
 def read_clip(clip, shape, fps):
     """The pixels of a clip in [-1,1]: its video (3,F,H,W), first frame (3,1,H,W), and negatives, each (3,F,H,W)."""
     video = films.read_video(clip.file, *shape, fps, clip.start)
     image = films.read_image(clip.image, *shape[1:]) if clip.image else video[:, :1]
     return video, image, [films.read_video(file, *shape, fps) for file in clip.negatives]
-
 
 def encode_clip(clip, pixels, vae, seed, device):
     """The tensors of one record, without the text, and those of its negatives, if the folder has them."""
@@ -144,11 +139,9 @@ def encode_clip(clip, pixels, vae, seed, device):
     record = {"win": encode(video, "win"), "image": encode(image, "image")}    # the image alone: GroupNorm spans time
     return record, [encode(negative, "lose", k) for k, negative in enumerate(negatives)]
 
-
 def is_made(file, **expected):
     """Whether a file of tensors exists and its header says what is expected."""
     return file.exists() and expected.items() <= files.read_header(file)[1].items()
-
 
 @dataclass
 class Options:
@@ -162,12 +155,10 @@ class Options:
     skip_bad: bool = option(False, "leave out unusable clips, with a list, instead of stopping")
     seed: int = option(0, "seed of the posterior samples")
 
-
 def check_faults(faults, options):
     """Raise UserError for the first faulty clip, unless --skip-bad leaves such clips out."""
     if faults and not options.skip_bad:
         raise UserError(f"{faults[0]} (clips with a fault: {len(faults)}; --skip-bad leaves them out)")
-
 
 def main(options):
     """Encode this rank's share of the clips. Ranks never wait for each other, and any number makes the same records."""
@@ -226,7 +217,6 @@ def main(options):
     check_faults(faults, options)
     report(options, clips, faults, rank)
 
-
 def report(options, clips, faults, rank):
     """Say what came of it: clips that were left out, records of clips that are not listed, and what comes next."""
     win, left_out = Path(options.out, "win"), Path(options.out, f"left_out_{rank}.txt")
@@ -245,7 +235,6 @@ def report(options, clips, faults, rank):
     following = "train.py" if options.given_negatives else "sample.py"
     say(f"{len(records)} clips in {win}; next: python {following} --model {quote(options.model)} "
         f"--data {quote(options.out)}")
-
 
 if __name__ == "__main__":
     command(main, Options, "data")

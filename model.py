@@ -57,7 +57,6 @@ class T5Block(nn.Module):
         h = self.layer[1]["layer_norm"](x)
         return x + gated["wo"](nnf.gelu(gated["wi_0"](h), approximate="tanh") * gated["wi_1"](h))
 
-
 class T5Encoder(nn.Module):
     """Token ids (B,L) -> embeddings (B,L,D). Padding is attended to like any token: CogVideoX was trained so."""
 
@@ -99,7 +98,6 @@ def chunks(length, size):
     starts = [0] + list(range(size + length % size, length, size))
     return [slice(a, b) for a, b in zip(starts, starts[1:] + [length])]
 
-
 class Norm(nn.GroupNorm):
     """GroupNorm in two parts: scale and shift, computed from all of x, and `affine`, which applies them to pieces."""
 
@@ -119,7 +117,6 @@ class Norm(nn.GroupNorm):
         shift = self.bias - mean * scale
         return [v.float()[:, :, None, None, None].expand(-1, -1, x.shape[2], -1, -1) for v in (scale, shift)]
 
-
 class SpatialNorm(nn.Module):
     """GroupNorm with a further scale and shift, read off the latents z (Zheng et al. 2022, MoVQ)."""
 
@@ -138,13 +135,11 @@ class SpatialNorm(nn.Module):
         y, b = self.conv_y["conv"](z)[:, :, source], self.conv_b["conv"](z)[:, :, source]
         return scale * y, torch.addcmul(b, shift, y)
 
-
 def affine(x, scale, shift):
     """x·scale + shift, after stretching scale and shift (nearest) to the size of x (B,C,F,H,W)."""
     if scale.shape[3:] != (1, 1):                          # one number for the whole frame broadcasts as it is
         scale, shift = nnf.interpolate(scale, x.shape[2:]), nnf.interpolate(shift, x.shape[2:])
     return torch.addcmul(shift, x, scale)
-
 
 class CausalConv3d(nn.Module):
     """3×3×3 convolution of (B,C,F,H,W) that never sees the future: two past frames in front, zeros at the borders.
@@ -182,7 +177,6 @@ class CausalConv3d(nn.Module):
         numbers_a_frame = len(x) * channels * x.shape[3] * x.shape[4]
         return max(1, self.piece_size // numbers_a_frame)
 
-
 class Resnet(nn.Module):
     """norm → SiLU → conv, twice, plus a shortcut. `norm(channels)` makes a norm."""
 
@@ -197,7 +191,6 @@ class Resnet(nn.Module):
         h = self.conv2(h, past, self.norm2.scale_and_shift(h, z), overwrite=True)
         return h.add_(self.conv_shortcut(x))
 
-
 class Downsample(nn.Module):
     """Halve height and width; with `time`, average frames in pairs first (in an odd clip frame 0 stays alone)."""
 
@@ -209,7 +202,6 @@ class Downsample(nn.Module):
         n = 2 if self.time and x.shape[2] > 1 else 1
         frames = x.split([1] * (x.shape[2] % n) + [n] * (x.shape[2] // n), dim=2)
         return torch.stack([self.conv(nnf.pad(f.mean(2), (0, 1, 0, 1))) for f in frames], dim=2)
-
 
 class Upsample(nn.Module):
     """Double height and width; with `time`, also every frame (in an odd clip frame 0 stays alone)."""
@@ -225,7 +217,6 @@ class Upsample(nn.Module):
             frame = self.conv(nnf.interpolate(frame, scale_factor=2.0))
             done += [frame] * (2 if self.time and x.shape[2] > 1 and i >= odd else 1)
         return torch.stack(done, dim=2)
-
 
 class Coder(nn.Module):
     """The encoder ("down"), (B,3,F,H,W) -> mean and log-variance of the posterior, stacked (B,2C,f,h,w), or its mirror
@@ -258,7 +249,6 @@ class Coder(nn.Module):
             if f"{self.direction}samplers" in level:
                 x = level[f"{self.direction}samplers"][0](x)
         return self.conv_out(x, past, self.norm_out.scale_and_shift(x, z))
-
 
 class VAE(nn.Module):
     """Video (B,3,F,H,W) in [-1,1], F = 8k + 1, to scaled latents (B,C,(F-1)/4+1,H/8,W/8) and back."""
@@ -318,7 +308,6 @@ class AdaptiveNorm(nn.Module):
     def modulate(self, x, shift, scale):
         return torch.addcmul(shift, self.norm(x), 1 + scale)                                                # (B,S,D)
 
-
 @lru_cache(maxsize=8)
 def rope_table(grid, n_text, head_dim, device):
     """Cosine and sine of each token's angles (S,1,head_dim/2,2), fp32: a quarter of a head turns with time, 3/8 with
@@ -330,7 +319,6 @@ def rope_table(grid, n_text, head_dim, device):
     angles = torch.cat([positions[:, i, None] * f for i, f in enumerate(frequencies)], dim=1)               # (S,d/2)
     return torch.view_as_real(torch.polar(torch.ones_like(angles), angles))[:, None].to(device)
 
-
 def rotate(x, rope):
     """Turn adjacent pairs of features of x (B,S,heads,d), as points of a plane, by `rope_table`'s angles, in fp32."""
     pairs = x.float().unflatten(-1, (-1, 2))
@@ -341,9 +329,7 @@ def rotate(x, rope):
         turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(rope))
     return turned.flatten(-2).to(x.dtype)
 
-
 ADAPTED = ("attn1",)                                       # the layers that get adapters
-
 
 class Projection(nn.Linear):
     """W·x + b and, with adapters of low rank R (Hu et al. 2022: LoRA, at scale 1), + B·(A·x).
@@ -368,7 +354,6 @@ class Projection(nn.Linear):
             out = out + adapter["lora_B"](adapter["lora_A"](x))
         return out
 
-
 class Attention(nn.Module):
     """Full self-attention over text and video, with LayerNorm on queries and keys and rotary positions."""
 
@@ -386,11 +371,9 @@ class Attention(nn.Module):
         q, k, v = (rearrange(y, "b s h d -> b h s d") for y in (q, k, v))
         return self.to_out[0](rearrange(nnf.scaled_dot_product_attention(q, k, v), "b h s d -> b s (h d)"), side)
 
-
 # What "selective" checkpointing keeps: the output of attention, half of a 5B block's work for one more activation.
 ATTENTION = [getattr(torch.ops.aten, f"_scaled_dot_product_{kind}").default
              for kind in ("flash_attention", "flash_attention_for_cpu", "efficient_attention", "cudnn_attention")]
-
 
 class Block(nn.Module):
     """Attention and feed-forward, shifted, scaled and gated by the time embedding; text has its own coefficients."""
@@ -426,7 +409,6 @@ class Block(nn.Module):
         # Split, not sliced: the backward pass of a slice is a whole tensor of zeros to copy into and to add.
         text_h, video_h = layer(h).split([text.shape[1], video.shape[1]], dim=1)
         return torch.addcmul(text, text_gate, text_h), torch.addcmul(video, gate, video_h)
-
 
 class DiT(nn.Module):
     """The network F: noisy latents and image latents (B,2C,F,H,W), text (B,L,E), a time code -> (B,C,F,H,W)."""
@@ -516,7 +498,6 @@ class FlowPrediction:
     def time_grid(self, steps):
         return torch.linspace(1, 0, steps + 1, dtype=torch.float64)
 
-
 class VPrediction:
     """F predicts v = α·ε − σ·x₀ of a variance-preserving schedule, the published CogVideoX's."""
 
@@ -547,13 +528,11 @@ class VPrediction:
         trailing = torch.arange(len(self.t), 0, -len(self.t) / steps, dtype=torch.float64)[:steps].round().long() - 1
         return torch.cat([self.t[trailing], torch.zeros(1, dtype=torch.float64)])
 
-
 def sinusoid(k, width):
     """(B,) -> (B,width), fp32: cosines then sines of k at `width`/2 frequencies from 1 down to 1/10000."""
     half = width // 2
     angles = k[:, None] * torch.exp(-math.log(10_000) / half * torch.arange(half, device=k.device))
     return torch.cat([angles.cos(), angles.sin()], dim=1)
-
 
 class Denoiser(nn.Module):
     """denoiser(x_t (B,C,F,H,W), cond, t (B,)) -> x̂₀ (B,C,F,H,W), fp32.
@@ -620,7 +599,6 @@ def load_text_encoder(path, device="cpu", dtype=torch.float32):
 
     return encode_text
 
-
 def load_vae(path, device="cpu", dtype=torch.float32):
     """Load the video autoencoder of a model folder or hub id. Raises UserError if it is missing or broken."""
     folder = resolve(path, "vae")
@@ -630,7 +608,6 @@ def load_vae(path, device="cpu", dtype=torch.float32):
     net = empty(VAE, config, dtype, device)
     fill(net.state_dict(), Stored(folder / "vae"))
     return net
-
 
 def load_dit(path, device="cpu", dtype=torch.float32, shard=lambda net: None, compile=False, rank=0):
     """Load the diffusion transformer of a model folder, hub id, run or checkpoint as a `Denoiser`. `shard(net)` may
@@ -677,7 +654,6 @@ def load_dit(path, device="cpu", dtype=torch.float32, shard=lambda net: None, co
             fill(dict(denoiser.named_parameters()), own)
     return sides
 
-
 @torch.no_grad()
 def begin_adapters(denoiser):
     """B begins as zero, A with random numbers, as in PEFT. Its name alone decides them: both sides get the same, on any
@@ -689,7 +665,6 @@ def begin_adapters(denoiser):
             begin.uniform_(-limit, limit, generator=generator("adapter", name))
         mine, first = own_rows(tensor)
         mine.copy_(begin[first:first + len(mine)])
-
 
 @torch.no_grad()
 def merge(net, adapters, path):
@@ -703,7 +678,6 @@ def merge(net, adapters, path):
                 raise UserError(f"{path}: {name} belongs to no layer of this transformer")
             mine, first = own_rows(weight)
             mine.copy_(mine.float() + (b[first:first + len(mine)] @ adapters[name]).to(mine.device))
-
 
 def save_dit(dit, path, dtype=None):
     """Write a denoiser's transformer/ and scheduler/ into the folder `path` or, of one with adapters, these alone, in

@@ -23,7 +23,6 @@ from einops import rearrange, repeat
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-
 class Condition(NamedTuple):
     """What a video is generated from: the caption and the first frame. Unconditional: the caption ""."""
     text: torch.Tensor                                     # (B,L,D)
@@ -40,7 +39,6 @@ def add_noise(x0, noise, t):
     """x_t = (1 − t)·x₀ + t·ε, in fp32. x0 and noise (B,…), t (B,)."""
     t = t.float().view(-1, *[1] * (x0.ndim - 1))
     return (1 - t) * x0.float() + t * noise.float()
-
 
 def denoising_errors(denoiser, videos, noise, t, cond, weighting):
     """ℓ(x₀) = w(t) · the mean over elements of (x₀ − D(x_t, c, t))², fp32 (B,K), of K videos a sample (B,K,C,F,H,W),
@@ -70,7 +68,6 @@ def win_and_lose(win, lose):
         raise ValueError(f"win {tuple(win.shape)} and lose {tuple(lose.shape)}; expected (B,C,F,H,W) and (B,N,C,F,H,W)")
     return torch.cat([win[:, None].float(), lose.float()], dim=1)
 
-
 def preference_loss(win, lose, ref_win, ref_lose, beta, anchor=0.0, scale=1.0):
     """Eq. 6 of denoising errors: the policy's `win` (B,1) and `lose` (B,N), the reference's likewise.
     Returns (loss, metrics) as `realdpo_loss` does."""
@@ -80,7 +77,6 @@ def preference_loss(win, lose, ref_win, ref_lose, beta, anchor=0.0, scale=1.0):
     metrics = dict(preference=preference, win=win, lose=lose, ref_win=ref_win, ref_lose=ref_lose,
                    margin=z, accuracy=(z > 0).float())
     return loss, {name: value.detach().mean() for name, value in metrics.items()}
-
 
 def realdpo_loss(policy, reference, *, win, lose, cond, beta, t, noise, weighting="x0", anchor=0.0, scale=1.0):
     """The RealDPO loss (Eq. 6, App. C), averaged over samples and negatives.
@@ -111,7 +107,6 @@ def realdpo_loss(policy, reference, *, win, lose, cond, beta, t, noise, weightin
         ref_win, ref_lose = denoising_errors(reference, videos, noise, t, cond, weighting).split(sizes, dim=1)
     return preference_loss(win_error, lose_error, ref_win, ref_lose, beta, anchor, scale)
 
-
 def streamed_realdpo_loss(policy, reference, *, win, lose, cond, beta, t, noise, weighting="x0", anchor=0.0, scale=1.0):
     """`realdpo_loss` with less memory: the same numbers and gradients, a video at a time, with two graphs alive.
 
@@ -137,19 +132,16 @@ def streamed_realdpo_loss(policy, reference, *, win, lose, cond, beta, t, noise,
                                     beta, anchor, scale)
     return loss + (rest - rest.detach()), metrics          # the value of loss, the gradient of rest
 
-
 def sft_loss(policy, *, win, cond, t, noise, weighting="x0"):
     """Supervised fine-tuning, the paper's baseline: the mean error on real videos, in (loss, metrics) as `win`."""
     loss = denoising_errors(policy, win[:, None], noise, t, cond, weighting).mean()
     return loss, {"win": loss.detach()}
-
 
 def best_and_worst(videos, scores):
     """(win, lose (B,1,C,F,H,W)) for `realdpo_loss` from generated videos alone (B,N,C,F,H,W), by scores (B,N): a reward
     model instead of real videos, as in VideoAlign (Eq. 3, but one noise for both where Eq. 3 has two)."""
     rows = torch.arange(len(videos), device=videos.device)
     return videos[rows, scores.argmax(1)], videos[rows, scores.argmin(1)][:, None]
-
 
 def rwr_loss(policy, *, videos, scores, cond, t, noise, temperature=1.0, weighting="x0"):
     """Reward-weighted regression, in the manner of LiFT: the error on generated videos (B,N,C,F,H,W), each weighted by
@@ -159,11 +151,9 @@ def rwr_loss(policy, *, videos, scores, cond, t, noise, temperature=1.0, weighti
     loss = (share * denoising_errors(policy, videos, noise, t, cond, weighting)).sum(1).mean()
     return loss, {"win": loss.detach()}
 
-
 def local(tensors):
     """What this process holds of each tensor: all of it or, under FSDP, its shard."""
     return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
-
 
 @torch.no_grad()
 def ema_update(reference, policy, decay):

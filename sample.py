@@ -18,7 +18,6 @@ from realdpo import Condition, sample
 import torch
 from tqdm import tqdm
 
-
 class Scenes:
     """Pictures and captions, encoded for the transformer, and the autoencoder that makes pixels of its latents.
 
@@ -59,7 +58,6 @@ class Scenes:
             raise UserError(f"{file}: would hold numbers that are not finite; check the weights of {self.options.model}")
         films.write_video(file, films.to_uint8(video), self.options.fps)
 
-
 def make_videos(options):
     """Make the video of --image, or those of --bench that are not there yet: this rank's share of them."""
     rank, world, device, dtype = this_process()
@@ -84,12 +82,10 @@ def make_videos(options):
         scenes.write(scenes.sample(denoiser, prompt), file)
     say(f"videos made: {len(videos)}, the last in {file}")
 
-
 def bench_settings(options, bench):
     """All that decides how videos of a bench with this hash look, apart from the transformer."""
     settings = {name: getattr(options, name) for name in ("steps", "guidance", "solver", "frames", "fps", "seed")}
     return settings | dict(bench=bench, others=folders.fingerprint_of(options.model, "vae", "text_encoder", "tokenizer"))
-
 
 def negatives(options):
     """The offline stage: sample `lose` latents for those of this rank's records that have none yet, and store them as
@@ -122,7 +118,6 @@ def negatives(options):
     say(f"{done} of {len(records)} records have {options.negatives} negatives in {folder}; "
         f"next: python train.py --model {quote(options.model)} --data {quote(options.data)}")
 
-
 @dataclass
 class Options:
     """Generate videos: one, the negatives of a cache, or one of each picture of a bench."""
@@ -142,10 +137,8 @@ class Options:
     seed: int = option(0, "seed of the noise")
     compile: bool = option(False, "compile the transformer's blocks: slow to start, then faster")
 
-
 # The modes, and what each has no use for: an option that would be ignored is refused.
 UNUSED = {"data": ("out", "prompt", "frames", "fps"), "image": ("negatives",), "bench": ("negatives", "prompt")}
-
 
 def settle(options):
     """Fill in solver and steps where they are not given, and return the options."""
@@ -154,7 +147,6 @@ def settle(options):
     options.solver = options.solver or ("multistep" if options.data else "euler")
     options.steps = options.steps or {"euler": 50, "multistep": 12 if options.data else 25}[options.solver]
     return options
-
 
 def main(options):
     """Do what --image, --data or --bench asks for."""
@@ -169,7 +161,6 @@ def main(options):
         negatives(options)
     else:
         make_videos(options)
-
 
 if __name__ == "__main__":
     command(main, Options, "sample")

@@ -47,7 +47,6 @@ def test_noising_goes_from_data_to_noise_in_fp32():
     assert torch.equal(x_t[0], x0[0].float()) and torch.equal(x_t[2], noise[2])
     torch.testing.assert_close(x_t[1], 0.7 * x0[1].float() + 0.3 * noise[1])
 
-
 def appendix_c(model, ref_model, x_w, x_l, c, timestep_k, noise, beta, weight):
     """The paper's listing for one pair, line by line, where `weight` is 1. Returns the alignment term and the four
     errors."""
@@ -60,11 +59,9 @@ def appendix_c(model, ref_model, x_w, x_l, c, timestep_k, noise, beta, weight):
     alignment_term = -0.5 * beta * ((model_w_loss - ref_w_loss) - (model_l_loss - ref_l_loss))
     return torch.stack([alignment_term, model_w_loss, model_l_loss, ref_w_loss, ref_l_loss])
 
-
 def loss_by(graphs):
     """The loss in one of its three ways."""
     return realdpo.realdpo_loss if graphs == "all" else realdpo.streamed_realdpo_loss
-
 
 @pytest.mark.parametrize("graphs", ["all", "two"])
 @pytest.mark.parametrize("anchor, scale", [(0.0, 1.0), (0.7, 1.0), (0.7, 4.0)])
@@ -96,13 +93,11 @@ def test_loss_and_gradient_equal_appendix_c(batch, n, weighting, anchor, scale, 
         assert not metrics[name].requires_grad
         torch.testing.assert_close(metrics[name], value.detach(), rtol=1e-4, atol=1e-5)
 
-
 @pytest.mark.parametrize("graphs", ["all", "two"])
 def test_first_loss_is_exactly_log_2(denoiser, graphs):
     loss, metrics = loss_by(graphs)(denoiser, copy.deepcopy(denoiser), **preference(2, 3), beta=5000.0)
     assert loss.item() == torch.tensor(2.0).log().item()
     assert metrics["margin"] == metrics["accuracy"] == 0 and metrics["win"] == metrics["ref_win"] > 0
-
 
 @pytest.mark.parametrize("graphs, alive, policy_calls, reference_calls", [
     ("all", 1, [4], [4]), ("two", 2, [1, 1, 1, 1], [1, 1, 1, 1])])
@@ -114,7 +109,6 @@ def test_so_many_graphs_are_alive_at_a_time(graphs, alive, policy_calls, referen
     assert (policy.most, policy.calls) == (alive, policy_calls)
     assert (reference.most, reference.calls) == (0, reference_calls)
 
-
 def test_velocity_weighting_is_the_squared_error_of_the_velocity():
     policy, (win, cond), t, noise = Toy(1), inputs(3), torch.tensor([0.02, 0.5, 1.0]), randn(3, 4, 5, 4, 6, seed=3)
     x_t = realdpo.add_noise(win, noise, t)
@@ -122,7 +116,6 @@ def test_velocity_weighting_is_the_squared_error_of_the_velocity():
     loss, metrics = realdpo.sft_loss(policy, win=win, cond=cond, t=t, noise=noise, weighting="velocity")
     torch.testing.assert_close(loss, (velocity - (noise - win)).square().mean(), rtol=1e-5, atol=0)
     assert metrics["win"] == loss and not metrics["win"].requires_grad
-
 
 @pytest.mark.parametrize("weighting", ["x0", "velocity"])
 def test_reward_weighted_regression_is_a_weighted_mean_of_errors(weighting):
@@ -144,13 +137,11 @@ def test_reward_weighted_regression_is_a_weighted_mean_of_errors(weighting):
                                      weighting=weighting)
     assert loss.item() == metrics["win"].item() == pytest.approx(expected.item(), rel=1e-6)
 
-
 def test_the_best_and_the_worst_video_are_those_of_the_extreme_scores():
     videos = randn(2, 3, 4, 1, 2, 2)
     best, worst = realdpo.best_and_worst(videos, torch.tensor([[0.0, 1.0, -2.0], [3.0, -1.0, 1.0]]))
     assert torch.equal(best, torch.stack([videos[0, 1], videos[1, 0]]))
     assert torch.equal(worst, torch.stack([videos[0, 2:], videos[1, 1:2]]))
-
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_ema_equals_its_closed_form_and_the_next_reference_forward_uses_it(dtype):
@@ -187,7 +178,6 @@ def make_oracle(diffusers, tmp_path):
         return net, scheduler, model.load_dit(tmp_path)
     return make
 
-
 @torch.no_grad()
 def oracle_output(net, z, cond, k):
     """diffusers' transformer on latents z (B,C,F,H,W) at training steps k (B,), with the rotary table its pipeline
@@ -201,12 +191,10 @@ def oracle_output(net, z, cond, k):
     x = torch.cat([z, nnf.pad(cond.image, (0, 0, 0, 0, 0, frames - 1))], dim=1)
     return net(x.transpose(1, 2), cond.text, k, image_rotary_emb=rope, return_dict=False)[0].transpose(1, 2)
 
-
 def time_of(scheduler, k):
     """t of training steps k: (1 − t) : t = α : σ."""
     alpha, sigma = scheduler.alphas_cumprod[k].sqrt(), (1 - scheduler.alphas_cumprod[k]).sqrt()
     return sigma / (alpha + sigma)
-
 
 @pytest.mark.parametrize("changes, batch, frames, size, steps", [
     ({}, 1, 5, (4, 6), [0]),
@@ -231,7 +219,6 @@ def test_denoiser_equals_diffusers(make_oracle, changes, batch, frames, size, st
     with torch.no_grad():
         assert relative(denoiser(x_t, cond, t), alpha * z - sigma * oracle_output(net, z, cond, k)) <= 2e-5
 
-
 def test_flow_denoiser_subtracts_the_velocity_diffusers_predicts(make_oracle, tmp_path):
     net, _, _ = make_oracle()
     rewrite(tmp_path / "scheduler" / "scheduler_config.json", _class_name="FlowMatchEulerDiscreteScheduler")
@@ -239,7 +226,6 @@ def test_flow_denoiser_subtracts_the_velocity_diffusers_predicts(make_oracle, tm
     expected = x_t - t[:, None, None, None, None] * oracle_output(net, x_t, cond, 1000 * t)
     with torch.no_grad():
         assert relative(model.load_dit(tmp_path)(x_t, cond, t), expected) <= 2e-5
-
 
 @torch.no_grad()
 def test_only_the_network_computes_in_bf16(folder, denoiser):
@@ -252,7 +238,6 @@ def test_only_the_network_computes_in_bf16(folder, denoiser):
     inside = half.net.transformer_blocks[0].attn1.to_q.weight
     assert inside.dtype == torch.bfloat16
 
-
 @pytest.mark.parametrize("compiling", [False, True])
 @pytest.mark.parametrize("grid, head_dim", [((13, 30, 45), 64), ((5, 4, 4), 32), ((1, 2, 3), 16)])
 def test_rope_equals_diffusers_and_leaves_text_alone(diffusers, grid, head_dim, compiling, monkeypatch):
@@ -263,7 +248,6 @@ def test_rope_equals_diffusers_and_leaves_text_alone(diffusers, grid, head_dim, 
     turned = model.rotate(q.transpose(1, 2), model.rope_table(grid, 3, head_dim, torch.device("cpu"))).transpose(1, 2)
     assert torch.equal(turned[:, :, :3], q[:, :, :3])
     assert relative(turned[:, :, 3:], apply_rotary_emb(q[:, :, 3:], theirs)) <= 2e-5
-
 
 def block_gradients(block, checkpointing=False):
     """What a small block gives for two samples, and the gradients of its inputs and parameters."""
@@ -278,7 +262,6 @@ def block_gradients(block, checkpointing=False):
         results.append(p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad)
     return results
 
-
 @pytest.mark.parametrize("how, attentions", [(False, 1), (True, 2), ("selective", 1)])
 def test_checkpointing_recomputes_blocks_and_keeps_the_gradient(how, attentions):
     torch.manual_seed(0)
@@ -292,7 +275,6 @@ def test_checkpointing_recomputes_blocks_and_keeps_the_gradient(how, attentions)
     assert len(products) == (2 if how else 1)              # a matrix product, in the backward pass again
     assert count.calls["_scaled_dot_product_flash_attention_for_cpu"] == attentions
 
-
 def test_checkpointing_of_a_denoiser_is_that_of_its_blocks(denoiser, monkeypatch):
     asked, layers = [], model.Block.forward
 
@@ -305,7 +287,6 @@ def test_checkpointing_of_a_denoiser_is_that_of_its_blocks(denoiser, monkeypatch
         denoiser(*inputs(2), torch.tensor([0.3, 0.9]))
     assert asked == [False, False, "selective", "selective", True, True]
 
-
 def counted(calls, name):
     """A compiler that runs a graph as it is and notes how often it computes attention forward."""
     def compile(graph, inputs):
@@ -314,7 +295,6 @@ def counted(calls, name):
         calls[name] = sum(any(x is attention for x in (node.target, *node.args)) for node in graph.graph.nodes)
         return make_boxed_func(graph.forward)
     return compile
-
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how, attentions", [(True, (1, 1)), ("selective", (1, 0))])
@@ -330,7 +310,6 @@ def test_a_block_compiles_whole_and_keeps_what_selective_checkpointing_keeps(how
         assert relative(ours, theirs) <= 2e-5
     assert (calls["forward"], calls["backward"]) == attentions
 
-
 def sharded_block(rank, folder, expected):
     """A block, compiled and sharded as one of two processes, against one that is neither."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
@@ -345,13 +324,11 @@ def sharded_block(rank, folder, expected):
     assert all(isinstance(p, DTensor) for p in block.parameters())
     dist.destroy_process_group()
 
-
 @pytest.mark.slow
 def test_a_sharded_block_compiles_whole_on_two_ranks(tmp_path):
     torch.manual_seed(0)
     block = model.Block(32, 2, 24, 1e-5)
     mp.spawn(sharded_block, nprocs=2, args=(tmp_path, block_gradients(block)))
-
 
 @pytest.fixture(scope="module")
 def vaes(diffusers, tmp_path_factory):
@@ -359,7 +336,6 @@ def vaes(diffusers, tmp_path_factory):
     net = scramble(diffusers.AutoencoderKLCogVideoX(**public(VAE)))
     net.save_pretrained(folder / "vae")
     return net, model.load_vae(folder)
-
 
 @pytest.mark.parametrize("batch, frames, piece_size", [(1, 1, None), (1, 9, None), (2, 17, None), (1, 49, None),
                                                        (1, 17, 1), (2, 9, 6000)])
@@ -378,7 +354,6 @@ def test_vae_equals_diffusers(vaes, batch, frames, piece_size, monkeypatch):
     assert relative(ours.decode(noisy), decoded) <= 2e-4
     assert not sampled.requires_grad and not ours.decode(noisy).requires_grad            # no graph is kept
 
-
 @torch.no_grad()
 def test_the_posterior_is_as_wide_and_as_narrow_as_in_diffusers(vaes):
     theirs, ours = copy.deepcopy(vaes)
@@ -387,7 +362,6 @@ def test_the_posterior_is_as_wide_and_as_narrow_as_in_diffusers(vaes):
         net.encoder.conv_out.conv.bias[6:] = torch.linspace(-40, 40, 6)
     video = torch.zeros(1, 3, 1, 16, 24)
     torch.testing.assert_close(ours.posterior(video)[1], theirs.encode(video).latent_dist.std)
-
 
 def test_the_vae_can_be_trained_as_in_diffusers(vaes):
     """With a graph, nothing may be overwritten: the gradient of a loss on what comes back."""
@@ -405,7 +379,6 @@ def test_the_vae_can_be_trained_as_in_diffusers(vaes):
         gradients.append(torch.cat([found[name].grad.flatten() for name in sorted(found)]))
     assert relative(*gradients) <= 1e-3
 
-
 @torch.no_grad()
 def test_the_norm_in_two_parts_is_group_norm_even_of_a_constant():
     ours, theirs = scramble(model.Norm(4, 8, eps=1e-6)), scramble(nn.GroupNorm(4, 8, eps=1e-6)).double()
@@ -419,7 +392,6 @@ def test_the_norm_in_two_parts_is_group_norm_even_of_a_constant():
         assert difference(torch.full((1, 8, 9, 40, 60), float(value))) <= 1e-3
         # Whose mean is rounded, so that its variance may come out as less than nothing.
         assert difference(torch.full((1, 8, 9, 40, 60), value * 100 / 7)) <= 0.1
-
 
 @pytest.mark.parametrize("length", [7, 226])
 def test_text_encoder_equals_transformers(copied, length):
@@ -435,7 +407,6 @@ def test_text_encoder_equals_transformers(copied, length):
         expected = net(torch.tensor([row + [0] * (length - len(row)) for row in ids])).last_hidden_state
     ours = model.load_text_encoder(copied)(PROMPTS)
     assert relative(ours, expected) <= 2e-5 and not ours.requires_grad
-
 
 @pytest.mark.parametrize("shard_bytes", [None, 20_000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -456,7 +427,6 @@ def test_saved_transformer_opens_in_diffusers_and_here(diffusers, make_oracle, t
     expected = {name: x.to(dtype) for name, x in net.state_dict().items()}
     for state in opened.state_dict(), model.load_dit(saved, dtype=dtype).net.state_dict():
         torch.testing.assert_close(dict(state), expected, rtol=0, atol=0, check_dtype=False)
-
 
 PUBLISHED_SHAPES = {
     model.DiT: {
@@ -482,7 +452,6 @@ PUBLISHED_SHAPES = {
         "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight": (32, 64),
         "encoder.block.23.layer.1.DenseReluDense.wi_1.weight": (10240, 4096),
         "encoder.final_layer_norm.weight": (4096,)}}
-
 
 @pytest.mark.parametrize("network, config, names, parameters, buffers", [
     (model.DiT, FULL_DIT, 1025, 5_570_479_680, 54_607_872),
@@ -514,7 +483,6 @@ def test_sampler_equals_diffusers_ddim_with_guidance(make_oracle, steps, schedul
     ours = realdpo.sample(denoiser, noise, cond, steps=steps, guidance=6.0, uncond=empty, progress=False)
     assert relative(ours, z) <= 1e-3 and not ours.requires_grad
 
-
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_times_are_those_of_the_training_steps_and_of_diffusers_timesteps(diffusers, shift):
     config = SCHEDULER | dict(snr_shift_scale=shift)
@@ -529,10 +497,8 @@ def test_times_are_those_of_the_training_steps_and_of_diffusers_timesteps(diffus
         torch.testing.assert_close(prediction.time_grid(steps), torch.cat([t[theirs], torch.zeros(1).double()]),
                                    rtol=0, atol=1e-6)
 
-
 PREDICTIONS = pytest.mark.parametrize("prediction", [model.FlowPrediction(), model.VPrediction(SCHEDULER)],
                                       ids=["flow", "cogvideox"])
-
 
 @PREDICTIONS
 def test_every_number_of_steps_has_its_falling_times(prediction):
@@ -540,13 +506,11 @@ def test_every_number_of_steps_has_its_falling_times(prediction):
         times = prediction.time_grid(steps)
         assert len(times) == steps + 1 and (times.diff() < 0).all() and times[0] == 1 and times[-1] == 0
 
-
 def test_t_min_is_the_first_training_step(denoiser):
     t = torch.tensor([denoiser.t_min - 0.01, denoiser.t_min, denoiser.t_min + 0.01], dtype=torch.float64)
     before, at, after = denoiser.prediction.step(t).tolist()
     assert before == at == 0 < after and denoiser.t_min == pytest.approx(0.0283, abs=1e-4)
     assert model.FlowPrediction.t_min == 0
-
 
 class Known:
     """A denoiser given by a formula, x̂₀ = predict(x_t, t), on the time grid of a network's prediction."""
@@ -558,7 +522,6 @@ class Known:
         self.calls += 1
         return self.predict(x_t, t[:, None, None, None, None])
 
-
 def posterior_mean(mean, std):
     """E[x₀ | x_t] for x₀ ~ ½·N(−mean, std²) + ½·N(mean, std²), the exact denoiser of such data."""
     def predict(x_t, t):
@@ -567,11 +530,9 @@ def posterior_mean(mean, std):
         return gain * x_t + mean * (1 - gain * (1 - t)) * torch.tanh((1 - t) * mean * x_t / variance)
     return predict
 
-
 def solve(denoiser, steps, solver="euler"):
     noise, cond = inputs(4)
     return realdpo.sample(denoiser, noise, cond, steps=steps, guidance=1, solver=solver, progress=False)
-
 
 @PREDICTIONS
 def test_euler_converges_to_the_flow_of_a_gaussian(prediction):
@@ -579,13 +540,11 @@ def test_euler_converges_to_the_flow_of_a_gaussian(prediction):
     errors = [relative(solve(Known(posterior_mean(0, 0.5), prediction), steps), exact) for steps in (100, 200, 1000)]
     assert errors[2] < 0.01 and 1.6 < errors[0] / errors[1] < 2.4
 
-
 @pytest.mark.parametrize("solver, order", [("euler", 1), ("multistep", 2)])
 def test_half_the_step_is_half_the_error_or_a_quarter_of_it(solver, order):
     exact = 0.5 * inputs(4)[0]
     coarse, fine = (relative(solve(Known(posterior_mean(0, 0.5)), steps, solver), exact) for steps in (200, 400))
     assert coarse / fine == pytest.approx(2 ** order, rel=0.15) and fine < 0.1 ** (2 * order)
-
 
 @PREDICTIONS
 @pytest.mark.parametrize("steps", [2, 3, 8])
@@ -596,13 +555,11 @@ def test_multistep_is_exact_where_the_velocity_is_linear_in_time(prediction, ste
     x = solve(Known(lambda x_t, t: (x_t - t * (a + b * t)).float(), prediction), steps, "multistep")
     torch.testing.assert_close(x, noise - (a + b / 2), rtol=0, atol=1e-5)
 
-
 @PREDICTIONS
 @pytest.mark.parametrize("mean, std", [(0, 1), (1, 1), (2, 1), (0, 0.3), (1, 0.5)])
 def test_multistep_with_25_steps_beats_euler_with_50(prediction, mean, std):
     multistep, euler = distances(Known(posterior_mean(mean, std), prediction), *inputs(4))
     assert multistep < euler / 2
-
 
 @pytest.mark.parametrize("solver", ["euler", "multistep"])
 @pytest.mark.parametrize("steps", [1, 2, 7])
@@ -611,7 +568,6 @@ def test_sampler_lands_on_a_constant_prediction_in_so_many_evaluations(solver, s
     x = solve(denoiser, steps, solver)
     torch.testing.assert_close(x, torch.full_like(x, 3.0))
     assert denoiser.calls == steps
-
 
 @torch.no_grad()
 def test_guidance_mixes_caption_and_empty_caption_under_the_same_image():

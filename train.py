@@ -35,7 +35,6 @@ from data import Records
 from realdpo import (Condition, best_and_worst, ema_update, local, realdpo_loss, rwr_loss, sft_loss,
                      streamed_realdpo_loss)
 
-
 @dataclasses.dataclass
 class Options:
     """Align an image-to-video transformer with real videos."""
@@ -68,7 +67,6 @@ class Options:
     bench: str = option("", "folder of pictures with captions, of which to make videos at every checkpoint")
     seed: int = option(0, "seed of order, noise, t and drawn negatives")
 
-
 WEIGHT_DECAY, CLIP = 1e-4, 1.0          # of AdamW; the largest gradient norm. The paper gives neither
 PREFERENCE = ("realdpo", "dpo")         # the methods that compare with a reference
 SCORED = ("dpo", "rwr")                 # the methods that learn from scored generated videos, not from real ones
@@ -90,11 +88,9 @@ def batch_indices(options, count, step):
         indices.append(order[place].item())
     return indices
 
-
 def compares(options, step):
     """Whether a step looks at negatives and reference. The step's number decides, so all ranks do the same."""
     return options.method != "realdpo" or step % options.compare_every == 0
-
 
 def draw_sample(record, options, step, place, t_min):
     """A record with this step's t, noise and negatives, a function of (seed, step, place in the batch). t is drawn as
@@ -110,7 +106,6 @@ def draw_sample(record, options, step, place, t_min):
         drawn = torch.randperm(len(record["lose"]), generator=rng)[:options.lose_per_step]
         record["lose"] = record["lose"][drawn]
     return record
-
 
 def loss_of(policy, reference, batch, options):
     """Loss and metrics of a micro-batch (a dict of stacked records) by the chosen method. The caller runs the backward
@@ -132,7 +127,6 @@ def loss_of(policy, reference, batch, options):
     if options.graphs == "all":
         return realdpo_loss(policy, reference, **common)
     return streamed_realdpo_loss(policy, reference, **common)
-
 
 def accumulate_gradients(policy, reference, records, samples, options, step, device):
     """Forward and backward passes of this rank's `samples`, (place in the batch, record index) pairs, a micro-batch at
@@ -159,7 +153,6 @@ def accumulate_gradients(policy, reference, records, samples, options, step, dev
         torch._foreach_div_(gradients, parts)
     return dict(total), gradients
 
-
 def learning_rate(options, step, steps):
     """The learning rate at a step of a run of `steps`: it rises over --warmup and falls to zero over the last part,
     --decay, of the steps. With a constant rate, the last iterate is noisy: on the toy, runs that end at zero are better
@@ -167,7 +160,6 @@ def learning_rate(options, step, steps):
     up = (step + 1) / max(1, options.warmup)
     down = (steps - step) / max(1, options.decay * steps)
     return options.lr * min(1, up, down)
-
 
 def train_step(policy, reference, optimizer, records, options, step, process, mesh, stop):
     """One optimizer step. Returns the metrics, averaged over all ranks, and whether the Event `stop` is set on any."""
@@ -209,7 +201,6 @@ def train_step(policy, reference, optimizer, records, options, step, process, me
 EVAL_T = (0.1, 0.3, 0.5, 0.7, 0.9)
 EVAL_RECORDS = 8                        # they take 4.1 % of the time of the 200 steps in between
 
-
 @torch.no_grad()
 def evaluate(policy, reference, records, options, process):
     """Preference loss, margin, accuracy and the four errors on the first held-out records, at fixed t and noise: their
@@ -233,13 +224,11 @@ def evaluate(policy, reference, records, options, process):
     dist.all_reduce(numbers)
     return dict(zip(sums, numbers.tolist()))
 
-
 def over_ranks(number, process):
     """The greatest of all ranks' numbers, which are integers or truth values."""
     number = torch.tensor(int(number), device=process.device)
     dist.all_reduce(number, dist.ReduceOp.MAX)
     return number.item()
-
 
 class Previews:
     """Videos of the pictures of --bench, made by the policy at every checkpoint, from the same noise."""
@@ -273,7 +262,6 @@ class Previews:
         self.scenes.vae.cpu()
         return asked
 
-
 def log_step(file, step, metrics):
     """Append all metrics to metrics.jsonl, and print the most important ones in a line of at most 100 columns."""
     line = f"step {step:4d}  loss {metrics['loss']:.3g}"
@@ -301,7 +289,6 @@ def training_state(policy, reference, optimizer):
     for (name, _), moments in zip(policy.named_parameters(), optimizer.moments, strict=True):
         state[f"exp_avg.{name}"], state[f"exp_avg_sq.{name}"] = moments
     return state
-
 
 def save_checkpoint(state, options, base, step, rank):
     """Write checkpoints/step-N, which is a model in itself, then delete all but the last KEEP."""
@@ -338,7 +325,6 @@ def make_mesh(device_type, world_size, ranks_a_machine):
     mesh = init_device_mesh(device_type, (world_size // size, size), mesh_dim_names=("replicate", "shard"))
     return mesh if world_size > size else mesh["shard"]
 
-
 def init_distributed():
     """Join the process group; without torchrun, one of a single process. Returns this Process and the mesh."""
     process = this_process()
@@ -348,7 +334,6 @@ def init_distributed():
     dist.init_process_group(backend, device_id=process.device if cuda else None, **alone)
     ranks_a_machine = int(os.environ.get("LOCAL_WORLD_SIZE", process.world_size))
     return process, make_mesh(process.device.type, process.world_size, ranks_a_machine)
-
 
 def shard(net, mesh, dtype):
     """Shard every block's parameters over the ranks (FSDP2). They are gathered in `dtype`; gradients are reduced in
@@ -361,7 +346,6 @@ def shard(net, mesh, dtype):
     fully_shard(net, mesh=mesh, mp_policy=MixedPrecisionPolicy(**precision, output_dtype=torch.float32),
                 reshard_after_forward=True)
 
-
 def load_models(options, process, mesh):
     """Policy and reference, sharded, what is trained in fp32; they compute in the process's dtype."""
     load = partial(model.load_dit, options.model, process.device, compile=options.compile,
@@ -372,7 +356,6 @@ def load_models(options, process, mesh):
         policy, reference = load(), load()
     policy.checkpointing = CHECKPOINTING[options.checkpointing]
     return policy.train(), reference.requires_grad_(False)
-
 
 @torch.no_grad()
 def make_optimizer(policy, options):
@@ -394,11 +377,9 @@ def number_of_steps(options, count):
     """The number of training steps: --steps, else the paper's ten passes over `count` records."""
     return options.steps or math.ceil(10 * count / options.batch)
 
-
 def is_due(options, done, steps):
     """Whether a checkpoint, the held-out records and videos are due after `done` steps."""
     return done == steps or done % options.save_every == 0
-
 
 def read_records(options):
     """The records to train on, and the held-out ones or None. Raises UserError for records of another autoencoder than
@@ -414,7 +395,6 @@ def read_records(options):
         raise UserError(f"--method {options.method} --lose-per-step {options.lose_per_step}: needs {needed} negatives a "
                         f"record, those of {options.data} have {n_lose}")
     return records, held_out
-
 
 def train(options, process, mesh):
     """Train until all steps are done or someone asks to stop, with checkpoints on the way; at the end write the trained
@@ -498,7 +478,6 @@ def main(options):
             say(f"done: {options.out} holds the model and metrics.jsonl; try: python sample.py --model "
                 f"{quote(options.out)} --image first.png --prompt \"…\"")
     dist.destroy_process_group()
-
 
 if __name__ == "__main__":
     command(main, Options, "train")

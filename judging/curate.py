@@ -16,7 +16,6 @@ from judging.vlm import HERE, ask_about, frames_as_jpeg, is_done, read_rows, wri
 CHECKS = "theme", "action", "sharp", "uncut", "clean"      # of curate.txt; a clip is kept if all are true
 VERDICTS = {"yes": True, "true": True, "no": False, "false": False}
 
-
 def read_judgement(answer):
     """{text, keep, reason} from an answer to curate.txt, or None if it is not in the form that curate.txt asks for."""
     try:
@@ -30,7 +29,6 @@ def read_judgement(answer):
         return None
     reason = f"not {', '.join(failed)}: {found.get('reason') or 'no reason given'}" if failed else ""
     return dict(text=text, keep=not failed, reason=reason)
-
 
 def find_videos(folder):
     """(videos in or below a folder, {kind: number} of what is left out). Linked folders are followed, hidden ones are
@@ -57,14 +55,12 @@ def find_videos(folder):
             seen.add(real)
     return videos, left_out
 
-
 @dataclass
 class Options(ServerOptions):
     """Let a vision-language model select and describe raw clips."""
     videos: str = option("", "folder of raw clips, searched with all folders in it")
     theme: str = option("", "what the clips are to show, such as: people eating and drinking")
     out: str = option("curated", "folder for the list")
-
 
 def main(options):
     """Sec. 4.1: a model judges and describes every clip in or below a folder. OUT/metadata.jsonl gets a row for each,
@@ -101,7 +97,6 @@ def main(options):
     print(f"{kept[True]} clips kept, {kept[False]} dropped, {kept[None]} undecided, {seconds:.2f} s for each that was "
           f"asked about: see {options.out}/inspect.html, move what it saves to {options.out}/metadata.jsonl, then: "
           f"python data.py --videos {shlex.quote(options.out)}")
-
 
 if __name__ == "__main__":
     command(main, Options, "judging.curate")

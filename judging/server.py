@@ -19,7 +19,6 @@ PATIENCE = 600                                             # seconds to wait for
 TRIAL = 4                                                  # if so many first requests fail alike, all others would
 NO_ANSWER = "no answer"                                    # the reason in a row that is to be asked again begins so
 
-
 @dataclass
 class ServerOptions:
     """What a command that asks a model can be told about the server."""
@@ -41,7 +40,6 @@ def chat_address(endpoint):
     base = parts.path.rstrip("/").removesuffix("/chat/completions") or "/v1"
     return parts._replace(path=f"{base}/chat/completions").geturl()
 
-
 def is_this_machine(host):
     """Whether a name or address belongs to this machine, so that a socket can be opened on it."""
     with suppress(OSError, UnicodeError):                  # only the proxy may know the name
@@ -50,7 +48,6 @@ def is_this_machine(host):
                 trial.bind(address)
                 return True
     return False
-
 
 def find_proxy(address):
     """The proxy that the environment names for an address, or "". Raises UserError for a SOCKS proxy, which urllib does
@@ -64,7 +61,6 @@ def find_proxy(address):
         raise UserError(f"--endpoint {address}: the proxy of {parts.scheme}_proxy or ALL_PROXY speaks SOCKS, expected "
                         f"HTTP; set {parts.scheme}_proxy to such a one, or add {parts.hostname} to no_proxy")
     return proxy
-
 
 class AnyStatus(urllib.request.HTTPErrorProcessor):
     """Return every reply, whatever its status, and follow no redirection, which would send key and pictures elsewhere.
@@ -86,7 +82,6 @@ class Trouble(Exception):
         super().__init__(" ".join(words.split())[:300])
         self.action, self.seconds = action, seconds
 
-
 def action_at(status):
     """What to do after an HTTP status other than success."""
     if status in (429, 502, 503, 504, 529):                # busy, or loading its model
@@ -95,7 +90,6 @@ def action_at(status):
         return "stop"
     return "again" if status >= 500 or status == 408 else "skip"
 
-
 def seconds_asked(retry_after):
     """The seconds to wait by a Retry-After header, which is a number or a date; 0 if there is none."""
     with suppress(ValueError, TypeError):
@@ -103,7 +97,6 @@ def seconds_asked(retry_after):
     with suppress(ValueError, TypeError):
         return max(1.0, parsedate_to_datetime(retry_after).timestamp() - time.time())
     return 0
-
 
 def answer_in(choice, max_tokens):
     """The text of a reply's choice, without the thinking before it. Raises Trouble if it was cut off, refused or is

@@ -67,11 +67,9 @@ def copy_film(video, stream, path):
     """The coded pictures of a film and nothing else."""
     run_ffmpeg(video, "-map", stream, "-c", "copy", *CLEAN, path)
 
-
 def hash_pictures(video, film):
     """A hash of all pictures of a film. Raises UserError for a damaged one."""
     return decode(video, film, "null", "-f", "md5", "-")[0]
-
 
 def is_fit(video, film, copy):
     """Whether every browser shows a film as it is: H.264, 8 bits, 4:2:0, progressive, SDR, upright, with square pixels,
@@ -86,7 +84,6 @@ def is_fit(video, film, copy):
         return False
     return hash_pictures(video, film) == hash_pictures(copy, film._replace(stream="0:0"))
 
-
 def write_clip(video, path):
     """Write a video for raters: copied if it is fit, else encoded once, with the filters that records are read with."""
     film = read_video_header(video)
@@ -95,7 +92,6 @@ def write_clip(video, path):
             encoded = Path(folder) / "encoded.mp4"
             decode(video, film, f"{picture_filters(film, SQUARE)},{CODED}", *ENCODE, encoded)
             copy_film(encoded, "0:0", part)
-
 
 def print_giveaways(videos, clips):
     """Print the prompts whose clips differ in length or size between methods. `clips` are the videos' files for raters.
@@ -119,7 +115,6 @@ class Options:
     videos: str = option("", "folder with a folder of videos for each method, all of one --bench")
     bench: str = option("", "the pictures with captions that the videos were made of")
     out: str = option("study", "folder for the page and its clips")
-
 
 def main(options):
     """Write OUT/study.html with its clips, for raters, and OUT-key.json, which tells which method made a clip."""
@@ -153,7 +148,6 @@ def main(options):
     print(f"{len(pages)} pages with videos of {', '.join(methods)} in {out}: give raters this folder, without {key}, "
           "and collect what they save; then: "
           f"python -m judging.tally --answers answers/*.json --study {shlex.quote(str(out))}")
-
 
 if __name__ == "__main__":
     command(main, Options, "judging.study")

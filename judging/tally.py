@@ -14,12 +14,10 @@ import torch
 
 DIMENSIONS = "visual alignment", "text alignment", "motion quality", "human quality", "overall quality"    # Table 1's
 
-
 def draw_again(count, rng, draws=2000):
     """(draws, count): how often each of `count` is drawn where as many are drawn with replacement."""
     drawn = torch.randint(count, (draws, count), generator=rng)
     return torch.zeros(draws, count).double().scatter_add_(1, drawn, torch.ones(draws, count).double())
-
 
 def print_table(title, rows, columns, values, sign=""):
     """Print a Markdown table of values (raters, rows, prompts, columns) from 0 to 1, nan if missing: means in per cent
@@ -36,19 +34,16 @@ def print_table(title, rows, columns, values, sign=""):
         print(f"| {' | '.join([row, *cells])} |")
     print()
 
-
 def print_differences(rows, columns, values):
     """Print how far each row lies above the first, as the mean of paired differences for the same rater and prompt."""
     if len(rows) > 1:
         print_table(f"minus {rows[0]}, points", rows[1:], columns, values[:, 1:] - values[:, :1], sign="+")
-
 
 @dataclass
 class Options:
     """Print the table of what raters answered."""
     answers: list = option((), "the files that the raters saved")
     study: str = option("study", "the folder that they were given")
-
 
 def main(options):
     """Table 1 of the paper from raters' answers: ratings in per cent of the highest, and comparisons won."""
@@ -77,7 +72,6 @@ def main(options):
     print_differences(methods, DIMENSIONS, ratings / 5)
     alphas = ", ".join(f"{name} {alpha:.2f}" for name, alpha in zip(DIMENSIONS, agreement))
     print(f"{len(raters)} raters, {ratings.shape[2]} prompts, 95 % intervals over both; Krippendorff's alpha: {alphas}")
-
 
 if __name__ == "__main__":
     command(main, Options, "judging.tally")

@@ -21,18 +21,15 @@ from judging.vlm import HERE, ask_about, frames_as_jpeg, is_done, read_rows
 
 JUDGED = DIMENSIONS[:4]                                    # all but overall quality
 
-
 def read_scores(answer):
     """The numbers of "Answer 1: …" to "Answer 5: …", a line each; None if these are not five from 0 to 10."""
     found = re.findall(r"^ *Answer (\d+): *(\d+(?:\.\d+)?)(?: */ *10)? *$", answer.replace("*", ""), re.MULTILINE)
     scores = [float(score) for _, score in found]
     return scores if [number for number, _ in found] == list("12345") and max(scores) <= 10 else None
 
-
 def subject(row):
     """What a row is about."""
     return row["method"], row["name"], row["dimension"]
-
 
 def list_questions(options):
     """({question: (row, text, picture, video)}, the bench's hash): a question about each dimension of every video,
@@ -50,7 +47,6 @@ def list_questions(options):
         shown = hash_of(*subject(row), text, fingerprint_of_file(prompt.file), fingerprint_of_file(video))
         questions[f"{shown} {asking}"] = row, text, prompt.file, video
     return questions, bench
-
 
 def ask_verdicts(options, file):
     """Ask about every video in a folder of methods; the answers go to `file`, which keeps them."""
@@ -75,7 +71,6 @@ def ask_verdicts(options, file):
 
     ask_about(questions, judge, server, file, "question", asked)
 
-
 def print_consistency(scores):
     """How often a later asking gives the numbers of the first; scores (askings, methods, prompts, dimensions, 5)."""
     for d, dimension in enumerate(JUDGED):
@@ -85,7 +80,6 @@ def print_consistency(scores):
         print(f"{dimension}: asked again, the same number in {same:.0f} % of {len(apart)}, {apart.mean():.2f} of 10 "
               "apart")
 
-
 @dataclass
 class Options(ServerOptions):
     """Ask a vision-language model about the videos of several methods; without --videos, print what it said."""
@@ -93,7 +87,6 @@ class Options(ServerOptions):
     bench: str = option("", "the pictures with captions that the videos were made of")
     out: str = option("verdict.jsonl", "file for the answers")
     repeat: int = option(1, "askings of each question: more than one tell how often the model repeats itself")
-
 
 def main(options):
     """Table 2 of the paper: a vision-language model answers five questions about each dimension of every video."""
@@ -117,7 +110,6 @@ def main(options):
         print_consistency(scores)
     missing = [" ".join(key) for key, value in zip(product(methods, names, JUDGED), values.flatten()) if value.isnan()]
     print(f"left out for lack of five numbers from 0 to 10: {', '.join(missing) or 'none'}")
-
 
 if __name__ == "__main__":
     command(main, Options, "judging.verdict")

@@ -15,7 +15,6 @@ from judging.server import NO_ANSWER, TRIAL
 
 HERE = Path(__file__).parent                               # of the pages and questions
 
-
 @lru_cache(maxsize=64)                                     # the verdict asks about a video four times
 def frames_as_jpeg(video, count):
     """`count` frames of a whole clip, evenly spaced in time, or a picture, looking as they do in a record: JPEG files
@@ -60,12 +59,10 @@ def read_rows(file, key):
                 raise UserError(f"{file}, row {number}: is not one that this command wrote; give another --out") from e
     return rows
 
-
 def is_done(row):
     """Whether the model or a person has answered. An answer that cannot be read counts: people look at it."""
     decided = row.get("keep") is not None or bool(row.get("text"))
     return decided or not (row.get("reason") or "").startswith(NO_ANSWER)
-
 
 def append_row(file, row):
     """Add a JSON line to a file. Raises UserError if it cannot be written."""
@@ -74,7 +71,6 @@ def append_row(file, row):
             f.write(json.dumps(row) + "\n")
     except OSError as e:
         raise UserError(f"{file}: cannot be written ({e}); make room, then start again") from e
-
 
 def ask_about(jobs, judge, server, file, key, asked):
     """({job: row} of all jobs, seconds for each that was asked). judge(job) makes a row, for which row[key] is the job.
@@ -97,7 +93,6 @@ def ask_about(jobs, judge, server, file, key, asked):
     in_order = {job: rows[job] for job in jobs}            # in whatever order the answers came
     write_json(file, *(in_order | rows).values())
     return in_order, (time.time() - begin) / max(1, len(todo))
-
 
 def write_page(template, path, content):
     """Write a page of this folder with its content, as JSON in which no text can end the script or run as code."""

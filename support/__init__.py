@@ -9,6 +9,5 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 if os.name == "nt":
     sys.exit("error: this needs Linux or macOS; on Windows, run it in WSL")
 
-
 class UserError(ValueError):
     """A mistake that only the user can mend. The commands print it as one line and exit with status 1."""

@@ -15,7 +15,6 @@ BACKWARD = (25, 21)
 ENCODING = 156e12 / 0.1        # FLOP of a clip of 49×480×720 through autoencoder and T5, counted; at 10 %, a guess
 EVALUATIONS = 2 * 12           # of the transformer for a negative, with guidance
 
-
 class Work(NamedTuple):
     """A training run, as far as its cost goes, by its train.Options; of CogVideoX-5B-I2V unless told otherwise."""
     options: object
@@ -70,7 +69,6 @@ class Work(NamedTuple):
                 "a block's backward pass": at_once * BACKWARD[frozen] * activation,
                 "gathered blocks": (4 if frozen else 14) * self.parameters // self.layers,
                 "context, NCCL, fragments (guessed)": (2 if shards == 1 else 5) * GIB}
-
 
 def dry_run(options, steps, clips):
     """Print what a run of `steps` on `clips` takes on GPUs of each size; with --rank, the whole network beside."""

@@ -19,20 +19,16 @@ KINDS = {str: dict(type=os.path.expanduser, metavar="STR"), int: dict(type=int, 
 # One of `world_size` processes, with its device and the dtype in which its networks compute.
 Process = namedtuple("Process", "rank world_size device dtype")
 
-
 def option(default=MISSING, help="", group=None, least=None):
     """A field of an Options class; without a default, a positional argument. `group` begins a section of --help."""
     return field(default=default, metadata=dict(help=help, group=group, least=least))
 
-
 def flag(name):
     return "--" + name.replace("_", "-")
-
 
 def flags(values):
     """{option: value} as a command line: --steps 8 --guidance 1.0."""
     return " ".join(f"{flag(name)} {quote(str(value))}" for name, value in values.items())
-
 
 def default_model():
     """The model if no --model is given, and why."""
@@ -43,7 +39,6 @@ def default_model():
         raise UserError(f"torch (for CUDA {torch.version.cuda}) cannot use this GPU's driver; update the driver or install "
                         "a torch for an older CUDA; on the CPU: CUDA_VISIBLE_DEVICES=")
     return "tiny", "no GPU is here" if torch.version.cuda else "this torch is for CPUs"
-
 
 def parse(options, name, argv=None):
     """The command line of NAME.py as an instance of `options`. The model may bring defaults of its own."""
@@ -77,18 +72,15 @@ def parse(options, name, argv=None):
         raise UserError("--compile: needs a C++ compiler; install g++ or leave --compile out")
     return options(**given)
 
-
 def changed(options):
     """{option: value} of those, but the model, that are not the program's defaults."""
     given = {each.name: getattr(options, each.name) for each in fields(options) if each.name != "model"}
     return {name: value for name, value in given.items() if value != getattr(type(options), name)}
 
-
 def say(message):
     """Print once, however many processes there are."""
     if int(os.environ.get("RANK", 0)) == 0:
         print(message, flush=True)
-
 
 def command(main, options, name):
     """Run `main(options)` of NAME.py. A user's mistake ends in one line and status 1."""
@@ -121,7 +113,6 @@ def command(main, options, name):
     except KeyboardInterrupt:
         sys.exit("interrupted; what is finished stays, and the same command does the rest")
 
-
 def this_process():
     """This Process, alone or under torchrun. Raises UserError if a launcher's variables or GPUs are missing."""
     names = "RANK", "WORLD_SIZE", "LOCAL_RANK"
@@ -140,11 +131,9 @@ def this_process():
                         "or a later one, or the CPU: CUDA_VISIBLE_DEVICES=")
     return Process(rank, world_size, torch.device("cuda", local), torch.bfloat16)
 
-
 def generator(*key):
     """A CPU generator seeded by `key` alone: the same numbers on any device and any number of ranks."""
     return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big"))
-
 
 @contextmanager
 def stop_signals():

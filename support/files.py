@@ -12,11 +12,9 @@ from safetensors.torch import save_file
 MARK = ".realdpo-part"         # the end of the name of whatever is unfinished; nobody else's files are called so
 VERSION = 2                    # of caches and runs; those that another version of this program made are refused
 
-
 def visible(folder, pattern="*"):
     """The files and folders that match, sorted, without hidden ones, such as the ._NAME that a Mac leaves."""
     return sorted(path for path in Path(folder).glob(pattern) if not path.name.startswith("."))
-
 
 @contextmanager
 def writing(path):
@@ -25,7 +23,6 @@ def writing(path):
         yield
     except (OSError, SafetensorError) as e:
         raise UserError(f"{path}: cannot be written ({e}); make room, then start again: what is finished stays") from e
-
 
 @contextmanager
 def whole_file(path):
@@ -43,20 +40,17 @@ def whole_file(path):
         with suppress(OSError):                            # it has been renamed, or `path` lies below a file
             part.unlink()
 
-
 def write_json(path, *values):
     """Write a JSON file: one line for each value."""
     lines = [json.dumps(value) + "\n" for value in values]
     with whole_file(path) as part:
         part.write_text("".join(lines), encoding="utf-8")
 
-
 class Config(dict):
     """The object in a JSON file. A missing key raises UserError, which names the file."""
 
     def __missing__(self, key):
         raise UserError(f"{self.file}: {key} is missing")
-
 
 def read_json(file):
     """The object in a JSON file, as a Config. Raises UserError if there is none."""
@@ -67,10 +61,8 @@ def read_json(file):
     config.file = file
     return config
 
-
 class InUse(UserError):
     """Another process is at work in a folder."""
-
 
 @contextmanager
 def sole_owner(folder):
@@ -90,14 +82,12 @@ def sole_owner(folder):
             note.write_text(f"process {os.getpid()} on {platform.node()}, since {time.strftime('%F %T')},")
         yield
 
-
 def check_same(place, found, expected):
     """Raise UserError, with the first difference, unless what was `found` in a place has all that is `expected`."""
     for name, value in expected.items():
         if found.get(name) != value:
             raise UserError(f"{place}: was made with {name} {found.get(name)} (now {value}); use the same, choose another "
                             f"place or, if nothing in it is needed: rm -r {quote(str(place))}")
-
 
 def claim(note, files, **settings):
     """Note the settings that `files` are made with; returns the note's id. Raises UserError if it says otherwise, or if
@@ -112,7 +102,6 @@ def claim(note, files, **settings):
     check_same(note.parent, found, settings)
     return found["id"]
 
-
 @contextmanager
 def open_tensors(path):
     """Yield an open safetensors file. Raises UserError if it is damaged."""
@@ -121,7 +110,6 @@ def open_tensors(path):
             yield f
     except (OSError, SafetensorError, LookupError, TypeError, json.JSONDecodeError) as e:
         raise UserError(f"{path}: not a whole safetensors file ({e!r:.200}); make, download or copy it again") from e
-
 
 def write_tensors(path, tensors, **metadata):
     """Write a safetensors file; `metadata` goes into its header. Raises UserError for numbers that are not finite."""
@@ -132,19 +120,16 @@ def write_tensors(path, tensors, **metadata):
     with whole_file(path) as part:                         # one entry, because safetensors keeps no order of several
         save_file(contiguous, part, {"made_by": json.dumps(metadata)})
 
-
 def read_header(path):
     """({name: shape}, metadata) of a file that `write_tensors` wrote. Raises UserError for any other file."""
     with open_tensors(path) as f:
         shapes = {name: tuple(f.get_slice(name).get_shape()) for name in f.keys()}
         return shapes, json.loads((f.metadata() or {})["made_by"])
 
-
 def read_tensors(path):
     """All tensors of a safetensors file."""
     with open_tensors(path) as f:
         return {name: f.get_tensor(name) for name in f.keys()}
-
 
 def hash_of(*parts):
     """A short hash of texts, bytes, tensors and {name: tensor}."""
@@ -158,7 +143,6 @@ def hash_of(*parts):
         sha.update(len(raw).to_bytes(8, "big") + raw)      # with its length, so that ("ab", "c") is not ("a", "bc")
     return sha.hexdigest()[:16]
 
-
 def fingerprint_of_file(path, block=2 ** 16):
     """A short hash of a file's size and of 16 blocks of its content, from its beginning to its end."""
     try:
@@ -170,7 +154,6 @@ def fingerprint_of_file(path, block=2 ** 16):
     except OSError as e:
         raise UserError(f"{path}: cannot be read ({e.strerror})") from e
     return hash_of(*parts)
-
 
 def fingerprint_of_weights(folder, prefix=""):
     """A short hash of a folder's configs, and of the name, type, shape and eight rows of each tensor whose name begins

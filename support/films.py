@@ -23,16 +23,13 @@ MEND = "leave it out, or make a plain file of it: ffmpeg -i OLD -c:v libx264 -cr
 # As ffmpeg describes it: `pixels` such as yuv420p(tv, bt709, progressive), the size as stored, the length it claims.
 Film = namedtuple("Film", "stream codec pixels width height seconds")
 
-
 def from_uint8(frames):
     """(F,H,W,3) uint8 -> (3,F,H,W) fp32 in [-1,1]."""
     return rearrange(torch.from_numpy(frames).float().div_(127.5).sub_(1), "f h w c -> c f h w")
 
-
 def to_uint8(video):
     """(3,F,H,W) in [-1,1] -> (F,H,W,3) uint8."""
     return rearrange((video.float().clamp(-1, 1) + 1) * 127.5, "c f h w -> f h w c").round().byte().cpu().numpy()
-
 
 @lru_cache
 def find_ffmpeg():
@@ -47,7 +44,6 @@ def find_ffmpeg():
         raise UserError(f"{ffmpeg}: is too old; unset IMAGEIO_FFMPEG_EXE, and pip install 'imageio-ffmpeg>=0.8'")
     return ffmpeg
 
-
 def run_ffmpeg(path, *arguments, options=()):
     """Run ffmpeg on a film, opened with `options`. Returns (output, log). Raises UserError if the file is missing."""
     if not Path(path).is_file():
@@ -57,7 +53,6 @@ def run_ffmpeg(path, *arguments, options=()):
     done = subprocess.run([find_ffmpeg(), "-nostdin", "-hide_banner", "-nostats", "-v", "level+info", "-debug_ts",
                            *strict, *options, "-i", f"file:{path}", *arguments], capture_output=True)
     return done.stdout, done.stderr.decode(errors="replace").replace(f"'file:{path}'", "it")
-
 
 def read_video_header(path):
     """The Film in a file. Raises UserError if it is missing, not a video, or of a kind that ffmpeg shows wrongly."""
@@ -85,7 +80,6 @@ def read_video_header(path):
     seconds = 3600 * int(length[1]) + 60 * int(length[2]) + float(length[3]) if length else math.inf
     return Film(found[1], found[2], found[3], int(found[4]), int(found[5]), seconds)
 
-
 def picture_filters(film, size, instants=()):
     """The ffmpeg filters that turn decoded pictures into what a player shows, RGB with square pixels. `size` is the
     filter that scales them; `instants` are filters that pick moments in time."""
@@ -111,12 +105,10 @@ def picture_filters(film, size, instants=()):
                     "zscale=t=bt709:r=pc", "format=gbrp"]                          # back to code values
     return ",".join([*filters, "format=rgb24"])
 
-
 def picture_times(log):
     """[(time, duration)] of the pictures that ffmpeg decoded, in seconds, by its log."""
     found = re.findall(r"^\[.* @ .*\[info\] decoder -> .* pts_time:(\S+) .*duration_time:(\S+)", log, re.MULTILINE)
     return [(float(time), float(duration)) for time, duration in found if time != "NOPTS"]
-
 
 def decode(path, film, filters, *output, start=0.0):
     """Decode a film strictly, from `start` seconds on. Returns what `filters` make of it and its pictures, [(time,
@@ -139,7 +131,6 @@ def decode(path, film, filters, *output, start=0.0):
         raise UserError(f"{path}: is damaged, or begins inside a group of pictures ({reason}); {MEND}")
     begin = max(pictures[0][0], start - seek) if start else pictures[0][0]
     return made, [(time - begin, duration) for time, duration in pictures]
-
 
 def read_video(path, frames, height, width, fps, start=0.0):
     """A film as a player shows it, (3,F,height,width) fp32 in [-1,1]. Frame k is what is on screen k/fps s after
@@ -164,14 +155,12 @@ def read_video(path, frames, height, width, fps, start=0.0):
                         f"on need {start + needed:.2f} s; leave it out or choose fewer --frames")
     return from_uint8(video)
 
-
 def write_video(path, frames, fps):
     """(F,H,W,3) uint8 -> .mp4: H.264, which plays anywhere; even sides."""
     content = imageio.mimwrite(imageio.RETURN_BYTES, frames, format="mp4", fps=fps, quality=None, macro_block_size=2,
                                output_params=["-crf", "12"])
     with whole_file(path) as part:
         part.write_bytes(content)
-
 
 def open_image(path):
     """A picture as a viewer shows it, upright, in sRGB, on white, as Pillow's RGB image."""
@@ -190,7 +179,6 @@ def open_image(path):
         raise UserError(f"{path}: cannot be read as a picture ({e!s:.120})") from e
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
-
 def read_image(path, height, width):
     """A picture, (3,1,height,width) fp32 in [-1,1], as a viewer shows it, resized to cover and cropped at the centre.
     Raises UserError for one that cannot be read, or not of 8 bits a colour."""
@@ -198,7 +186,6 @@ def read_image(path, height, width):
     smaller = height < image.height and width < image.width
     image = ImageOps.fit(image, (width, height), Image.Resampling.BOX if smaller else Image.Resampling.BICUBIC)
     return from_uint8(np.array(image)[None])
-
 
 def read_ahead(clips, read, faults):
     """Yield (clip, read(clip)) in order, while READERS threads read on. A UserError goes to the list `faults`."""

@@ -16,40 +16,33 @@ HUB_MODEL = "zai-org/CogVideoX-5b-I2V"
 # What diffusers assumes if a config does not say, where this code computes something else.
 ASSUMED = dict(use_rotary_positional_embeddings=False, prediction_type="epsilon", rescale_betas_zero_snr=False)
 
-
 def is_checkpoint(folder):
     return (folder / "checkpoint.json").is_file()
-
 
 def folder_of(path):
     """The local folder of a model; for a checkpoint's `ref`, that of the checkpoint."""
     folder = TINY if str(path) == "tiny" else Path(path)
     return folder.parent if folder.name == "ref" and is_checkpoint(folder.parent) else folder
 
-
 def checkpoints_of(run):
     """The whole checkpoints of a training run, oldest first. Whatever else lies there is passed over."""
     return sorted(folder for folder in Path(run).glob("checkpoints/step-*")
                   if re.fullmatch(r"step-\d{6}", folder.name) and is_checkpoint(folder))
-
 
 def last_checkpoint(path):
     """The newest checkpoint of a training run that has not ended; None for any other model."""
     folder = folder_of(path)
     return None if (folder / "done").exists() else max(checkpoints_of(folder), default=None)
 
-
 def base_of(path):
     """The model that a training run or checkpoint started from, by its base.json; `path` itself for any other."""
     note = (last_checkpoint(path) or folder_of(path)) / "base.json"
     return read_json(note)["model"] if note.is_file() else str(path)
 
-
 def note_base(folder, path):
     """Write base.json into a folder with weights: the model that has the parts it lacks, such as the autoencoder."""
     base = Path(base_of(path))
     write_json(folder / "base.json", {"model": str(base.resolve() if base.is_dir() else base)})
-
 
 def defaults_of(path, command):
     """The defaults that suit a model: {option: value} for a command, by its defaults.json or its base's, or {}."""
@@ -57,7 +50,6 @@ def defaults_of(path, command):
         if (folder / "defaults.json").is_file():
             return read_json(folder / "defaults.json").get(command, {})
     return {}
-
 
 def resolve(path, *parts):
     """The local folder that holds the named parts of a model: its own, its base's, or the hub's, downloaded once."""
@@ -81,13 +73,11 @@ def resolve(path, *parts):
             raise UserError(f"{base}: {folder} has no {part}; copy it from the published model (tokenizer.json does not do)")
     return folder
 
-
 class Stored(NamedTuple):
     """Where a network lies: in the .safetensors files of a folder, under names that begin so."""
     folder: Path
     prefix: str = ""
     base: str = ""                                         # of adapters: the fingerprint of what they belong to, or any
-
 
 def find_transformer(path):
     """The Stored transformer of a model: that of a folder, of a checkpoint or its reference, or a run's adapters."""
@@ -104,7 +94,6 @@ def find_transformer(path):
         raise UserError(f"{folder / ADAPTERS}: has an alpha that is not the rank; save it with lora_B · alpha / rank")
     return Stored(folder, "transformer.", noted.get("base", "any"))
 
-
 def fingerprint_of(path, *parts):
     """A short hash of the named parts of a model."""
     prints = []
@@ -112,7 +101,6 @@ def fingerprint_of(path, *parts):
         stored = find_transformer(path) if part == "transformer" else Stored(resolve(path, part) / part)
         prints += [fingerprint_of_weights(stored.folder, stored.prefix), stored.base]
     return hash_of(*prints)
-
 
 def read_config(folder, part, *class_names):
     """config.json of a part. Raises UserError for another class of network."""
@@ -122,11 +110,9 @@ def read_config(folder, part, *class_names):
         raise UserError(f"{config.file}: is of class {name}, expected {' or '.join(class_names)}")
     return config
 
-
 def read_dit_config(path):
     """config.json of the transformer of a model folder or hub id."""
     return read_config(resolve(path, "transformer/config.json"), "transformer", "CogVideoXTransformer3DModel")
-
 
 def refuse(config, **supported):
     """Raise UserError if a config, or what diffusers assumes for it, has anything but what is `supported`."""
@@ -135,14 +121,12 @@ def refuse(config, **supported):
         if found != value:
             raise UserError(f"{config.file}: {key} is {found}, expected {value} as in CogVideoX-5B-I2V (not 2b or 1.5)")
 
-
 # Options that may change when a run goes on: they decide where and how it runs, not what a step does.
 MAY_CHANGE = {"data", "out", "save_every", "checkpointing", "graphs", "micro_batch", "compile", "eval_data", "bench",
               "dry_run"}
 # What a run writes into --out. Where one of these is there without run.json, it is not a run's.
 EXPORT = ("done", "transformer", "scheduler", ADAPTERS)
 WRITTEN = (*EXPORT, "metrics.jsonl", "checkpoints", "videos/step-*", "base.json", "index.html")
-
 
 def choose_checkpoint(out, resume):
     """(checkpoint, its step) to continue from: the last in --out, else --resume, else (None, 0)."""
@@ -153,7 +137,6 @@ def choose_checkpoint(out, resume):
         raise UserError(f"--resume {resume}: is no checkpoint; expected a folder such as {names}")
     chosen = max(checkpoints_of(out), default=path if resume else None)
     return chosen, read_json(chosen / "checkpoint.json")["step"] if chosen else 0
-
 
 def begin_run(options, records, steps, done, learning_rate, rank):
     """Note in RUN/run.json what a run is. One that is there must be the same; an option that it does not have counts as
@@ -181,7 +164,6 @@ def begin_run(options, records, steps, done, learning_rate, rank):
         write_json(note, settings)
     return 0 < steps <= ended
 
-
 def withdraw_export(out):
     """Take away what says that a run has ended, since it goes on."""
     for name in EXPORT:
@@ -189,7 +171,6 @@ def withdraw_export(out):
         if path.is_dir():
             shutil.rmtree(path)
         path.unlink(missing_ok=True)
-
 
 def open_log(file, first):
     """Open metrics.jsonl for appending, without the lines of steps that will be done again."""

@@ -12,7 +12,6 @@ SUFFIXES = {"video": ".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .ts .mts .m2ts .
 LISTS = {"video": ("video.txt", "metadata.jsonl", "metadata.csv"),
          "picture": ("image.txt", "images.txt", "metadata.jsonl", "metadata.csv")}
 
-
 class Clip(NamedTuple):
     """A video with its caption; in a bench, a picture."""
     name: str                                              # of its record
@@ -24,13 +23,11 @@ class Clip(NamedTuple):
     image: Path | None = None                              # a separate first frame, if the folder has one
     negatives: tuple[Path, ...] = ()                       # generated videos, with --given-negatives
 
-
 def record_name(file):
     """The name of a file's record: its path as one word, shortened to a hash at the end if it is too long."""
     name = "_".join(part for part in Path(file).with_suffix("").parts if part not in ("/", "..")).lstrip(".")
     raw = os.fsencode(name)
     return name if len(raw) <= 200 else raw[:180].decode(errors="ignore") + hash_of(name)
-
 
 # The three forms, as rows: (where it stands, {"file_name": …, "text": …}), or, in place of the latter, what is wrong.
 
@@ -39,7 +36,6 @@ def read_lines(path):
     surrogate, which `make_clip` reports."""
     text = path.read_bytes().decode("utf-8-sig", "surrogateescape")
     return text.replace("\r\n", "\n").removesuffix("\n").split("\n")
-
 
 def paired_rows(files):
     """The rows of two text files with one line per sample: the layout of the authors' release."""
@@ -51,7 +47,6 @@ def paired_rows(files):
     for number, (name, caption) in enumerate(zip(names, captions), start=1):
         yield f"{files}, row {number}", {"file_name": name, "text": caption}
 
-
 def json_rows(path):
     for number, line in enumerate(read_lines(path), start=1):
         try:
@@ -61,7 +56,6 @@ def json_rows(path):
         if not isinstance(fields, dict):
             fields = f"is {line:.90}; expected a JSON object with file_name and text, on one line"
         yield f"{path}, row {number}", fields
-
 
 def csv_rows(path):
     table = csv.DictReader([line + "\n" for line in read_lines(path)], strict=True)
@@ -74,7 +68,6 @@ def csv_rows(path):
     except csv.Error as e:
         raise UserError(f"{path}, row {table.reader.line_num}: {e}; expected a table with commas between cells") from e
 
-
 def sidecar_rows(folder, what):
     """The rows of NAME.mp4 beside NAME.txt."""
     captions = {path.stem: path for path in visible(folder) if path.suffix.lower() == ".txt"}
@@ -85,7 +78,6 @@ def sidecar_rows(folder, what):
         elif path.suffix.lower() in SUFFIXES[what]:
             yield str(path), f"has no caption; write one into {path.with_suffix('.txt')}"
 
-
 def rows_of(folder, what):
     """The rows of a folder of videos or pictures (`what`)."""
     lists = [folder / name for name in LISTS[what] if (folder / name).is_file()]
@@ -94,7 +86,6 @@ def rows_of(folder, what):
     if not lists:
         return sidecar_rows(folder, what)
     return {".txt": paired_rows, ".jsonl": json_rows, ".csv": csv_rows}[lists[0].suffix](lists[0])
-
 
 def make_clip(folder, where, fields):
     """The Clip of one row. Raises UserError where it has a fault."""
@@ -113,7 +104,6 @@ def make_clip(folder, where, fields):
     name = record_name(file) + (f"@{start:.10g}" if start else "")                 # two spans of a film: two records
     keep = str(fields.get("keep", True)).lower() == "true"
     return Clip(name, folder / file, fields["text"].strip(), where, start, keep)
-
 
 def read_list(folder, what="video"):
     """The Clips of a folder of videos or pictures (`what`) with captions, in a fixed order, and what is wrong with its
@@ -140,7 +130,6 @@ def read_list(folder, what="video"):
                         f"NAME.txt beside each {what}, {what}.txt and prompt.txt, or metadata.jsonl or .csv with a text")
     return list(clips.values()), faults
 
-
 def list_clips(folder, given_negatives=False):
     """The Clips of a folder whose `keep` is not false, and what is wrong with its other rows. Says what is not used."""
     folder = Path(folder)
@@ -161,7 +150,6 @@ def list_clips(folder, given_negatives=False):
     if not clips and not faults:
         raise UserError(f"{folder}: no clip has a `keep` that is true")
     return clips, faults
-
 
 def read_bench(folder):
     """The Clips of a folder of pictures with captions, and a hash of their names, captions and pictures."""

@@ -11,7 +11,6 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-
 def empty(network, config, dtype, device, shard=lambda net: None):
     """A network with uninitialised memory on `device`, sharded first, so that a rank allocates only its own part."""
     with torch.device("meta"):
@@ -21,14 +20,12 @@ def empty(network, config, dtype, device, shard=lambda net: None):
     shard(net)
     return net.to_empty(device=device)
 
-
 def own_rows(tensor):
     """What this process holds of a tensor, and the number of its first row: everything or, under FSDP, some rows."""
     if not isinstance(tensor, DTensor):
         return tensor, 0
     _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
     return tensor.to_local(), offset[0]
-
 
 @torch.no_grad()
 def fill(target, stored):
@@ -60,7 +57,6 @@ def fill(target, stored):
             raise UserError(f"{stored.folder}: cannot be read into this network: tensor {name} has {rows[name]} rows, "
                             f"expected {len(tensor)} ({len(target)} tensors expected, {len(rows)} found)")
 
-
 def read_adapters(stored):
     """{name: tensor} of Stored adapters, whole and in fp32."""
     rows = Counter()
@@ -74,11 +70,9 @@ def read_adapters(stored):
     fill(tensors, stored)
     return tensors
 
-
 def gather(net, **which):
     """{name: tensor} of a network, whole and in CPU memory, on rank 0; {} on others. Every rank must call it."""
     return get_model_state_dict(net, options=StateDictOptions(full_state_dict=True, cpu_offload=True, **which))
-
 
 def save_adapters(tensors, file, base):
     """Write adapters {name: tensor} as diffusers does, with the fingerprint of their base."""
@@ -88,7 +82,6 @@ def save_adapters(tensors, file, base):
     noted = {"format": "pt", "base": base, "lora_adapter_metadata": json.dumps(config)}
     with whole_file(file) as part:
         save_file({f"transformer.{name}": tensor for name, tensor in tensors.items()}, part, noted)
-
 
 def save_part(tensors, config, where, dtype=None, stem="diffusion_pytorch_model"):
     """Write a network's {name: tensor} and its config as the folder `where`, whole or not at all, in files of at most

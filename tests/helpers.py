@@ -40,15 +40,12 @@ if sys.platform != "win32":
 def randn(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
-
 def relative(ours, theirs):
     """Largest difference, relative to the largest value."""
     return ((ours - theirs).abs().max() / theirs.abs().max()).item()
 
-
 def same_tensors(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-
 
 def assert_unrelated(numbers):
     """That the rows (N,…) are drawn from a standard normal distribution, each independently of the others."""
@@ -87,7 +84,6 @@ PROMPTS = ["a figure waves its left arm", "", "🤸🏽‍♀️ jumps 🎉", "c
            "شخص يلوح بيده اليسرى", "一个人挥动左手，然后坐下", "zero\u200bwidth\u200d\ufeff\u2060 marks",
            "ﬁne ligatures, ½, Ⅷ and ™", " \t\n ", "</s> <pad> \x00", "over-long " * 300]
 
-
 @torch.no_grad()
 def scramble(net, seed=0):
     """Seeded numbers in every weight and buffer, so that no ones, zeros or sine table can hide a mistake."""
@@ -98,7 +94,6 @@ def scramble(net, seed=0):
             x *= 0.01                                      # faint, so that the epsilon of the norm behind it shows
     return net.eval()
 
-
 def trained_tokenizer():
     """A SentencePiece model with T5's special ids, which knows the letters of the first prompts only."""
     writer = io.BytesIO()
@@ -107,14 +102,12 @@ def trained_tokenizer():
                                              pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=3)
     return writer.getvalue()
 
-
 def save_networks(folder, dit, vae, t5):
     """The three networks of these configs with random weights, as a model folder."""
     model.save_dit(model.Denoiser(scramble(model.DiT(dit)), model.VPrediction(SCHEDULER), SCHEDULER), folder)
     weights.save_part(scramble(model.VAE(vae)).state_dict(), vae, folder / "vae")
     weights.save_part(scramble(model.T5Encoder(t5)).state_dict(), t5, folder / "text_encoder", stem="model")
     return folder
-
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
@@ -124,27 +117,22 @@ def folder(tmp_path_factory):
     (folder / "tokenizer" / "spiece.model").write_bytes(trained_tokenizer())
     return folder
 
-
 @pytest.fixture
 def denoiser(folder):
     return model.load_dit(folder)
-
 
 @pytest.fixture
 def copied(folder, tmp_path):
     """A copy of the model folder, to change."""
     return Path(shutil.copytree(folder, tmp_path / "copied"))
 
-
 @pytest.fixture(scope="module")
 def diffusers():
     return pytest.importorskip("diffusers")
 
-
 def public(config):
     """A config without the remarks that diffusers adds to it."""
     return {k: v for k, v in config.items() if k[0] != "_"}
-
 
 def rewrite(file, **changes):
     """Change entries of a JSON or safetensors file; ... drops one."""
@@ -165,13 +153,11 @@ def inputs(batch=1, frames=5, height=4, width=6, seed=0, c=DIT):
     return (randn(*latents, frames, height, width, seed=seed),
             Condition(randn(*text, seed=seed + 1), randn(*latents, 1, height, width, seed=seed + 2)))
 
-
 def preference(batch, n):
     """Everything realdpo_loss is given, β apart."""
     win, cond = inputs(batch, frames=3)
     return dict(win=win, lose=randn(batch, n, *win.shape[1:], seed=4), cond=cond, t=torch.linspace(0.9, 0.1, batch),
                 noise=randn(*win.shape, seed=5))
-
 
 class Toy(nn.Module):
     """A denoiser of a few weights that looks at everything it is given."""
@@ -188,13 +174,11 @@ class Toy(nn.Module):
 
     time_grid = model.FlowPrediction.time_grid
 
-
 class Kept:
     """A tensor that a graph keeps for its backward pass."""
 
     def __init__(self, tensor):
         self.tensor = tensor
-
 
 class Watched(nn.Module):
     """A denoiser of one weight that notes how many videos each call has, and how many of its graphs are alive."""
@@ -215,7 +199,6 @@ class Watched(nn.Module):
         self.most = max(self.most, len(self.alive))
         return out
 
-
 def distances(denoiser, noise, cond):
     """How far multistep with 25 evaluations and Euler with 50 end from the exact path, which 1000 steps stand for:
     RMS, relative."""
@@ -233,17 +216,14 @@ def distances(denoiser, noise, cond):
 SHORT = dict(model="tiny", steps=4, batch=4, micro_batch=4, lr=1e-4, warmup=1, decay=0.0, beta=25.0,
              anchor=1000.0, compare_every=1, t_draw="uniform", checkpointing="none", graphs="all", save_every=9)
 
-
 def encode(videos, out, **options):
     data.main(data.Options(videos=str(videos), model="tiny", out=str(out), **options))
     return out
-
 
 def add_negatives(cache, **options):
     few = dict(model="tiny", data=str(cache), negatives=2, steps=2, guidance=1.0)
     sample.main(sample.Options(**few | options))
     return cache
-
 
 def make_video(out, picture, **options):
     short = dict(model="tiny", image=str(picture), prompt="a figure marches in place slowly", out=str(out), steps=2,
@@ -251,12 +231,10 @@ def make_video(out, picture, **options):
     sample.main(sample.Options(**short | options))
     return np.stack(imageio.mimread(out, memtest=False))
 
-
 def generate_bench(shots, out, **options):
     short = dict(model="tiny", steps=1, frames=9, guidance=1.0)
     sample.main(sample.Options(bench=str(shots), out=str(out), **short | options))
     return out
-
 
 @contextmanager
 def as_a_process():
@@ -270,19 +248,16 @@ def as_a_process():
         if dist.is_initialized():
             dist.destroy_process_group()
 
-
 def run_training(out, cache, **options):
     """train.py; returns what metrics.jsonl then holds."""
     with as_a_process():
         train.main(train.Options(**SHORT | dict(data=str(cache), out=str(out)) | options))
     return metrics(out)
 
-
 def on_rank(monkeypatch, rank, world_size):
     """Be one of several processes from here on, as torchrun says it."""
     for name, value in dict(RANK=rank, WORLD_SIZE=world_size, LOCAL_RANK=rank).items():
         monkeypatch.setenv(name, str(value))
-
 
 def spy_on_losses(monkeypatch, change=lambda count, loss: loss):
     """A list that fills with the tensors of every loss that training takes; `change` may turn the count-th into
@@ -297,7 +272,6 @@ def spy_on_losses(monkeypatch, change=lambda count, loss: loss):
     monkeypatch.setattr(train, "realdpo_loss", spy)
     return calls
 
-
 def spy_on_videos(monkeypatch):
     """A list that fills with the names of the videos that sample.py writes."""
     made, write = [], films.write_video
@@ -308,7 +282,6 @@ def spy_on_videos(monkeypatch):
 
     monkeypatch.setattr(films, "write_video", spy)
     return made
-
 
 def refusal(monkeypatch, name, *arguments):
     """The one line with which `python NAME.py ARGUMENTS` ends."""
@@ -331,7 +304,6 @@ def metrics(out):
         lines.append({k: v for k, v in line.items() if k != "seconds"})
     return lines
 
-
 def checkpoint(out, step):
     """All tensors of a checkpoint that one rank wrote."""
     tensors = {}
@@ -339,10 +311,8 @@ def checkpoint(out, step):
         tensors |= load_file(file)
     return tensors
 
-
 def exported(folder):
     return load_file(Path(folder) / "transformer" / "diffusion_pytorch_model.safetensors")
-
 
 def contents(folder, what=Path.read_bytes):
     """{file: its bytes} of a folder, without what killed processes left half-written."""
@@ -360,7 +330,6 @@ SHIPPED = folders.TINY
 HOSTILE = ("\"quoted\" 'text' <script>window.ran = 1</script><img src=x onerror='window.ran = 1'> </script> \\ € 人 {x}"
            "\u2028")
 
-
 @pytest.fixture(scope="session", autouse=True)
 def two_blocks(tmp_path_factory):
     """The tests' "tiny" has the first two of the five blocks that are SHIPPED: blocks take most of their time."""
@@ -374,31 +343,26 @@ def two_blocks(tmp_path_factory):
         patch.setattr(folders, "TINY", folder)
         yield
 
-
 @pytest.fixture(scope="session")
 def videos(tmp_path_factory):
     folder = tmp_path_factory.mktemp("toy") / "videos"
     world.write_toy_videos(folder, len(NAMES), seed=0)
     return folder
 
-
 @pytest.fixture(scope="session")
 def cache(videos):
     return add_negatives(encode(videos, videos.parent / "cache"))
-
 
 @pytest.fixture
 def own_cache(cache, tmp_path):
     """A copy of the cache that a test may change."""
     return shutil.copytree(cache, tmp_path / "cache")
 
-
 @pytest.fixture(scope="session")
 def looks(cache):
     """Options for a look at three held-out records, which two ranks cannot share evenly."""
     held_out = shutil.copytree(cache, cache.parent / "held-out", ignore=shutil.ignore_patterns("00003*"))
     return dict(eval_data=str(held_out), save_every=1)
-
 
 @pytest.fixture(scope="session")
 def straight(cache, looks):
@@ -408,20 +372,17 @@ def straight(cache, looks):
         run_training(cache.parent / "straight", cache, **looks)
     return cache.parent / "straight"
 
-
 @pytest.fixture(scope="session")
 def half(cache, looks):
     """The first two of these steps."""
     run_training(cache.parent / "half", cache, steps=2, **looks)
     return cache.parent / "half"
 
-
 @pytest.fixture(scope="session")
 def picture(videos):
     """A first frame of another size than the model's."""
     imageio.imwrite(videos.parent / "first.png", world.enlarge(world.toy_video(9, 0)[0][:1], 3)[0, :, 8:-8])
     return videos.parent / "first.png"
-
 
 @pytest.fixture(scope="session")
 def shots(videos, tmp_path_factory):
@@ -432,7 +393,6 @@ def shots(videos, tmp_path_factory):
         imageio.imwrite(folder / f"{name}.png", imageio.mimread(videos / f"{clip}.mp4")[0])
         (folder / f"{name}.txt").write_text(caption, encoding="utf-8")
     return folder
-
 
 @pytest.fixture(scope="session")
 def methods(shots):
@@ -454,10 +414,8 @@ def write_list(folder, content, videos, clips=("a.mp4", "b.mp4")):
         (folder / name).write_bytes(text if isinstance(text, bytes) else text.encode())
     return folder
 
-
 def jsonl(*rows):
     return {"metadata.jsonl": "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)}
-
 
 def rewrite_records(paths, change=lambda tensor: tensor, **metadata):
     """Change all latents of some records, and what their headers say."""
@@ -466,12 +424,10 @@ def rewrite_records(paths, change=lambda tensor: tensor, **metadata):
             tensors = {k: v if k == "text" else change(v) for k, v in load_file(file).items()}
             files.write_tensors(file, tensors, **files.read_header(file)[1] | metadata)
 
-
 def flip(file, place):
     content = bytearray(file.read_bytes())
     content[place] ^= 16
     file.write_bytes(content)
-
 
 DAMAGES = {
     "cut short": lambda file: file.write_bytes(file.read_bytes()[:-7]),
@@ -503,11 +459,9 @@ class Count(TorchDispatchMode):
         self.calls[name] += 1
         return result
 
-
 def carried(function, args, result):
     """What a collective puts out."""
     return args[0] if function.namespace == "c10d" else ()
-
 
 def touched(function, args, result):
     """What a kernel reads and writes. A number that was expanded is read once."""

@@ -16,7 +16,6 @@ def says(content, finish_reason="stop", **message):
     message = {"role": "assistant", "content": content, **message}
     return 200, {}, json.dumps({"model": "judge", "choices": [{"finish_reason": finish_reason, "message": message}]})
 
-
 class Handler(BaseHTTPRequestHandler):
     """Hands each request to `server.answer(text, pictures, body)`, which returns (status, headers, body), the words of
     an answer, or a function that does something else with the connection. `server.asked` fills with what was asked."""
@@ -42,7 +41,6 @@ class Handler(BaseHTTPRequestHandler):
     def log_message(self, *_):
         pass
 
-
 def start_server(answer=None):
     """A server at 127.0.0.1."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
@@ -51,11 +49,9 @@ def start_server(answer=None):
     threading.Thread(target=partial(server.serve_forever, poll_interval=0.01), daemon=True).start()
     return server
 
-
 def stop_server(server):
     server.shutdown()
     server.server_close()
-
 
 @pytest.fixture
 def slept(monkeypatch):
@@ -63,7 +59,6 @@ def slept(monkeypatch):
     seconds = []
     monkeypatch.setattr(time, "sleep", seconds.append)
     return seconds
-
 
 @pytest.fixture
 def server(slept, monkeypatch):
@@ -82,7 +77,6 @@ def write_study(methods, shots, out):
     judging.study.main(judging.study.Options(videos=str(methods), bench=str(shots), out=str(out)))
     return json.loads(Path(f"{out}-key.json").read_text())
 
-
 @pytest.fixture
 def copied_clips(monkeypatch):
     """A list that fills with the clips of a study as they are made: copies, for tests that look at no pictures."""
@@ -96,11 +90,9 @@ def copied_clips(monkeypatch):
     monkeypatch.setattr(judging.study, "write_clip", write_clip)
     return made
 
-
 @pytest.fixture(scope="session")
 def study(shots, methods):
     return write_study(methods, shots, shots.parent / "study") and shots.parent / "study"
-
 
 def answer_study(study, rater, rate):
     """An answers file: `rate(method, prompt number)` gives the five ratings."""
@@ -109,7 +101,6 @@ def answer_study(study, rater, rate):
     for method, clips in key["clips"].items():
         ratings |= {clip: rate(method, number) for number, clip in enumerate(clips)}
     return {"study": key["study"], "rater": rater, "ratings": ratings}
-
 
 def print_tally(study, answers, folder, capsys):
     files = [folder / f"{i}.json" for i in range(len(answers))]
@@ -127,7 +118,6 @@ def wait_for(happened, what):
             return
         time.sleep(0.02)
     raise AssertionError(f"never: {what}")
-
 
 class Browser:
     """Chromium without a window, by the WebDriver protocol."""
@@ -178,7 +168,6 @@ class Browser:
         file = self.downloads / name
         wait_for(lambda: file.is_file() and file.stat().st_size, name)
         return shutil.move(file, file.with_name("taken")).read_text(encoding="utf-8")
-
 
 @pytest.fixture(scope="session")
 def browser(tmp_path_factory):

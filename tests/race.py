@@ -18,7 +18,6 @@ from realdpo import Condition, streamed_realdpo_loss
 
 TEXT = 226, 256                                            # tokens, width
 
-
 def their_dit(folder, b, f, h, w):
     """diffusers' transformer, (forward(net, x), net, x)."""
     import diffusers
@@ -32,19 +31,16 @@ def their_dit(folder, b, f, h, w):
 
     return forward, net, x
 
-
 def our_dit(folder, b, f, h, w):
     """Our transformer, (net, x, cond, t)."""
     cond, t = Condition(torch.randn(b, *TEXT), torch.randn(b, 16, 1, h, w)), torch.full((b,), 0.5)
     return model.load_dit(folder), torch.randn(b, 16, f, h, w), cond, t
-
 
 def dit(backward, side, folder, *sizes):
     call, *given = their_dit(folder, *sizes) if side == "theirs" else our_dit(folder, *sizes)
     if backward:
         return lambda: call(*given).sum().backward()
     return torch.no_grad()(lambda: call(*given))
-
 
 def their_step(folder, *sizes):
     """The authors' algorithm: each negative with two policy and two reference forwards and a backward of its own."""
@@ -64,7 +60,6 @@ def their_step(folder, *sizes):
 
     return work
 
-
 def step(negatives, side, folder, *sizes):
     """A RealDPO step; ours with so many negatives, and two graphs at a time."""
     if side == "theirs":
@@ -76,7 +71,6 @@ def step(negatives, side, folder, *sizes):
                  noise=torch.randn_like(x))
     return lambda: streamed_realdpo_loss(net, ref, **given)[0].backward()
 
-
 def vae(way, side, folder, f, h, w):
     if side == "theirs":
         import diffusers
@@ -85,7 +79,6 @@ def vae(way, side, folder, f, h, w):
         net = model.load_vae(folder)
     shapes = {"encode": (1, 3, f, h, w), "decode": (1, 16, (f - 1) // 4 + 1, h // 8, w // 8)}
     return torch.no_grad()(partial(getattr(net, way), torch.randn(shapes[way])))
-
 
 def t5(side, folder):
     if side == "theirs":
@@ -96,7 +89,6 @@ def t5(side, folder):
         net = empty(model.T5Encoder, config, torch.float32, "cpu")
         fill(net.state_dict(), Stored(folder / "text_encoder"))
     return torch.no_grad()(partial(net, torch.randint(3, 1000, (8, TEXT[0]))))
-
 
 RACES = {"DiT forward": partial(dit, False), "DiT forward and backward": partial(dit, True),
          "RealDPO step": partial(step, 3), "RealDPO step, one negative of three": partial(step, 1),

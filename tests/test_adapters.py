@@ -20,7 +20,6 @@ pytest_plugins = "tests.helpers"
 
 LOW = dict(rank=4, lr=5e-3, warmup=0)
 
-
 @pytest.fixture(scope="module")
 def adapted(cache):
     """Four steps with adapters, every checkpoint kept."""
@@ -29,7 +28,6 @@ def adapted(cache):
         patch.setattr(train, "KEEP", 9)
         run_training(cache.parent / "adapted", cache, save_every=1, **LOW)
     return cache.parent / "adapted"
-
 
 def pair(folder, rank=4, moved=True):
     """Policy and reference on one network; `moved` away from each other, so that no side can pass for the other."""
@@ -58,7 +56,6 @@ def test_a_run_starts_at_log_2_to_the_bit_and_moves_nothing_but_each_sides_adapt
     assert {path.name for path in adapted.iterdir()} >= {ADAPTERS, "base.json", "done"}
     assert not (adapted / "transformer").exists()
 
-
 def test_both_sides_begin_with_the_same_a_which_their_names_decide_and_b_zero(folder):
     (policy, reference), (again, _) = model.load_dit(folder, rank=3), model.load_dit(folder, rank=3)
     ours, theirs = dict(policy.named_parameters()), dict(reference.named_parameters())
@@ -67,7 +64,6 @@ def test_both_sides_begin_with_the_same_a_which_their_names_decide_and_b_zero(fo
     a = [tensor for name, tensor in ours.items() if "lora_A" in name]
     assert len({tensor.sum().item() for tensor in a}) == len(a) and not any(p.any() for n, p in ours.items() if "B" in n)
     assert not any(p.requires_grad for name, p in policy.net.named_parameters() if ".adapters." not in name)
-
 
 @pytest.mark.parametrize("checkpointing", [True, "selective"])
 @pytest.mark.parametrize("graphs", ["all", "two"])
@@ -84,13 +80,11 @@ def test_what_backward_computes_again_is_the_policys_though_the_reference_came_a
         assert all(p.grad is None for p in reference.parameters())
     assert all(grad.abs().max() > 0 for grad in found[0].values()) and same_tensors(*found)
 
-
 def preference_of(denoiser):
     """A preference that fits the small transformer."""
     given = preference(1, 2)
     (win, cond) = inputs(1, frames=3)
     return given | dict(win=win, cond=cond)
-
 
 @torch.no_grad()
 def test_a_side_is_its_base_with_its_own_products_merged(folder):
@@ -102,7 +96,6 @@ def test_a_side_is_its_base_with_its_own_products_merged(folder):
         model.merge(merged.net, {name: p.detach() for name, p in denoiser.named_parameters()}, folder)
         assert relative(merged(x_t, cond, t), denoiser(x_t, cond, t)) <= 2e-5
         assert relative(model.load_dit(folder)(x_t, cond, t), denoiser(x_t, cond, t)) > 1e-3
-
 
 @pytest.mark.parametrize("method", ["sft", "dpo", "rwr"])
 def test_other_methods_train_adapters_too(method, own_cache, tmp_path):
@@ -124,7 +117,6 @@ def test_a_run_goes_on_to_the_bit_and_not_with_another_rank(adapted, cache, tmp_
     with pytest.raises(UserError, match=r"rank 4 \(now 8\)"):
         run_training(tmp_path / "run", cache, steps=5, **LOW | dict(rank=8))
 
-
 def test_two_ranks_take_the_steps_of_one(adapted, cache, tmp_path):
     run_on_ranks([dict(out=tmp_path / "two", cache=cache, steps=2, save_every=1, **LOW)], tmp_path)
     for ours, theirs in zip(metrics(tmp_path / "two"), metrics(adapted)):
@@ -132,7 +124,6 @@ def test_two_ranks_take_the_steps_of_one(adapted, cache, tmp_path):
     run_training(tmp_path / "two", cache, save_every=1, **LOW)                           # on one rank now
     ours, theirs = load_file(tmp_path / "two" / ADAPTERS), load_file(adapted / ADAPTERS)
     assert all(torch.allclose(ours[name], theirs[name], atol=1e-3) for name in theirs)
-
 
 def test_a_second_round_starts_from_the_runs_own_adapters_and_still_fits_the_base(adapted, cache, tmp_path):
     (line,) = run_training(tmp_path / "again", cache, model=str(adapted), steps=1, save_every=1, **LOW)
@@ -148,7 +139,6 @@ def test_a_second_round_starts_from_the_runs_own_adapters_and_still_fits_the_bas
     merged = model.load_dit(adapted).net.state_dict()
     assert line["margin"] == 0 and (tmp_path / "whole" / "transformer").is_dir()
     assert relative(exported(tmp_path / "whole")["proj_out.weight"].float(), merged["proj_out.weight"]) < 0.01
-
 
 @torch.no_grad()
 def test_a_run_its_checkpoint_and_its_reference_are_models_of_their_own(adapted, picture, tmp_path):
@@ -170,7 +160,6 @@ def pipeline(diffusers):
                                                                         torch_dtype=torch.float32)
     scheduler = diffusers.CogVideoXDDIMScheduler.from_config(SCHEDULER)
     return diffusers.CogVideoXImageToVideoPipeline(None, None, None, transformer, scheduler)
-
 
 @torch.no_grad()
 @pytest.mark.parametrize("layers", [("attn1",), ("attn1", "ff")], ids=str)
@@ -194,23 +183,19 @@ def test_diffusers_opens_our_adapters_and_we_open_its(layers, pipeline, cache, t
         merged = model.load_dit(tmp_path / folder).net(x, text, model.sinusoid(code, 96))
         assert relative(merged, expected.transpose(1, 2)) <= 2e-5
 
-
 def change_alpha(file):
     with safe_open(file, "pt") as f:
         noted = f.metadata()
     config = json.loads(noted["lora_adapter_metadata"]) | {"transformer.lora_alpha": 8}
     save_file(load_file(file), file, noted | {"lora_adapter_metadata": json.dumps(config)})
 
-
 def rename(file):
     save_file({name.replace("to_q", "to_x"): tensor for name, tensor in load_file(file).items()}, file)
-
 
 def other_base(file):
     with safe_open(file, "pt") as f:
         noted = f.metadata() | {"base": "0123456789abcdef"}
     save_file(load_file(file), file, noted)
-
 
 @pytest.mark.parametrize("harm, message", [
     (change_alpha, "alpha that is not the rank"), (rename, "to_x.lora_A.weight belongs to no layer"),
@@ -222,7 +207,6 @@ def test_a_wrong_file_of_adapters_is_one_line(harm, message, adapted, tmp_path):
     harm(run / ADAPTERS)
     with pytest.raises(UserError, match=message):
         model.load_dit(run)
-
 
 @pytest.mark.slow
 def test_compiled_blocks_with_two_sides_stay_within_the_recompile_limit(cache, tmp_path, monkeypatch):

@@ -20,7 +20,6 @@ from toy import make_model, world
 
 pytest_plugins = "tests.helpers"
 
-
 @pytest.mark.bench
 def test_compiled_blocks_sample_and_train_like_eager_ones(denoiser, folder):
     """With the real compiler, which takes its time."""
@@ -34,7 +33,6 @@ def test_compiled_blocks_sample_and_train_like_eager_ones(denoiser, folder):
         results.append((out.detach(), net(*inputs(1), torch.tensor([0.5])).detach(), gradients))
     for ours, theirs in zip(*results):
         assert relative(ours, theirs) <= 2e-5
-
 
 WIDE_DIT = DIT | dict(num_attention_heads=8, attention_head_dim=64, num_layers=6, in_channels=32, out_channels=16,
                       time_embed_dim=512, text_embed_dim=256, max_text_seq_length=226,
@@ -56,7 +54,6 @@ RACES = [                                                  # of race.py: sizes, 
     ("T5", (), 1.10, 1.0),
 ]
 
-
 @pytest.mark.bench
 @pytest.mark.parametrize("which", ["tiny", "random, 5B's schedule"])
 def test_25_steps_of_the_multistep_solver_against_50_of_euler(which):
@@ -70,7 +67,6 @@ def test_25_steps_of_the_multistep_solver_against_50_of_euler(which):
     multistep, euler = distances(denoiser, randn(4, 8, 5, 8, 8), cond)
     print(f"\n{which}: multistep, 25 evaluations: {multistep:.4f}; Euler, 50: {euler:.4f}")
     assert multistep <= euler
-
 
 @pytest.mark.bench
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward and backward"])
@@ -97,11 +93,9 @@ def test_what_a_5b_block_reads_and_writes(diffusers, backward):
           f"matrix products, {moved:.1f} : {their_moved:.1f} GB = {moved / their_moved:.2f}")
     assert flop == pytest.approx(their_flop, rel=0.001) and moved <= their_moved
 
-
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory):
     return save_networks(tmp_path_factory.mktemp("wide"), WIDE_DIT, QUARTER_VAE, DEEP_T5)
-
 
 def race(folder, name, sizes):
     """Medians over BENCH rounds, sides alternating: their (seconds, MiB), ours, and the two ratios ours / theirs."""
@@ -117,7 +111,6 @@ def race(folder, name, sizes):
     rounds = np.array(rounds)                              # (rounds, side, measure)
     theirs, ours = np.median(rounds, axis=0)
     return theirs, ours, np.median(rounds[:, 1] / rounds[:, 0], axis=0)
-
 
 @pytest.mark.bench
 @pytest.mark.parametrize("name, sizes, most_time, most_memory", RACES)

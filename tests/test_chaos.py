@@ -17,7 +17,6 @@ from tests.helpers import (DAMAGES, REPO, add_negatives, checkpoint, contents, e
 
 pytest_plugins = "tests.helpers"
 
-
 @pytest.fixture
 def small_disk(tmp_path):
     """A file system of 64 MiB, and a function that leaves so many KiB of it free."""
@@ -32,7 +31,6 @@ def small_disk(tmp_path):
 
     yield disk, leave
     subprocess.run(["umount", "-l", disk], check=True)
-
 
 def test_a_full_disk_keeps_records_and_videos_whole(videos, cache, small_disk):
     disk, leave = small_disk
@@ -51,7 +49,6 @@ def test_a_full_disk_keeps_records_and_videos_whole(videos, cache, small_disk):
         write_video(disk / "a.mp4", np.zeros((9, 32, 32, 3), np.uint8), 8)
     assert {p.name for p in disk.iterdir()} == {"ballast", "cache"}
 
-
 @pytest.mark.parametrize("room, steps", [(0, 0), (0.45, 0), (1.5, 1), (2.06, 2)],
                          ids=["metrics", "first checkpoint", "second checkpoint", "export"])
 def test_a_full_disk_keeps_a_run_whole(room, steps, straight, cache, small_disk):
@@ -65,14 +62,12 @@ def test_a_full_disk_keeps_a_run_whole(room, steps, straight, cache, small_disk)
     assert [line["loss"] for line in run(disk / "run")] == [line["loss"] for line in metrics(straight)[:2]]
     assert same_tensors(checkpoint(disk / "run", 2), checkpoint(straight, 2)) and model.load_dit(disk / "run")
 
-
 STAGES = {                                                 # command: what a kill waits for, beside a random while
     "data.py --videos {videos} --model tiny --out cache": ["cache/win/.*"],
     "sample.py --data cache --model tiny --negatives 2 --steps 2 --guidance 1": ["cache/lose/.*"],
     "train.py --data cache --model tiny --out run --steps 6 --batch 4 --micro-batch 4 --save-every 1 --bench {bench}":
         [f"run/checkpoints/*{MARK}", f"run/*{MARK}", "run/metrics.jsonl", "run/videos/*/.*", "run/videos/*/*.mp4"],
 }
-
 
 def kill(process, folder, moment, delay):
     """SIGKILL, `delay` seconds after something like `moment` appears in the folder, unless the process ends before."""
@@ -84,13 +79,11 @@ def kill(process, folder, moment, delay):
         process.kill()
         process.wait()
 
-
 def what_counts(file):
     """A file's bytes, without what differs between any two runs: the times of steps, and the order of a header."""
     if file.suffix == ".safetensors":
         return {k: v.view(torch.uint8).numpy().tobytes() for k, v in load_file(file).items()}
     return metrics(file.parent) if file.name == "metrics.jsonl" else file.read_bytes()
-
 
 @pytest.mark.chaos
 def test_killed_commands_end_with_the_files_of_undisturbed_ones(videos, shots, tmp_path):
@@ -116,7 +109,6 @@ def test_killed_commands_end_with_the_files_of_undisturbed_ones(videos, shots, t
         last = start(cwd=storm)
         assert last.communicate() and last.returncode == 0
     assert contents(storm, what_counts) == contents(calm, what_counts)
-
 
 @pytest.mark.chaos
 @pytest.mark.parametrize("what, errors", [("a damaged record", 1), ("SIGKILL", 0), ("no cache", 1)])

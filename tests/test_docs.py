@@ -20,7 +20,6 @@ for module in (judging.curate, judging.study, judging.tally, judging.verdict, cu
 OTHERS = {"help", "nproc_per_node", "shutdown_timeout", "signals_to_handle", "index_url", "nnodes", "rdzv_backend",
           "rdzv_endpoint", "mode", "videos_path", "custom_image_folder", "dimension"}
 
-
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_option_has_a_help_line(name, capsys):
     module = COMMANDS[name]
@@ -33,7 +32,6 @@ def test_every_option_has_a_help_line(name, capsys):
         assert re.search(rf"^  {word}\b[^\n]*?(\n {{20,}}|  +)[^-\s]", text, re.MULTILINE), word
         assert all(choice in text for choice in get_args(field.type)), word              # of a Literal
 
-
 @pytest.mark.parametrize("module, names", [(train, ["beta", "lr", "ema_decay", "batch"]),
                                            (sample, ["negatives", "guidance"])], ids=["train", "sample"])
 def test_a_default_is_what_its_help_says_that_the_paper_or_the_release_takes(module, names):
@@ -41,7 +39,6 @@ def test_a_default_is_what_its_help_says_that_the_paper_or_the_release_takes(mod
     for name in names:
         found = re.search(r"(?:paper|release): ([\d.e-]+)", fields[name].metadata["help"])
         assert float(found[1]) == fields[name].default, name
-
 
 @pytest.mark.parametrize("name", ["README.md", "support/README.md", "toy/README.md", "judging/README.md"])
 def test_a_readme_names_files_functions_commands_and_options_that_exist(name):

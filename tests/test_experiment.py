@@ -31,7 +31,6 @@ class Known(runs.Runs):
     def do(self, run, split):
         self.done.append((run, split))
 
-
 def test_the_search_finds_the_lowest_rate_and_asks_for_no_more_than_it_needs(tmp_path):
     found = Known(tmp_path, lambda run: abs(np.log(run.rate / 1e-4)) + 0.01 * run.base)
     row = runs.Row("row", {}, start=1e-3)
@@ -46,14 +45,12 @@ def test_the_search_finds_the_lowest_rate_and_asks_for_no_more_than_it_needs(tmp
             falling.do(*falling.search(row)[1][0])
     assert found.search(row._replace(fixed=True)) == (1e-3, [])
 
-
 def test_every_row_has_the_compute_of_its_budget():
     """A comparison takes 8/3 of the work of a step without one: the reference's two forward passes add to six."""
     steps = {row.name: runs.training_options(row).steps for row in (experiment.SFT, *experiment.CANDIDATES)}
     assert [steps[f"realdpo {n} release"] for n in (1, 2, 4)] == [200, 291, 376] and steps["sft release"] == 533
     assert runs.training_options(experiment.PAPER).steps == 100                        # four videos, not two
     assert runs.training_options(experiment.SFT._replace(budget=0.25)).steps == 133
-
 
 def test_work_takes_what_no_other_process_holds_and_asks_again_after_each(tmp_path, monkeypatch):
     first, second = (runs.Run(runs.Row("row", {}), 1e-3, base, 1) for base in (1, 2))
@@ -81,7 +78,6 @@ def test_intervals_come_from_bases_and_from_runs():
     assert experiment.half_width(runs_alone) == pytest.approx(2.78 * np.sqrt(1 / 2 / 5), rel=0.03)
     assert experiment.half_width(bases, bases + 1) == pytest.approx(0, abs=1e-12)      # the same bases on both sides
     assert experiment.half_width(runs_alone, runs_alone) == pytest.approx(2.78 * np.sqrt(1 / 5), rel=0.03)  # other runs
-
 
 def test_spreads_tell_runs_from_bases():
     rng = np.random.default_rng(0)
@@ -140,7 +136,6 @@ def small_experiment(monkeypatch):
     monkeypatch.setattr(regimes, "CLEAN", 8)
     monkeypatch.setattr(runs, "UNIT", 3)
 
-
 @pytest.mark.slow
 def test_the_experiment_prints_its_tables_and_then_from_kept_scores_alone(tmp_path, small_experiment, capsys):
     def tables():
@@ -166,7 +161,6 @@ def test_the_experiment_prints_its_tables_and_then_from_kept_scores_alone(tmp_pa
     for folder in tmp_path.glob("seed-*/base"):
         shutil.rmtree(folder)                              # whatever has to be done now, cannot
     assert tables() == first
-
 
 def test_an_unknown_part_ends_in_one_line(tmp_path):
     with pytest.raises(UserError, match="ranking: expected noise, negatives, comparison, budgets, regimes"):

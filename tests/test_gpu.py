@@ -19,7 +19,6 @@ from realdpo import Condition
 
 pytest_plugins = "tests.helpers"
 
-
 def test_no_tensor_is_on_the_wrong_device_where_networks_are_on_a_gpu(cache, monkeypatch):
     """Forward passes on fake tensors; a CUDA build of torch can do them without a GPU, but no backward pass."""
     if not torch.version.cuda:
@@ -65,7 +64,6 @@ def test_no_tensor_is_on_the_wrong_device_where_networks_are_on_a_gpu(cache, mon
         model.rope_table.cache_clear()                     # it holds fake tensors
     assert seen == {device}
 
-
 GPU_SUITE = os.environ.get("GPU_SUITE", "cuda")
 SIZES = {                                              # changes to the published configs, and how much is measured
     "cuda": dict(dit={}, vae={}, repeats=5, pieces=[21, 23, 25, 27, 31], steps=5, reserve=24, block_gib=4.0,
@@ -75,7 +73,6 @@ SIZES = {                                              # changes to the publishe
                 vae=dict(block_out_channels=[8, 8, 8, 8], layers_per_block=1, norm_num_groups=4),
                 repeats=1, pieces=[10, 21], steps=2, reserve=0, block_gib=8, lengths=[96, 128])}
 CONFIGS = dict(dit_config=FULL_DIT, vae_config=FULL_VAE, scheduler=SCHEDULER)
-
 
 @pytest.fixture(scope="session")
 def gpu():
@@ -89,7 +86,6 @@ def gpu():
     print("\nseconds" + " " * 63 + "      ours    theirs     ratio       GiB    theirs", flush=True)
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": VISIBLE_GPUS}
     return {name: value for name, value in environment.items() if value is not None}, len(cards)
-
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("count", [1, 2])
@@ -122,7 +118,6 @@ def test_a_tiny_run_on_gpus_learns_what_one_on_a_cpu_does(count, gpu, videos, sh
                        ("mean of losses 51 to 60, in bf16 : on a CPU in fp32", last, last_expected)):
         print(f"{f'tiny, {count} processes, {item}':70} {a:9.4f} {b:9.4f} {a / b:9.2f}", flush=True)
         assert a == pytest.approx(b, rel=0.05), item       # 1.5 % was seen between bf16 and fp32 on a CPU
-
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["block", "attention", "step", "vae", "sampling"])             # of tests/gpu/

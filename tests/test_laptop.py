@@ -17,7 +17,6 @@ from toy import judge, laptop, world
 
 pytest_plugins = "tests.helpers"
 
-
 def test_the_laptops_story(tmp_path, monkeypatch, capsys):
     """In small: two real clips, one held-out figure, two steps a run, videos in two evaluations."""
     for module in (laptop, folders):
@@ -51,7 +50,6 @@ def test_the_laptops_story(tmp_path, monkeypatch, capsys):
     assert np.stack(imageio.mimread(out / "held-out.gif")).shape[:3] == (17, 14 + 3 * 32, 6 * 3 * 32)
     assert sorted(path.name for path in (out / "held-out").iterdir()) == ["base", "realdpo", "sft"]
 
-
 def test_the_laptops_story_ends_where_a_run_is_asked_to_stop_and_is_one_seeds(tmp_path, monkeypatch):
     monkeypatch.setattr(laptop, "prepare", lambda *_: "cache")
     monkeypatch.setattr(laptop.dist, "barrier", lambda: None)
@@ -70,13 +68,11 @@ def test_the_laptops_story_ends_where_a_run_is_asked_to_stop_and_is_one_seeds(tm
         tell(seed=1)
     assert len(laptop.runs_to_compare(train.Options(method="dpo"))) == 1           # is compared with its base alone
 
-
 def test_a_held_out_video_depends_on_its_number_alone(cache, monkeypatch):
     monkeypatch.setattr(laptop.realdpo, "sample", lambda denoiser, noise, cond, **options: noise)
     monkeypatch.setattr(model.VAE, "decode", lambda vae, latents: latents[:, :3].clamp(-1, 1))
     one_by_one, together = [[*laptop.generate_held_out(None, "tiny", data.Records(cache), batch)] for batch in (1, 16)]
     assert np.array_equal(one_by_one, together) and len(np.unique(together, axis=0)) == 4
-
 
 def test_negatives_are_scored_by_their_distance_and_anew_when_they_are(own_cache, monkeypatch):
     drawn = []

@@ -32,14 +32,12 @@ LISTS = {                                                  # a list that is read
     "undecided is not kept": (jsonl(dict(file_name="a.mp4", text="one"), dict(TWO, keep=None)), ["one"]),
 }
 
-
 @pytest.mark.parametrize("kind", LISTS)
 def test_lists_are_read(kind, videos, tmp_path, capsys):
     content, captions = LISTS[kind]
     clips, faults = list_clips(write_list(tmp_path / "list", content, videos))
     assert [clip.caption for clip in clips] == captions and not faults
     assert ("1 clips are not used, by their `keep`" in capsys.readouterr().out) == ("kept" in kind)
-
 
 FAULTS = {                                                 # a list of which a row is refused: what the line says
     "another encoding": ({"a.txt": b"the figure\x92s arm", "b.txt": "two"}, ["a.txt: text is", "UTF-8"]),
@@ -55,7 +53,6 @@ FAULTS = {                                                 # a list of which a r
     "twice": (jsonl(TWO, dict(file_name="./b.mov", text="a")), ["row 2: its record would have", "row 1, b;"]),
 }
 
-
 @pytest.mark.parametrize("kind", FAULTS)
 def test_a_faulty_row_is_named_and_the_others_are_read(kind, videos, tmp_path, monkeypatch):
     content, words = FAULTS[kind]
@@ -63,7 +60,6 @@ def test_a_faulty_row_is_named_and_the_others_are_read(kind, videos, tmp_path, m
     (clip,), (fault,) = list_clips(folder)
     assert (clip.name, clip.caption) == ("b", "two") and all(word in fault for word in words), fault
     assert fault in refusal(monkeypatch, *f"data --videos {folder} --out {tmp_path / 'out'} --model tiny".split())
-
 
 REFUSED = {                                                # what a folder holds that is refused: what the line says
     "two lists": (jsonl(TWO) | {"metadata.csv": TABLE.format(",")}, ["metadata.jsonl and metadata.csv"]),
@@ -75,7 +71,6 @@ REFUSED = {                                                # what a folder holds
     "nothing": ({"a.md": ""}, ["holds no videos with captions; found a.md, expected NAME.txt beside each video"]),
 }
 
-
 @pytest.mark.parametrize("kind", REFUSED)
 def test_of_a_list_that_cannot_be_read_the_line_says_what_was_found(kind, videos, tmp_path):
     content, words = REFUSED[kind]
@@ -83,7 +78,6 @@ def test_of_a_list_that_cannot_be_read_the_line_says_what_was_found(kind, videos
     with pytest.raises(UserError) as refused:
         list_clips(write_list(tmp_path / "list", content, videos, clips))
     assert all(word in str(refused.value) for word in words)
-
 
 def test_what_a_folder_holds_and_is_not_used_is_counted_without_hidden_files(videos, tmp_path, capsys):
     rows = dict(file_name="a.m4v", text="one"), dict(file_name="b@0.MP4", text="two")
@@ -97,7 +91,6 @@ def test_what_a_folder_holds_and_is_not_used_is_counted_without_hidden_files(vid
     assert (first.image.name, [path.name for path in first.negatives]) == ("a.JPG", ["0.mp4"])
     assert "1 other videos are not used, such as c.mov" in capsys.readouterr().out
     assert second.image.name == "b@0.png"
-
 
 def test_two_spans_of_a_film_are_two_records_and_know_where_they_begin(videos, tmp_path):
     rows = [dict(file_name="a.mp4", text="one"), dict(file_name="a.mp4", text="one", start="0.25")]
@@ -114,7 +107,6 @@ def test_two_spans_of_a_film_are_two_records_and_know_where_they_begin(videos, t
     assert torch.equal(video, films.read_video(folder / "a.mp4", 9, 32, 32, 8, start=0.25))
     assert torch.equal(negative, films.read_video(videos / "00001.mp4", 9, 32, 32, 8))         # from its beginning
 
-
 def test_uneven_negatives_are_refused_before_anything_is_encoded(videos, tmp_path, monkeypatch):
     folder = shutil.copytree(videos, tmp_path / "videos")
     for name in NAMES:
@@ -125,20 +117,17 @@ def test_uneven_negatives_are_refused_before_anything_is_encoded(videos, tmp_pat
     assert "00001.mp4: has 2 negatives" in refusal(monkeypatch, *command)
     assert not list((tmp_path / "out").rglob("*.safetensors"))
 
-
 def test_names_of_records_stay_in_the_cache_and_are_seen_and_short_enough():
     assert record_name("/abs/v.mp4") == "abs_v" and record_name("../a/v.mp4") == "a_v"
     assert not record_name(".hidden/v.mp4").startswith(".")
     names = [record_name("é" * 120 + end + ".mp4") for end in "12"]                # 241 bytes
     assert len({*names}) == 2 and max(len(name.encode()) for name in names) <= 200
 
-
 def damage(file):
     """Overwrite a third of a video; its header stays whole."""
     content = file.read_bytes()
     third = len(content) // 3
     file.write_bytes(content[:third] + bytes(third) + content[2 * third:])
-
 
 def test_skip_bad_leaves_clips_out_and_lists_them_and_without_it_the_others_are_encoded(videos, tmp_path, capsys):
     folder = shutil.copytree(videos, tmp_path / "videos")
@@ -156,7 +145,6 @@ def test_skip_bad_leaves_clips_out_and_lists_them_and_without_it_the_others_are_
     encode(videos, out, skip_bad=True)                     # once nothing is left out, the list goes
     assert not (out / "left_out_0.txt").exists() and len(data.Records(out, negatives=False)) == 4
 
-
 @pytest.mark.parametrize("spoil", [damage, Path.unlink])   # found when it is read, and before
 def test_skip_bad_with_no_clip_left_is_an_error(spoil, videos, tmp_path):
     folder = write_list(tmp_path / "list", {"metadata.csv": "file_name,text\na.mp4,one\n"}, videos, ["a.mp4"])
@@ -164,14 +152,12 @@ def test_skip_bad_with_no_clip_left_is_an_error(spoil, videos, tmp_path):
     with pytest.raises(UserError, match="no clip is left.*a.mp4"):
         encode(folder, tmp_path / "out", skip_bad=True)
 
-
 def test_clips_are_read_ahead_in_order_and_only_a_few(monkeypatch):
     monkeypatch.setattr(films, "READERS", 3)
     begun = []
     for i, (clip, _) in enumerate(films.read_ahead(range(10), begun.append, faults=[])):
         assert clip == i and len(begun) <= i + 3
     assert sorted(begun) == list(range(10))
-
 
 def test_nothing_that_is_not_finite_is_stored(own_cache, picture, tmp_path):
     with pytest.raises(UserError, match="a.safetensors: win would hold numbers that are not finite"):
@@ -186,7 +172,6 @@ def test_nothing_that_is_not_finite_is_stored(own_cache, picture, tmp_path):
         make_video(tmp_path / "a.mp4", picture, model=str(broken), frames=9)
     assert not list(own_cache.glob("lose/*.safetensors")) and not list(tmp_path.glob("a.*"))
 
-
 def test_what_is_printed_can_be_pasted(videos, tmp_path, capsys):
     place = encode(videos, tmp_path / "it's a cache; $HOME", frames=9)
     line = shlex.split(capsys.readouterr().out.rsplit("next: ", 1)[1])
@@ -194,7 +179,6 @@ def test_what_is_printed_can_be_pasted(videos, tmp_path, capsys):
     with pytest.raises(UserError) as refused:
         data.Records(place)
     assert shlex.split(str(refused.value).rsplit("with: ", 1)[1]) == ["python", "sample.py", "--data", str(place)]
-
 
 @pytest.mark.parametrize("module", [data, sample, train])
 def test_a_console_that_cannot_print_a_sign_prints_another(module, monkeypatch):
@@ -205,7 +189,6 @@ def test_a_console_that_cannot_print_a_sign_prints_another(module, monkeypatch):
         command.command(module.main, module.Options, module.__name__)
     console.flush()
     assert b"model: ?? (--model)" in console.buffer.getvalue()
-
 
 def test_a_launchers_variables_are_taken_together_or_refused(monkeypatch):
     assert command.this_process()[:2] == (0, 1)

@@ -17,14 +17,11 @@ from tests.helpers import CONFIG, DIT, REPO, SCHEDULE, Toy, WEIGHTS, contents, i
 
 pytest_plugins = "tests.helpers"
 
-
 def entries(name, **changes):
     return lambda folder: rewrite(folder / name, **changes)
 
-
 def content(name, change):
     return lambda folder: (folder / name).write_bytes(change((folder / name).read_bytes()))
-
 
 config, schedule, weights = (partial(entries, name) for name in (CONFIG, SCHEDULE, WEIGHTS))
 VAE, SPIECE = "vae/config.json", "tokenizer/spiece.model"
@@ -56,7 +53,6 @@ BREAKAGES = {
         "another tokenizer": (lambda f: (f / SPIECE).rename(f / "tokenizer/tokenizer.json"), r"tokenizer\.json"),
         "tokenizer cut short": (content(SPIECE, lambda b: b[:50]), SPIECE)}}
 
-
 @pytest.mark.parametrize("load, breakage", [(load, name) for load, table in BREAKAGES.items() for name in table])
 def test_broken_folder_is_refused_in_one_line_with_its_name(copied, load, breakage):
     harm, message = BREAKAGES[load][breakage]
@@ -64,7 +60,6 @@ def test_broken_folder_is_refused_in_one_line_with_its_name(copied, load, breaka
     with pytest.raises(UserError, match=message) as caught:
         load(copied)
     assert str(copied) in str(caught.value) and "\n" not in str(caught.value)
-
 
 @pytest.mark.parametrize("flip", [0x01, 0xff])
 def test_flipped_header_byte_never_loads_other_weights(copied, denoiser, flip):
@@ -79,11 +74,9 @@ def test_flipped_header_byte_never_loads_other_weights(copied, denoiser, flip):
             refused += 1
     assert refused > 0.8 * len(positions)                  # the rest hit the file's remarks or its blanks
 
-
 loss = partial(realdpo.realdpo_loss, Toy(1), Toy(2), **preference(2, 3), beta=1)
 streamed = partial(realdpo.streamed_realdpo_loss, *loss.args, **loss.keywords)
 solve = partial(realdpo.sample, Toy(1), *inputs(), steps=2)
-
 
 @pytest.mark.parametrize("call, message", [
     (lambda dit: dit(*inputs(1, 5, 8, 6), torch.ones(1)), r"\(5, 4, 3\).*\(5, 2, 3\)"),     # not in the learned table
@@ -96,7 +89,6 @@ def test_wrong_arguments_are_refused_with_their_values(denoiser, call, message):
     with pytest.raises(ValueError, match=message):
         call(denoiser)
 
-
 def test_hidden_files_are_passed_over(copied, own_cache):
     parts = "transformer", "vae", "tokenizer"
     before = fingerprint_of(copied, *parts), data.Records(own_cache).hashes
@@ -106,7 +98,6 @@ def test_hidden_files_are_passed_over(copied, own_cache):
     for load in BREAKAGES:
         load(copied)
 
-
 def test_models_that_differ_in_the_last_blocks_attention_have_two_fingerprints(folder, copied):
     name = "transformer_blocks.1.attn1.to_q.weight"
     prints = []
@@ -114,7 +105,6 @@ def test_models_that_differ_in_the_last_blocks_attention_have_two_fingerprints(f
         rewrite(copied / WEIGHTS, **{name: load_file(copied / WEIGHTS)[name] + change})
         prints.append(fingerprint_of(copied, "transformer"))
     assert prints[0] == fingerprint_of(folder, "transformer") != prints[1]
-
 
 @pytest.mark.parametrize("load, needed, part", [
     (model.load_dit, {CONFIG, WEIGHTS, SCHEDULE}, "scheduler"),
@@ -138,7 +128,6 @@ def test_the_hub_is_asked_for_what_is_needed_and_what_it_lacks_is_named(load, ne
     with pytest.raises(UserError, match=f"^owner/name: {copied} has no {part}; "):
         load("owner/name")
 
-
 @pytest.mark.parametrize("name", ["owner/absent", "../owner", "/owner", "word"])
 def test_a_model_that_cannot_be_had_is_refused_by_name_with_the_cause(name, tmp_path, monkeypatch):
     def snapshot_download(*_, **__):
@@ -151,7 +140,6 @@ def test_a_model_that_cannot_be_had_is_refused_by_name_with_the_cause(name, tmp_
         with pytest.raises(UserError, match=rf"\A{named}: .*\(ConnectionReset.*by peer.*\Z"):
             model.load_vae(path)
 
-
 def test_source_never_unpickles():
     for file in [*REPO.glob("*.py"), *REPO.glob("[a-z]*/*.py")]:
         for node in ast.walk(ast.parse(file.read_text())):
@@ -160,7 +148,6 @@ def test_source_never_unpickles():
                 assert not names & {"pickle", "_pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}, file
             if isinstance(node, ast.Attribute | ast.keyword):
                 assert ast.unparse(node).split("=")[0] not in ("torch.load", "allow_pickle"), file
-
 
 @pytest.mark.parametrize("load, part", [*zip(BREAKAGES, ("transformer", "vae", "text_encoder"))])
 def test_no_loader_opens_a_pickle(copied, tmp_path, load, part):

@@ -16,7 +16,6 @@ from support.lists import Clip
 
 pytest_plugins = "tests.helpers"
 
-
 def tiny_with_other(part, folder):
     """The tiny model with one bit of one part changed."""
     shutil.copytree(folders.TINY, folder)
@@ -24,7 +23,6 @@ def tiny_with_other(part, folder):
     (file,) = (folder / part).glob(names.get(part, "*.safetensors"))
     flip(file, -1)
     return str(folder)
-
 
 @pytest.mark.parametrize("place, setting, change", [       # another option, or another part of the model
     ("win", "frames", dict(frames=9)), ("win", "fps", dict(fps=4)), ("win", "seed", dict(seed=1)),
@@ -51,7 +49,6 @@ def test_whoever_adds_files_with_other_settings_is_refused_before_anything_is_lo
         else:
             generate_bench(shots, methods / "alpha-method", **options)
 
-
 def test_a_cache_that_says_nothing_of_what_made_it_or_is_of_another_version_is_refused(videos, own_cache):
     for kind, act in (("lose", lambda: add_negatives(own_cache)), ("win", lambda: encode(videos, own_cache))):
         note = own_cache / kind / "made_by.json"
@@ -63,7 +60,6 @@ def test_a_cache_that_says_nothing_of_what_made_it_or_is_of_another_version_is_r
             act()
         with pytest.raises(UserError, match=f"{note}: cannot be read"):
             data.Records(own_cache)
-
 
 def test_a_records_hash_is_of_all_that_it_holds_and_of_the_scores_that_a_run_learns_from(own_cache):
     hashes, found = data.Records(own_cache).hashes, []
@@ -81,7 +77,6 @@ def test_a_records_hash_is_of_all_that_it_holds_and_of_the_scores_that_a_run_lea
         write_json(own_cache / "scores.json", {name: [0.0, better] for name in NAMES})
         hashes[better] = data.Records(own_cache, scores=True).hashes["00000"]
     assert len({*hashes.values()}) == 6
-
 
 def test_fingerprints_tell_contents_of_one_size_apart(tmp_path):
     def weights(prefix="", config="{}", **changes):
@@ -103,19 +98,16 @@ def test_fingerprints_tell_contents_of_one_size_apart(tmp_path):
         different.append(fingerprint_of_file(tmp_path / "file"))
     assert len({*different}) == len(different)
 
-
 class Plain:
     """An autoencoder whose posterior has the pixels' mean and a standard deviation of 1."""
 
     def encode(self, video, generator):
         return video + torch.randn(video.shape, generator=generator)
 
-
 def encoded(name="a", seed=0, negatives=1):
     """A grey clip's record and negatives."""
     video = torch.zeros(3, 9, 8, 8)
     return data.encode_clip(Clip(name, None, "", ""), (video, video[:, :1], [video] * negatives), Plain(), seed, "cpu")
-
 
 def test_the_posteriors_noise_is_each_clips_each_parts_and_each_seeds_own():
     (record, negatives), (again, same) = encoded(), encoded()
@@ -128,13 +120,11 @@ def test_the_posteriors_noise_is_each_clips_each_parts_and_each_seeds_own():
     images.append(again["win"][:, :1])
     assert len(torch.stack(images).flatten(1).unique(dim=0)) == 5
 
-
 def test_a_generator_depends_on_every_part_of_its_key():
     keys = [("a", 1, 2), ("a", 1, 3), ("a", 2, 2), ("b", 1, 2), ("a", 1), ("a", "1", 2), ("a1", 2)]
     draws = torch.stack([torch.randn(1000, generator=generator(*key)) for key in keys])
     assert_unrelated(draws)
     assert torch.equal(draws[0], torch.randn(1000, generator=generator("a", 1, 2)))
-
 
 def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
     flushed, fsync = [], os.fsync
@@ -148,7 +138,6 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
     monkeypatch.setattr(files.os, "fsync", spy)
     write_json(tmp_path / "a.json", {})
     assert flushed[0].endswith(files.MARK) and [path.name for path in tmp_path.iterdir()] == ["a.json"]
-
 
 def test_what_could_not_be_written_leaves_nothing(tmp_path):
     (tmp_path / "file").write_text("")

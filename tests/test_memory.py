@@ -20,16 +20,13 @@ pytest_plugins = "tests.helpers"
 SHAPE, RANKS = (16, 13, 60, 90), 8                         # latents of 49×480×720; GPUs
 FORWARD = 332e12                                           # FLOP of a video's, counted by hand
 
-
 def attention_flops(passes, shape, *_, **__):
     """Of queries with keys, and of the result with values. A fused kernel's repeated forward is not counted."""
     batch, heads, tokens, width = shape
     return passes * 4 * batch * heads * tokens ** 2 * width
 
-
 ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: partial(attention_flops, 1),
              torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: partial(attention_flops, 2)}
-
 
 @pytest.mark.parametrize("layers, checkpointing, graphs, lose, close", [
     (2, "selective", "two", 1, 0.1),
@@ -58,14 +55,12 @@ def test_memory_and_flops_are_those_of_the_real_code(layers, checkpointing, grap
     assert memory == pytest.approx(tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"], rel=close)
     assert work.flops() == pytest.approx(counter.get_total_flops(), rel=0.005)
 
-
 @pytest.mark.parametrize("options, forwards", [
     ({}, 8), (dict(lose_per_step=0), 16), (dict(method="sft"), 3), (dict(method="dpo"), 8), (dict(method="rwr"), 9),
     (dict(compare_every=4), (8 + 3 * 3) / 4)])             # the anchor alone at three of four steps
 def test_the_work_of_a_step_is_three_forwards_of_the_policy_a_video_and_one_of_the_reference(options, forwards):
     options = train.Options(**dict(batch=1, checkpointing="none", compare_every=1) | options)
     assert Work(options).mean_flops() == pytest.approx(forwards * FORWARD, rel=0.01)
-
 
 @pytest.mark.parametrize("gpus, count, sizes", [(1, 1, [141]), (8, 8, [48, 80, 141]), (16, 16, [48, 80, 141])])
 def test_a_dry_run_says_for_each_size_of_gpu_whether_it_fits_and_how_long_it_takes(gpus, count, sizes, capsys):

@@ -11,7 +11,6 @@ from toy import world
 
 pytest_plugins = "tests.helpers"
 
-
 @pytest.fixture(scope="session")
 def bad(videos, cache, shots, tmp_path_factory):
     """A folder of everything that is wrong."""
@@ -32,7 +31,6 @@ def bad(videos, cache, shots, tmp_path_factory):
     (bad / "old" / "win" / "made_by.json").write_text('{"format": 1}')
     (bad / "foreign" / "transformer").mkdir(parents=True)
     return bad
-
 
 # Command line: what its one line says. {same} stands for the options of the run {half}.
 REFUSED = {
@@ -79,7 +77,6 @@ REFUSED = {
     "train --dry-run 3 --model zai-org/CogVideoX-5b-I2V": ["--dry-run 3", "--batch 8"],
 }
 
-
 @pytest.mark.parametrize("line, words", REFUSED.items(), ids=REFUSED)
 def test_a_mistake_ends_in_one_line(line, words, bad, videos, cache, half, picture, methods, tmp_path, monkeypatch):
     places = dict(bad=bad, videos=videos, cache=cache, half=half, picture=picture, methods=methods, tmp=tmp_path,
@@ -93,13 +90,11 @@ def test_a_mistake_ends_in_one_line(line, words, bad, videos, cache, half, pictu
     assert all(word.format(**places) in message for word in words), message
     assert (contents(bad), contents(half)) == before
 
-
 def test_a_mistake_is_one_line_on_stderr_and_status_1(tmp_path):
     command = [sys.executable, REPO / "train.py", "--data", "nowhere"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert re.fullmatch(r"error: nowhere: .*\n", done.stderr) and done.returncode == 1
     assert re.fullmatch(r"model: tiny \(.*\)\noptions: .*\n", done.stdout)
-
 
 def test_an_incomplete_launcher_is_refused(videos, cache, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
@@ -107,14 +102,12 @@ def test_an_incomplete_launcher_is_refused(videos, cache, monkeypatch):
         words = "the environment has WORLD_SIZE, but not all of RANK, WORLD_SIZE, LOCAL_RANK"
         assert words in refusal(monkeypatch, *command.split(), "--model", "tiny")
 
-
 def test_more_processes_than_gpus_are_refused(cache, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     on_rank(monkeypatch, 0, 4)
     monkeypatch.setenv("LOCAL_RANK", "3")
     assert "this machine has 2" in refusal(monkeypatch, "sample", "--model", "tiny", "--data", str(cache))
-
 
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("kind", ["win", "lose", "checkpoint", "checkpoint.json", "run.json"])

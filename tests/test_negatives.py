@@ -15,7 +15,6 @@ import sample
 
 pytest_plugins = "tests.helpers"
 
-
 @pytest.fixture
 def asked(monkeypatch):
     """What sample.py asks of the sampler, call by call; instead of latents it gets the noise back."""
@@ -27,7 +26,6 @@ def asked(monkeypatch):
 
     monkeypatch.setattr(sample, "sample", spy)
     return calls
-
 
 def test_negatives_are_asked_for_with_their_records_caption_and_first_frame(own_cache, asked):
     shutil.rmtree(own_cache / "lose")
@@ -43,7 +41,6 @@ def test_negatives_are_asked_for_with_their_records_caption_and_first_frame(own_
     assert_unrelated(torch.cat([call["noise"] for call in asked]))
     policy, base = asked[0]["denoiser"].net.state_dict(), model.load_dit("tiny").net.state_dict()
     assert same_tensors(policy, base)
-
 
 def test_videos_of_a_bench_are_asked_for_with_their_own_picture_and_caption(shots, asked, tmp_path):
     options = dict(model="tiny", bench=str(shots), steps=7, guidance=2.5, solver="multistep", frames=9)
@@ -61,7 +58,6 @@ def test_videos_of_a_bench_are_asked_for_with_their_own_picture_and_caption(shot
     assert_unrelated(torch.cat([call["noise"] for call in asked]))         # of each picture and seed its own
     assert asked[0]["noise"].shape == (1, 8, 3, 8, 8)
 
-
 def test_negatives_depend_only_on_seed_record_and_index(own_cache, monkeypatch):
     files = contents(own_cache / "lose")
     shutil.rmtree(own_cache / "lose")
@@ -78,7 +74,6 @@ def test_negatives_depend_only_on_seed_record_and_index(own_cache, monkeypatch):
     assert torch.equal(one[0], two[0])
     assert not torch.equal(two[0], two[1])
 
-
 def test_negatives_take_a_quarter_of_the_evaluations_of_a_published_video(monkeypatch):
     taken = []
     for action in "negatives", "make_videos":
@@ -88,7 +83,6 @@ def test_negatives_take_a_quarter_of_the_evaluations_of_a_published_video(monkey
         sample.main(sample.Options(model="tiny", **options))
     assert taken == [("multistep", 12), ("euler", 50), ("euler", 50), ("euler", 50), ("multistep", 9),
                      ("multistep", 25)]
-
 
 def test_one_picture_and_one_sentence_become_an_mp4(picture, straight, tmp_path):
     video = make_video(tmp_path / "a.mp4", picture)

@@ -50,7 +50,6 @@ def test_a_study_is_rated_by_keyboard_reloaded_saved_and_tallied(browser, study,
     browser.press("Bob\ue007")
     assert browser.run("[state.rater, state.page, state.ratings]") == ["Bob", 0, {}]
 
-
 def test_each_page_has_an_order_of_its_own(browser, tmp_path):
     pages = [dict(caption=f"{i}", clips=[f"{i}a", f"{i}b", f"{i}c"]) for i in range(100)]
     vlm.write_page("study.html", tmp_path / "study.html", dict(study="many", pages=pages))
@@ -58,7 +57,6 @@ def test_each_page_has_an_order_of_its_own(browser, tmp_path):
     browser.press("Ann\ue007")
     orders = browser.run("state.orders.map(order => order.map(clip => clip.at(-1)).join(''))")
     assert len(orders) == 100 and min(Counter(orders).values()) >= 5 and len({*orders}) == 6     # about 17 of each
-
 
 def test_a_browser_without_storage_says_so_and_still_saves(browser, study):
     refuse = "Object.defineProperty(window, 'localStorage', { get() { throw new DOMException('no') } })"
@@ -73,7 +71,6 @@ def test_a_browser_without_storage_says_so_and_still_saves(browser, study):
     finally:
         browser.cdp("Page.removeScriptToEvaluateOnNewDocument", identifier=script)
 
-
 @pytest.fixture
 def own_study(study, tmp_path):
     """A copy of the study to change, with a name of its own in the browser's storage."""
@@ -82,12 +79,10 @@ def own_study(study, tmp_path):
     page.write_text(page.read_text().replace(key["study"], tmp_path.name))
     return tmp_path / "own", key
 
-
 SOUND_ALONE = "-f lavfi -i testsrc=d=1 -f lavfi -i sine=d=1 -c:v mpeg4 -c:a aac"          # which no browser shows
 STATES = ("state.orders[state.page].map((clip, i) => [clip, ["
           "document.querySelectorAll('figure')[i].innerText.includes('does not play'),"
           "[...document.querySelectorAll('fieldset')].filter(f => f.dataset.clip == clip && !f.disabled).length]])")
-
 
 @pytest.mark.parametrize("fault", ["missing", "sound alone"])
 def test_a_clip_that_does_not_play_says_so_and_cannot_be_rated(fault, browser, own_study):
@@ -115,7 +110,6 @@ def test_a_clip_that_does_not_play_says_so_and_cannot_be_rated(fault, browser, o
     browser.press("5" * 5 + "\ue007\ue007")
     browser.press("\ue007")
     assert json.loads(browser.downloaded("answers-Ann.json"))["ratings"][lost] == [5] * 5
-
 
 def test_all_of_a_study_fits_into_a_narrow_window_and_another_study_begins_anew(browser, own_study):
     folder, _ = own_study
@@ -147,15 +141,12 @@ def write_list(folder, rows):
     vlm.write_page("inspect.html", folder / "inspect.html", rows)
     return folder / "inspect.html"
 
-
 def row(number, **changes):
     return dict(file_name=f"{number}.mp4", text=f"clip {number}", keep=True, reason="", theme="x", vlm="y") | changes
-
 
 def press_until_saved(browser, keys):
     browser.press(keys + "s")
     return [json.loads(line) for line in browser.downloaded("metadata.jsonl").split("\n")[:-1]]
-
 
 def test_clips_are_inspected_by_keyboard_reloaded_and_saved(browser, videos, tmp_path):
     raw = shutil.copytree(videos, tmp_path / "raw #1?&%20'")
@@ -188,7 +179,6 @@ def test_clips_are_inspected_by_keyboard_reloaded_and_saved(browser, videos, tmp
     assert saved == expected and saved[2]["text"] in (HOSTILE + " kd", " kd" + HOSTILE)
     browser.until("document.getElementById('notice').innerText.includes('cannot play')")         # 8.mp4 is not there
 
-
 def test_changes_made_on_another_list_are_told_and_asked_about(browser, tmp_path):
     rows = [row(i, keep=None) for i in range(5)]
     page = write_list(tmp_path, rows)
@@ -217,7 +207,6 @@ def test_changes_made_on_another_list_are_told_and_asked_about(browser, tmp_path
     browser.run("document.getElementById('use').click()")
     browser.open(page)
     assert browser.run("document.getElementById('stale').hidden && rows[0].keep === false && rows[0].text === 'newer'")
-
 
 def test_all_of_a_list_fits_into_a_narrow_window(browser, tmp_path):
     for width in (640, 360):

@@ -20,12 +20,10 @@ H, W = 64, 96                                              # of what is read; in
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220), "yellow": (220, 220, 30)}
 EIGHTHS = np.arange(17) / 8                                # the instants that are read
 
-
 def ffmpeg(*arguments, pixels=b""):
     """Run ffmpeg, with `pixels` as its standard input."""
     program = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-y"]
     subprocess.run([*program, *map(str, arguments)], input=pixels, check=True)
-
 
 def scene(times, height=H, width=W):
     """(F,height,width,3): a colour in each corner, and a white bar that crosses the picture in 4 s, from a tenth on."""
@@ -39,13 +37,11 @@ def scene(times, height=H, width=W):
     cover = band * (0.5 + (0.06 - distance) / (x[1] - x[0])).clip(0, 1)[:, None, :, None]          # (F,H,W,1)
     return (picture + cover * (255.0 - picture)).round().astype(np.uint8)
 
-
 def write_scene(path, times, arguments, rate=30, height=H, width=W):
     """A clip of the scene at `times`, encoded by ffmpeg's `arguments`."""
     raw = f"-f rawvideo -pix_fmt rgb24 -s {width}x{height} -r {rate} -i - {arguments}"
     ffmpeg(*raw.split(), path, pixels=scene(times, height, width).tobytes())
     return path
-
 
 def seen_times(video):
     """The time (F,) that the bar of each frame of (3,F,H,W) tells, after a check of the corners."""
@@ -56,14 +52,11 @@ def seen_times(video):
     white = (video[:, H // 2 - 4:H // 2 + 4].min(-1).mean(1) - 110).clip(0)                        # (F,W)
     return ((white * (np.arange(W) + 0.5)).sum(1) / white.sum(1) / W - 0.1) * 4
 
-
 def video(path, frames=17, fps=8, **more):
     return read_video(path, frames, H, W, fps, **more)
 
-
 def red_corner(pixels):
     return to_uint8(pixels)[0, 4, 4].astype(int)
-
 
 H264 = "-c:v libx264"
 OPEN = "-c:v libx264 -bf 2 -x264-params open-gop=1:keyint=30:min-keyint=30:scenecut=0"
@@ -71,7 +64,6 @@ X265 = "-c:v libx265 -x265-params log-level=0"
 MPEG2 = "-c:v mpeg2video -q:v 2 -bf 2 -g 15"
 VP9 = "-c:v libvpx-vp9 -deadline realtime -cpu-used 8 -g 100"
 PART = "-fps_mode passthrough -c:v libx264 -vf select="     # with a variable frame rate
-
 
 @pytest.mark.parametrize("name, rate, arguments, fps, tolerance", [
     ("phone.mp4", 30, PART + "'lt(mod(n*n*3,7),4)'", 8, 0.17),             # up to 4 frames are missing in a row
@@ -84,7 +76,6 @@ def test_frames_are_those_that_a_player_shows(name, rate, arguments, fps, tolera
     late = np.arange(2 * fps + 1) / fps - seen_times(video(path, 2 * fps + 1, fps))
     assert late.min() > -0.015 and late.max() < tolerance
 
-
 def test_a_clip_that_ends_at_the_last_instant_is_held_and_a_shorter_one_refused_with_its_length(tmp_path):
     for count in (60, 59):
         path = write_scene(tmp_path / f"{count}.mp4", np.arange(count) / 30, H264)
@@ -93,7 +84,6 @@ def test_a_clip_that_ends_at_the_last_instant_is_held_and_a_shorter_one_refused_
         path = write_scene(tmp_path / f"{count}.mkv", np.arange(count) / rate, H264, rate=rate)
         with pytest.raises(UserError, match=rf"{count}.mkv: lasts {length} s, but 17 frames at 8 fps from 0 s on need 2.00 s"):
             video(path)
-
 
 def test_a_clip_starts_at_its_first_picture_or_with_the_one_that_is_on_show_at_its_start(tmp_path):
     late = write_scene(tmp_path / "late.mov", np.arange(90) / 30,
@@ -106,7 +96,6 @@ def test_a_clip_starts_at_its_first_picture_or_with_the_one_that_is_on_show_at_i
     still = write_scene(tmp_path / "still.mp4", np.arange(75) / 30, PART + "'eq(n,0)+eq(n,45)+gt(n,60)'")
     assert np.abs(seen_times(video(still, 5, start=1.2)) - (0, 0, 0, 1.5, 1.5)).max() < 0.02           # to 1.7 s
 
-
 @pytest.mark.parametrize("name, encoding", [
     ("a.mp4", OPEN), ("a.ts", X265 + ":keyint=20"), ("a.mpg", MPEG2.replace("15", "300")), ("a.webm", VP9)])
 def test_a_clip_from_the_middle_of_a_film(name, encoding, tmp_path):
@@ -118,7 +107,6 @@ def test_a_clip_from_the_middle_of_a_film(name, encoding, tmp_path):
         with pytest.raises(UserError, match=rf"lasts 8.0\d s, but .* from {start} s on need {start + 2:.2f} s"):
             video(path, start=start)
 
-
 def test_interlaced_pictures_are_taken_apart(tmp_path):
     arguments = "-vf interlace=lowpass=0 -flags +ildct+ilme -c:v libx264"
     path = write_scene(tmp_path / "a.mp4", np.arange(150) / 60, arguments, rate=60, height=2 * H, width=2 * W)
@@ -126,13 +114,11 @@ def test_interlaced_pictures_are_taken_apart(tmp_path):
     combs = np.abs(pictures[:, 1:-1] * 2 - pictures[:, :-2] - pictures[:, 2:]).max((1, 2))
     assert np.median(combs) < 200 and np.abs(seen_times(video(path)) - EIGHTHS).max() < 0.04
 
-
 def write_hdr(path, transfer):
     to_hdr = ("scale=out_color_matrix=bt709,format=yuv444p,setparams=color_primaries=bt709:color_trc=bt709:"
               "colorspace=bt709,zscale=t=linear:npl=203,format=gbrpf32le,zscale=p=bt2020,"
               f"zscale=t={transfer}:m=bt2020nc:r=tv,format=yuv420p10le")
     return write_scene(path, [0, 0], f"-vf {to_hdr} {X265}:colorprim=bt2020:transfer={transfer}:colormatrix=bt2020nc")
-
 
 @pytest.mark.parametrize("transfer", ["arib-std-b67", "smpte2084"])
 def test_hdr_becomes_sdr(transfer, tmp_path):
@@ -143,7 +129,6 @@ def test_hdr_becomes_sdr(transfer, tmp_path):
     for name, silent in (("file.mkv", less + ":transfer_characteristics=2"), ("transfer.ts", less)):
         ffmpeg("-i", path, "-c", "copy", "-bsf:v", silent, tmp_path / name)        # only the file tells, or half of it
         assert torch.equal(video(tmp_path / name, 1), video(path, 1)), name
-
 
 def test_colours_follow_what_the_file_says_and_hd_is_bt709_where_it_says_nothing(tmp_path):
     silent = "h264_metadata=colour_primaries=2:transfer_characteristics=2:matrix_coefficients=2"       # no tags
@@ -158,7 +143,6 @@ def test_colours_follow_what_the_file_says_and_hd_is_bt709_where_it_says_nothing
     ffmpeg("-i", path, "-c", "copy", "-bsf:v", silent, tmp_path / "file.mkv")      # whose pictures do not say it
     assert torch.equal(video(tmp_path / "file.mkv", 1), video(path, 1))
 
-
 def test_dolby_vision_is_refused_unless_it_has_a_base_that_others_show(tmp_path):
     content = write_hdr(tmp_path / "a.mp4", "smpte2084").read_bytes()
     place = content.rindex(b"fiel") - 4                    # three boxes of 46 bytes, which give way to Dolby Vision's
@@ -169,7 +153,6 @@ def test_dolby_vision_is_refused_unless_it_has_a_base_that_others_show(tmp_path)
         with nullcontext() if compatible else pytest.raises(UserError, match=f"is Dolby Vision {profile}"):
             video(path, 1)
 
-
 @pytest.mark.parametrize("name, encoding", [
     ("a.webm", "-pix_fmt yuva420p -c:v libvpx-vp9"), ("a.mov", "-c:v png"), ("a.mkv", "-pix_fmt yuva420p -c:v ffv1"),
     ("b.webm", "-pix_fmt yuva420p -c:v libvpx -auto-alt-ref 0"), ("a.gif", "-c:v gif")])
@@ -177,7 +160,6 @@ def test_a_film_with_transparency_is_refused(name, encoding, tmp_path):
     ffmpeg(*"-f lavfi -i color=red@0.5:s=64x48:d=0.2,format=rgba".split(), *encoding.split(), tmp_path / name)
     with pytest.raises(UserError, match=f"{name}: has transparency"):
         video(tmp_path / name, 1)
-
 
 def test_a_language_model_is_shown_what_a_record_holds(tmp_path):
     path = write_scene(tmp_path / "wide.mp4", [0, 0], "-vf setsar=64/45")
@@ -196,7 +178,6 @@ def flipped(path, begin, end, flips):
     copy = path.with_name(f"flipped{path.suffix}")
     copy.write_bytes(content)
     return copy
-
 
 @pytest.mark.parametrize("kind, encoding", [               # whose decoders differ in what they say of flaws
     ("h264.mp4", H264), ("h264.ts", H264), ("hevc.ts", X265), ("mpeg2.ts", MPEG2), ("vp9.webm", VP9),
@@ -223,7 +204,6 @@ def test_damage_inside_the_clip_is_refused_and_far_behind_it_does_not_matter(kin
         with pytest.raises(UserError, match=f"{kind}: is damaged"):
             video(path)
 
-
 @pytest.mark.parametrize("kind, encoding, second", [       # and the second at which its beginning is cut off
     ("mpeg2.ts", MPEG2, 0), ("mpeg2.mpg", MPEG2, 0), ("hevc.ts", X265 + ":keyint=15", 0), ("open.mp4", OPEN, 1.1),
     ("mpeg4.ts", "-c:v mpeg4 -q:v 2 -g 15", 0), ("h264.ts", "-c:v libx264 -g 15", 0), ("open.mkv", OPEN, 1.3)])
@@ -246,7 +226,6 @@ def test_a_recording_that_begins_inside_a_group_or_is_joined_is_read_right_or_re
         else:
             assert np.abs(times - times[0] - expected[file]).max() < 0.04 and (times[0] > 0.4) == (file == cut)
 
-
 def test_odd_files(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("-a.mp4", "a:b.mp4", "50%03d.mp4"):
@@ -258,7 +237,6 @@ def test_odd_files(tmp_path, monkeypatch):
     ffmpeg("-i", "concat:small.ts|large.ts", "-c", "copy", "both.mkv")             # whose size changes
     with pytest.raises(UserError, match="both.mkv: is damaged"):
         video(Path("both.mkv"))
-
 
 def test_nothing_that_a_file_says_of_itself_passes_for_what_ffmpeg_says(tmp_path):
     words = ["Vamos, ya es hora", "alpha_mode      : 1", "Duration: 00:00:00.10, start: 0.000000", "Stream mapping:",
@@ -299,14 +277,12 @@ def test_pictures_are_read_as_a_viewer_shows_them(tmp_path):
     red, green, _ = red_corner(read_image(tmp_path / "profile.png", H, W))
     assert green > 180 and red < 80
 
-
 def test_pictures_of_more_than_8_bits_or_for_print_are_refused(tmp_path):
     for mode, name in (("I;16", "grey16.png"), ("F", "float.tif"), ("CMYK", "cmyk.jpg")):
         Image.new(mode, (8, 8)).save(tmp_path / name)
     for path in tmp_path.iterdir():
         with pytest.raises(UserError, match=f"{path.name}: cannot be read as a picture .*8 bits a colour"):
             read_image(path, 8, 8)
-
 
 def test_what_is_large_is_averaged_without_aliasing(tmp_path):
     stripes = np.zeros((256, 384, 3), np.uint8)
@@ -315,7 +291,6 @@ def test_what_is_large_is_averaged_without_aliasing(tmp_path):
     ffmpeg("-i", tmp_path / "a.png", "-c:v", "ffv1", tmp_path / "a.mkv")
     for pixels in (video(tmp_path / "a.mkv", 1), read_image(tmp_path / "a.png", H, W)):
         assert np.abs(to_uint8(pixels).astype(int) - 127).max() <= 2
-
 
 @pytest.mark.parametrize("size", [(96, 32), (64, 64), (128, 384), (16, 48), (20, 16)])
 def test_pictures_and_videos_cover_the_target_and_are_cut_at_the_centre(size, tmp_path):

@@ -16,7 +16,6 @@ from support.lists import Clip
 
 pytest_plugins = "tests.helpers"
 
-
 def lay_out(folder, videos, names):
     """Some of the clips as the authors lay out theirs, with a first frame each."""
     (folder / "first_frames").mkdir(parents=True)
@@ -27,12 +26,10 @@ def lay_out(folder, videos, names):
     (folder / "prompt.txt").write_text("".join((videos / f"{name}.txt").read_text().strip() + "\n" for name in names))
     return folder
 
-
 def test_the_authors_layout_gives_the_same_records(videos, cache, tmp_path):
     out = encode(lay_out(tmp_path / "authors", videos, NAMES[:2]), tmp_path / "cache")
     for ours, theirs in zip(data.Records(out, negatives=False), data.Records(cache, negatives=False)):
         assert same_tensors(ours, theirs)
-
 
 def test_a_record_holds_bf16_latents_text_and_what_made_it(videos, cache):
     shapes, metadata = read_header(cache / "win" / "00000.safetensors")
@@ -46,14 +43,12 @@ def test_a_record_holds_bf16_latents_text_and_what_made_it(videos, cache):
     assert torch.equal(records[0]["text"], encode_text([(videos / "00000.txt").read_text().strip()])[0].bfloat16())
     assert torch.equal(records.empty_text(), encode_text([""])[0].bfloat16())
 
-
 def test_image_latents_come_from_the_first_frame_alone(videos):
     vae, clip = model.load_vae("tiny"), Clip("a", videos / "00000.mp4", "", "")
     video, image, _ = data.read_clip(clip, (17, 32, 32), fps=8)
     other = torch.cat([image, -video[:, 1:]], dim=1)
     record, changed = [data.encode_clip(clip, (pixels, image, []), vae, 0, "cpu")[0] for pixels in (video, other)]
     assert torch.equal(record["image"], changed["image"]) and not torch.equal(record["win"], changed["win"])
-
 
 def test_first_frames_and_given_negatives_are_used_and_taken_anew_when_they_change(videos, cache, tmp_path):
     folder = lay_out(tmp_path / "authors", videos, NAMES[:1])
@@ -68,13 +63,11 @@ def test_first_frames_and_given_negatives_are_used_and_taken_anew_when_they_chan
         for latents, same in zip((record["win"], *record["lose"]), (True, others == (0, 1), others == (1, 0))):
             assert ((latents.float() - usual["win"].float()).square().mean() < 0.01) == same
 
-
 def touched(folder, act):
     """Which files of a folder are written when `act` is called."""
     before = contents(folder, os.path.getmtime)
     act()
     return {name for name, time in contents(folder, os.path.getmtime).items() if time != before.get(name)}
-
 
 def test_restarts_do_only_what_is_missing_and_make_it_byte_for_byte(videos, own_cache):
     files = contents(own_cache)
@@ -84,7 +77,6 @@ def test_restarts_do_only_what_is_missing_and_make_it_byte_for_byte(videos, own_
     (own_cache / "win" / f".00002.safetensors.99{MARK}").write_bytes(b"left by a killed process")
     assert touched(own_cache, lambda: add_negatives(encode(videos, own_cache))) == gone
     assert contents(own_cache) == files
-
 
 def test_what_has_changed_is_made_again_and_then_its_negatives(videos, own_cache, tmp_path):
     folder = shutil.copytree(videos, tmp_path / "videos")

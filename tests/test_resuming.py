@@ -34,18 +34,15 @@ def test_two_and_two_steps_are_four_bit_for_bit(half, straight, cache, looks, tm
         assert same_tensors(checkpoint(tmp_path / run, 4), checkpoint(straight, 4))
         assert same_tensors(exported(tmp_path / run), exported(straight))
 
-
 def test_a_run_from_elsewhere_may_take_other_options(half, cache, tmp_path):
     resume = str(half / "checkpoints" / "step-000002")
     line, = run_training(tmp_path / "gentle", cache, resume=resume, lr=1e-5, steps=3)    # after a NaN, say
     assert (line["step"], line["lr"]) == (2, 1e-5)
 
-
 # What decides a step, and another value of it; all other options decide where and how a run runs.
 DECIDES = dict(model="other", method="dpo", beta=7.0, anchor=7.0, weighting="velocity", t_draw="uniform",
                lose_per_step=2, compare_every=7, ema_decay=0.9, ema_every=7, lr=7.0, warmup=7, decay=0.1, batch=16,
                seed=7, rank=7)
-
 
 def test_what_decides_a_step_may_not_change_when_a_run_goes_on_and_all_else_may(tmp_path):
     options = train.Options(model="tiny", out=str(tmp_path / "run"), steps=8)
@@ -70,7 +67,6 @@ def test_what_decides_a_step_may_not_change_when_a_run_goes_on_and_all_else_may(
     with pytest.raises(UserError, match="weighting x0"):
         begin(dataclasses.replace(options, weighting="velocity"))
 
-
 def test_the_number_of_steps_may_change_until_the_rate_has_begun_to_fall(cache, tmp_path):
     falling = partial(run_training, tmp_path / "run", cache, decay=0.5, save_every=2)
     falling(steps=2)                                       # rates 1 and 1: of two, none is lower yet
@@ -82,7 +78,6 @@ def test_the_number_of_steps_may_change_until_the_rate_has_begun_to_fall(cache, 
     lines = run_training(tmp_path / "other", cache, decay=0.5, steps=8, resume=resume)
     assert [line["lr"] for line in lines] == pytest.approx([1e-4, 7.5e-5, 5e-5, 2.5e-5])
 
-
 def test_a_run_with_comparisons_now_and_then_and_a_falling_rate_goes_on_bit_for_bit(cache, tmp_path):
     run = partial(run_training, cache=cache, compare_every=2, decay=1.0, save_every=1, steps=3)
     straight = run(tmp_path / "straight")
@@ -91,7 +86,6 @@ def test_a_run_with_comparisons_now_and_then_and_a_falling_rate_goes_on_bit_for_
     (tmp_path / "run" / "done").unlink()
     assert run(tmp_path / "run") == straight
     assert same_tensors(checkpoint(tmp_path / "run", 3), checkpoint(tmp_path / "straight", 3))
-
 
 def test_a_crash_between_log_and_checkpoint_leaves_no_line_twice(half, straight, cache, looks, tmp_path, monkeypatch):
     def crash(*arguments, **options):
@@ -110,7 +104,6 @@ def test_a_crash_between_log_and_checkpoint_leaves_no_line_twice(half, straight,
     # nor half a checkpoint
     assert {p.name for p in (run / "checkpoints").iterdir()} == {"step-000003", "step-000004"}
 
-
 def test_the_last_two_checkpoints_stay_and_none_goes_before_the_next_is_whole(cache, tmp_path, monkeypatch):
     remove, folder, there = shutil.rmtree, tmp_path / "run" / "checkpoints", []
 
@@ -122,7 +115,6 @@ def test_the_last_two_checkpoints_stay_and_none_goes_before_the_next_is_whole(ca
     monkeypatch.setattr(shutil, "rmtree", spy)
     run_training(tmp_path / "run", cache, save_every=1)
     assert {p.name for p in folder.iterdir()} == {"step-000003", "step-000004"} and there == [3, 3]
-
 
 def test_a_stopped_run_finishes_its_step_and_saves(straight, cache, tmp_path, monkeypatch, capsys):
     def twice_in_the_second(count, loss):                  # Slurm signals every process, and torchrun passes its own on
@@ -146,7 +138,6 @@ def test_parameters_are_sharded_over_all_ranks_or_within_machines_of_eight(ranks
     with as_a_process():
         assert train.make_mesh("cpu", world, ranks_a_machine).shape == mesh
 
-
 def test_a_rank_with_a_stale_view_goes_on_from_where_the_others_do(half, cache, tmp_path, monkeypatch):
     """Here as a rank that does not see the second checkpoint: another says step 2."""
     run, loaded = shutil.copytree(half, tmp_path / "run"), []
@@ -155,7 +146,6 @@ def test_a_rank_with_a_stale_view_goes_on_from_where_the_others_do(half, cache, 
     monkeypatch.setattr(train, "fill", lambda state, stored: loaded.append(stored.folder))
     run_training(run, cache, steps=3)
     assert loaded == [run / "checkpoints" / "step-000002"]
-
 
 def watched(function, file):
     """`function`, adding a line of what it makes collectives carry to `file`."""
@@ -167,11 +157,9 @@ def watched(function, file):
         return result
     return call
 
-
 def two_machines(device_type, *_):
     """The mesh of two machines of two ranks, which are to behave like two of eight."""
     return init_device_mesh(device_type, (2, 2), mesh_dim_names=("replicate", "shard"))
-
 
 @contextmanager
 def asked_to_stop():
@@ -179,7 +167,6 @@ def asked_to_stop():
     stop = threading.Event()
     stop.set()
     yield stop
-
 
 def one_rank(rank, runs, folder, world_size, ranks_a_machine, dtype, tiny):
     """Some runs, one after the other, as one of several processes."""
@@ -204,7 +191,6 @@ def one_rank(rank, runs, folder, world_size, ranks_a_machine, dtype, tiny):
         except UserError as e:
             (folder / f"error-{i}-{rank}").write_text(str(e))
 
-
 def run_on_ranks(runs, folder, world_size=2, ranks_a_machine=2, dtype=torch.float32):
     """Train on several ranks. Returns what each step of rank 0 made collectives carry, {"train_step": [...], ...}."""
     mp.start_processes(one_rank, nprocs=world_size, args=(runs, folder, world_size, ranks_a_machine, dtype, folders.TINY),
@@ -214,14 +200,12 @@ def run_on_ranks(runs, folder, world_size=2, ranks_a_machine=2, dtype=torch.floa
         traffic[name] = [json.loads(line) for line in (folder / f"{name}-0").read_text().splitlines()]
     return traffic
 
-
 def same_to_rounding(out, lines, straight):
     """Whether a run's log and weights are those of the undisturbed run but for the order of sums."""
     for ours, theirs in zip(lines, metrics(straight), strict=True):
         assert ours == pytest.approx({k: theirs[k] for k in ours}, abs=1e-6, rel=2e-5), out
     for name, ours in exported(out).items():
         torch.testing.assert_close(ours, exported(straight)[name], rtol=2 ** -7, atol=1e-5)      # 2⁻⁷: bf16's last bit
-
 
 def test_two_ranks_take_the_steps_of_one_and_stop_when_either_is_asked_to(half, straight, cache, looks, tmp_path):
     runs = [dict(out=tmp_path / "two", cache=cache, steps=2, **looks),
@@ -232,7 +216,6 @@ def test_two_ranks_take_the_steps_of_one_and_stop_when_either_is_asked_to(half, 
     same_to_rounding(tmp_path / "two", run_training(tmp_path / "two", cache, **looks), straight)     # on one rank now
     assert len(metrics(tmp_path / "stopped")) == 1
     assert [path.name for path in folders.checkpoints_of(tmp_path / "stopped")] == ["step-000001"]
-
 
 @pytest.mark.slow
 def test_two_ranks_compute_what_one_does_and_may_alternate_with_it(half, straight, cache, looks, tmp_path):
@@ -256,7 +239,6 @@ def test_two_ranks_compute_what_one_does_and_may_alternate_with_it(half, straigh
     with pytest.raises(UserError, match=lacks):
         run_training(tmp_path / "two", cache, steps=5)
 
-
 @pytest.mark.slow
 def test_two_ranks_agree_when_to_compare(cache, tmp_path):
     straight = run_training(tmp_path / "one", cache, compare_every=2)
@@ -265,7 +247,6 @@ def test_two_ranks_agree_when_to_compare(cache, tmp_path):
         assert ours == pytest.approx(theirs, abs=1e-6, rel=1e-5)
     gathered = [step["_allgather_base_ default_pg"] for step in traffic["train_step"]]
     assert gathered[0] == gathered[2] == 1.5 * gathered[1] == 1.5 * gathered[3]          # between: no reference
-
 
 @pytest.mark.slow
 def test_two_machines_of_two_ranks_compute_what_one_rank_does(half, straight, cache, tmp_path):
@@ -291,7 +272,6 @@ def test_two_machines_of_two_ranks_compute_what_one_rank_does(half, straight, ca
     assert often["_reduce_scatter_base_ mesh_shard"] == 2 * 2 * weights / 2    # of two samples' two videos each,
     assert often["allreduce_ mesh_replicate"] == weights / 2                   # but across machines once a step
     assert not any(traffic["ema_update"])
-
 
 @pytest.mark.slow
 def test_the_default_of_a_run_on_gpus(cache, tmp_path):

@@ -23,12 +23,10 @@ pytest_plugins = "tests.helpers"
 
 QUICK = dict(steps=3, guidance=1.0)
 
-
 @pytest.fixture
 def quick(monkeypatch):
     """A model whose own defaults ask for videos in a few steps."""
     monkeypatch.setattr(folders, "defaults_of", lambda path, command: QUICK)
-
 
 @pytest.fixture(scope="module")
 def watched(cache, shots):
@@ -37,7 +35,6 @@ def watched(cache, shots):
         patch.setattr(folders, "defaults_of", lambda path, command: QUICK)
         run_training(cache.parent / "watched", cache, bench=str(shots), save_every=2)
     return cache.parent / "watched"
-
 
 def test_a_bench_shows_the_start_every_checkpoint_and_the_end(watched, straight, shots, tmp_path):
     steps = {"step-000000": "tiny", "step-000002": watched / "checkpoints" / "step-000002", "step-000004": watched}
@@ -52,7 +49,6 @@ def test_a_bench_shows_the_start_every_checkpoint_and_the_end(watched, straight,
     shown = {contents(watched / "videos" / step)["somersault.mp4"] for step in steps}
     assert len(shown) == 3                                 # and training changes what one sees
     assert metrics(watched) == [{k: v for k, v in line.items() if "eval" not in k} for line in metrics(straight)]
-
 
 def test_a_stop_is_heeded_within_one_video_and_the_same_command_makes_the_others(watched, cache, shots, quick, tmp_path,
                                                                                  monkeypatch):
@@ -74,7 +70,6 @@ def test_a_stop_is_heeded_within_one_video_and_the_same_command_makes_the_others
     assert made == ["somersault.mp4", "walk-12.mp4", "somersault.mp4", "walk-12.mp4"]
     assert contents(run / "videos") == contents(watched / "videos") and metrics(run) == metrics(watched)
 
-
 def test_other_pictures_are_not_mixed_with_those_that_a_run_has_shown(watched, cache, shots, quick, tmp_path,
                                                                       monkeypatch):
     run = shutil.copytree(watched, tmp_path / "run")
@@ -83,7 +78,6 @@ def test_other_pictures_are_not_mixed_with_those_that_a_run_has_shown(watched, c
     with pytest.raises(UserError, match="run/videos: was made with captions .*another caption"):
         run_training(run, cache, bench=str(other), save_every=2, steps=5)
     assert (run / "transformer").is_dir()                  # it has not gone on, so it keeps what it has exported
-
 
 def test_previews_are_sampled_as_the_model_asks_from_one_noise_and_their_autoencoder_waits_in_cpu_memory(
         cache, shots, tmp_path, monkeypatch):
@@ -104,7 +98,6 @@ def test_previews_are_sampled_as_the_model_asks_from_one_noise_and_their_autoenc
         assert torch.equal(before["noise"], after["noise"]) and torch.equal(before["cond"].image, after["cond"].image)
     assert not torch.equal(asked[0]["noise"], asked[1]["noise"])
     assert read_json(tmp_path / "run" / "videos" / "bench.json")["seed"] == 5
-
 
 def test_all_ranks_make_as_many_videos_since_a_forward_is_a_collective(shots, tmp_path, monkeypatch):
     asked, made = [], spy_on_videos(monkeypatch)
@@ -130,7 +123,6 @@ def test_a_checkpoint_and_its_reference_are_models(half, cache, tmp_path):
     assert base_of(tmp_path / "on") == "tiny"
     assert len({fingerprint_of(path, "transformer") for path in (folder, folder / "ref", "tiny")}) == 3
 
-
 def test_a_run_opens_before_it_has_ended_and_says_so(half, picture, tmp_path, monkeypatch, capsys):
     assert last_checkpoint(half) is None                   # it has ended
     with pytest.raises(UserError, match=f"{tmp_path} has no transformer"):   # as a run before its first checkpoint
@@ -155,7 +147,6 @@ def test_what_a_run_would_write_over_is_refused_by_name(name, cache, tmp_path):
     with pytest.raises(UserError, match=f"^{tmp_path}/{name}: is there"):
         run_training(tmp_path, cache)
 
-
 def test_a_run_that_has_ended_is_left_alone_and_goes_on_if_asked_to(half, own_cache, tmp_path, monkeypatch, capsys):
     run = shutil.copytree(half, tmp_path / "run")
     backups = [run / "checkpoints" / "step-000001.best", run / "transformer.old"]
@@ -171,14 +162,12 @@ def test_a_run_that_has_ended_is_left_alone_and_goes_on_if_asked_to(half, own_ca
     assert not there and read_json(run / "done") == {"steps": 3} and all(map(Path.exists, exported))
     assert all(contents(backup) == contents(half / "transformer") for backup in backups)
 
-
 def test_an_ended_run_whose_checkpoints_are_gone_is_kept_and_named(half, cache, tmp_path):
     run = shutil.copytree(half, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints"))
     before = contents(run / "transformer")
     with pytest.raises(UserError, match=rf"run: has ended after 2 steps, without a checkpoint; .*--model {run} and another --out"):
         run_training(run, cache)
     assert contents(run / "transformer") == before and len(metrics(run)) == 2 and (run / "done").is_file()
-
 
 @pytest.fixture
 def steps(tmp_path):
@@ -188,7 +177,6 @@ def steps(tmp_path):
         write_json(folder / "checkpoint.json", {"step": number})
     return places
 
-
 def test_a_run_goes_on_from_its_own_last_checkpoint_else_from_where_it_began(steps, tmp_path):
     for name in ("step-000003.best", f"step-000004{MARK}"):
         shutil.copytree(steps[2], steps[2].with_name(name))
@@ -197,24 +185,20 @@ def test_a_run_goes_on_from_its_own_last_checkpoint_else_from_where_it_began(ste
     assert choose_checkpoint(tmp_path / "new", str(steps[5])) == (steps[5], 5)
     assert choose_checkpoint(tmp_path / "new", "") == (None, 0)
 
-
 @pytest.mark.parametrize("name", ["run", "run/checkpoints", "run/checkpoints/latest", "run/checkpoints/step-000009"])
 def test_what_is_no_checkpoint_is_answered_with_those_there_are(name, steps, tmp_path):
     with pytest.raises(UserError, match=f"no checkpoint; expected a folder such as {steps[1]}, {steps[2]}$"):
         choose_checkpoint(tmp_path / "other", str(tmp_path / name))
-
 
 def test_a_run_is_not_taken_back_to_an_older_checkpoint_of_its_own(half, cache, tmp_path):
     run = shutil.copytree(half, tmp_path / "run")
     with pytest.raises(UserError, match=r"run: was made with resume  \(now \S+step-000002\)"):
         run_training(run, cache, steps=3, resume=str(run / "checkpoints" / "step-000002"))
 
-
 def test_a_second_job_says_who_is_at_work(cache, tmp_path, monkeypatch):
     with sole_owner(tmp_path / "run"):
         message = refusal(monkeypatch, *f"train --model tiny --data {cache} --out {tmp_path / 'run'}".split())
     assert re.search(rf"run: process {os.getpid()} on \S+, since 2\d\d\d-[-: \d]+, is at work there", message)
-
 
 def test_a_file_system_without_locks_is_named_and_used(tmp_path, monkeypatch, capsys):
     def refuse(*_):
@@ -223,7 +207,6 @@ def test_a_file_system_without_locks_is_named_and_used(tmp_path, monkeypatch, ca
     monkeypatch.setattr(files.fcntl, "flock", refuse)
     with sole_owner(tmp_path / "run"):
         assert "has no locks" in capsys.readouterr().out
-
 
 @pytest.mark.parametrize("argv, gpu, place", [
     ([], False, ("run-tiny", "toy")), (["--model", "tiny"], True, ("run-tiny", "toy")), ([], True, ("run", "cache")),
@@ -261,9 +244,7 @@ def test_other_signals_end_a_run_like_sigterm_unless_nohup_ignores_them(number, 
         assert not stop.is_set()
     signal.signal(number, before)
 
-
 COMMANDS = [file for file in [*REPO.glob("*.py"), *REPO.glob("*/[a-z]*.py")] if "command(main" in file.read_text()]
-
 
 @pytest.mark.parametrize("file", COMMANDS, ids=lambda file: file.name)
 def test_openmp_is_told_before_torch_is_loaded_and_the_users_word_counts(file):
@@ -275,7 +256,6 @@ def test_openmp_is_told_before_torch_is_loaded_and_the_users_word_counts(file):
         done = subprocess.run([sys.executable, "-c", script], cwd=REPO, env=environment | given, stdout=subprocess.PIPE)
         assert done.stdout.decode() == found
 
-
 def end_of(monkeypatch, error):
     """The line with which a command ends whose work raises `error`."""
     def work(options):
@@ -285,7 +265,6 @@ def end_of(monkeypatch, error):
     with pytest.raises(SystemExit) as stopped:
         command.command(work, train.Options, "train")
     return stopped.value.code
-
 
 @pytest.mark.parametrize("error, line", [
     (UserError("a mistake"), "error: a mistake"), (KeyboardInterrupt(), "interrupted; what is finished stays"),
@@ -298,7 +277,6 @@ def test_a_command_ends_in_a_line_and_a_status(error, line, monkeypatch):
     with pytest.raises(RuntimeError, match="of the sizes"):                  # a mistake of ours ends in a traceback
         end_of(monkeypatch, RuntimeError("of the sizes"))
 
-
 def test_other_ranks_leave_it_to_rank_0_to_speak(monkeypatch, capsys):
     waited = []
     monkeypatch.setattr(command.time, "sleep", waited.append)
@@ -307,7 +285,6 @@ def test_other_ranks_leave_it_to_rank_0_to_speak(monkeypatch, capsys):
         on_rank(monkeypatch, rank, 2)
         assert end_of(monkeypatch, UserError("a mistake")) and waited == [(signal.SIGTERM, signal.SIG_DFL), 3]
     assert capsys.readouterr().out.count("model: tiny (") == 1
-
 
 def test_a_command_says_its_model_and_what_is_not_its_default_and_knows_the_home_folder(monkeypatch, capsys):
     monkeypatch.setenv("HOME", "/home/me")
@@ -319,7 +296,6 @@ def test_a_command_says_its_model_and_what_is_not_its_default_and_knows_the_home
     lines = r"model: tiny \(.*\)\noptions: --out /home/me/run --beta 7.0 .*--lr 0.002 .*\n"
     assert re.fullmatch(lines, capsys.readouterr().out)
 
-
 SRUN = """#!/bin/bash
 shift 2                                                    # its own options
 for rank in 0 1; do SLURM_PROCID=$rank SLURM_LOCALID=$rank "$@" & pids="$pids $!"; done
@@ -329,7 +305,6 @@ for pid in $pids; do
     [ $code = 0 ] || exit $code
 done
 """
-
 
 @pytest.mark.slow
 def test_the_slurm_script_saves_at_the_signal_and_asks_to_be_queued_again(cache, tmp_path):

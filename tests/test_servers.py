@@ -20,11 +20,9 @@ from judging.server import KEY, PATIENCE, TRIAL, Server, ServerOptions, chat_add
 
 pytest_plugins = "tests.helpers", "tests.judges"
 
-
 def judgement(**changes):
     """What curate.txt asks for."""
     return json.dumps(dict.fromkeys(judging.curate.CHECKS, "yes") | dict(reason="", description="a figure") | changes)
-
 
 def ask(server, **options):
     """(answer, reason) of one question to the stub."""
@@ -41,12 +39,10 @@ def ask(server, **options):
 def test_a_base_without_a_path_gets_v1_and_others_stay(base, address):
     assert chat_address(base) == address
 
-
 @pytest.mark.parametrize("base", ["", "localhost:8000", "ftp://a", "http://", "http://user:word@a/v1", "http://a:b/v1"])
 def test_what_is_no_address_is_refused(base):
     with pytest.raises(UserError, match="--endpoint .*expected .*http://localhost:8000/v1"):
         chat_address(base)
-
 
 def test_a_question_is_sent_as_every_server_wants_it_and_the_key_is_never_shown(server, monkeypatch):
     server.answer = lambda *_: judgement()
@@ -63,7 +59,6 @@ def test_a_question_is_sent_as_every_server_wants_it_and_the_key_is_never_shown(
     with pytest.raises(UserError, match=KEY) as error:
         ask(server)
     assert "two lines" not in str(error.value)
-
 
 def test_other_servers_go_where_the_environment_says(server, monkeypatch):
     proxy, far, ours = start_server(lambda *_: judgement()), "http://far.invalid:81/v1", server.options["endpoint"]
@@ -116,12 +111,10 @@ NO_ANSWERS = {                                             # what it sends, the 
     "silence": (lambda handler: handler.server.silent.wait(2), "timed out", 2),
 }
 
-
 @pytest.mark.parametrize("case", ANSWERS)
 def test_what_follows_the_thinking_is_the_answer(case, server):
     server.answer = lambda *_: ANSWERS[case]
     assert ask(server) == (judgement(), "") and len(server.asked) == 1
-
 
 @pytest.mark.parametrize("case", NO_ANSWERS)
 def test_what_is_no_answer_is_a_reason_in_words(case, server):
@@ -134,7 +127,6 @@ def test_what_is_no_answer_is_a_reason_in_words(case, server):
     temperatures = [body["temperature"] for _, _, body, _, _ in server.asked]
     assert temperatures == [0, 0.7][:askings]              # a second answer may differ
 
-
 @pytest.mark.parametrize("yes, no", [("yes", "no"), ("Yes.", " NO "), (True, False), ("true", "False")])
 def test_yes_and_no_are_read_however_they_are_said(yes, no):
     all_yes = dict.fromkeys(judging.curate.CHECKS, yes)
@@ -145,7 +137,6 @@ def test_yes_and_no_are_read_however_they_are_said(yes, no):
         assert read_judgement(judgement(**all_yes | dict(uncut=other))) is None
     for unusable in (judgement(description=" "), judgement(description=None), judgement()[:-9], "{}", "no"):
         assert read_judgement(unusable) is None
-
 
 def test_a_server_may_want_other_parameters(server, capsys):
     def answer(text, pictures, body):
@@ -176,7 +167,6 @@ def test_a_busy_server_is_waited_for_as_it_asks(server, slept):
     assert slept == [10, pytest.approx(29, abs=2), 4, 8, 1]
     assert told[0] == "waiting 10 s: 429 slow down" and told[1] == "" and "503 Loading model" in told[4]
 
-
 def test_after_ten_minutes_the_run_ends_in_one_line(server, slept):
     server.answer = lambda *_: (503, {}, "Loading model")
     with pytest.raises(UserError, match="503 Loading model.*the same command goes on"):
@@ -188,7 +178,6 @@ def test_after_ten_minutes_the_run_ends_in_one_line(server, slept):
         ask(server)
     assert not slept
 
-
 @pytest.mark.parametrize("status", [301, 307, 401, 402, 403, 404, 407])
 def test_what_every_question_would_meet_ends_the_run_and_no_redirection_is_followed(status, server, slept):
     place = server.options["endpoint"]
@@ -196,7 +185,6 @@ def test_what_every_question_would_meet_ends_the_run_and_no_redirection_is_follo
     with pytest.raises(UserError, match=re.escape(place) + f'.*: {status} .*"no"'):
         ask(server)
     assert len(server.asked) == 1 and not slept
-
 
 def test_a_server_that_is_not_there_is_named_and_one_that_goes_away_is_waited_for(slept):
     server = start_server(lambda *_: judgement())
@@ -221,11 +209,9 @@ def curate_clips(videos, out, server, **options):
     rows = [json.loads(line) for line in (out / "metadata.jsonl").read_text().splitlines()]
     return {Path(row["file_name"]).stem: row for row in rows}
 
-
 def name_for_pictures(file, count):
     """Instead of pictures, the model is shown FOLDER-STEM of a file: for tests that do not look at pictures."""
     return [f"{Path(file).parent.name}-{Path(file).stem}".encode()]
-
 
 @pytest.fixture
 def raw(tmp_path, monkeypatch):
@@ -236,15 +222,12 @@ def raw(tmp_path, monkeypatch):
         (tmp_path / "raw" / f"{number:02d}.mp4").touch()
     return tmp_path / "raw"
 
-
 def by_name(answers):
     """A server's answers to the clips of `raw`; the usual judgement where `answers` has none."""
     return lambda text, pictures, body: answers.get(pictures[0].decode()[4:], judgement())
 
-
 def asked_for(server):
     return Counter(pictures[0].decode()[4:] for _, pictures, *_ in server.asked)
-
 
 def test_curating_keeps_drops_and_leaves_undecided(server, videos, tmp_path, capsys):
     raw, out = shutil.copytree(videos, tmp_path / "raw", ignore=shutil.ignore_patterns("*.txt")), tmp_path / "a b"
@@ -268,7 +251,6 @@ def test_curating_keeps_drops_and_leaves_undecided(server, videos, tmp_path, cap
     with pytest.raises(UserError, match=r"metadata.jsonl: was made with theme figures \(now dogs\)"):
         curate_clips(raw, out, server, theme="dogs")
 
-
 def test_one_clips_error_is_that_clips_and_is_asked_again_unless_a_person_decides(server, raw, tmp_path, capsys):
     faults = {"02": (400, {}, "content_filter"), "05": (413, {}, "too large"), "07": says("", "length"), "09": "hm",
               "10": says("", "length"), "11": says("", "length")}
@@ -290,7 +272,6 @@ def test_one_clips_error_is_that_clips_and_is_asked_again_unless_a_person_decide
     assert rows["10"]["keep"] is False and rows["11"]["text"] == "written by hand" and list(rows) == sorted(rows)
     assert (tmp_path / "out" / "inspect.html").read_text().count("413 too large") == 1
 
-
 def test_a_run_stops_where_the_first_requests_all_fail_alike(server, raw, tmp_path):
     server.answer = lambda *_: (400, {}, f"request {len(server.asked)}: no pictures, please")
     with pytest.raises(UserError, match="no pictures, please"):
@@ -304,11 +285,9 @@ def test_a_run_stops_where_the_first_requests_all_fail_alike(server, raw, tmp_pa
     server.answer = lambda *_: (400, {}, "no")
     assert curate_clips(raw, tmp_path / "out", server)["20"]["keep"] is None           # so do two that are new
 
-
 def test_filters_alone_stop_no_run(server, raw, tmp_path):
     server.answer = lambda *_: (400, {}, '{"code": "content_filter"}')
     assert {row["keep"] for row in curate_clips(raw, tmp_path / "out", server).values()} == {None}
-
 
 def test_what_was_answered_stays_however_a_run_ends(server, raw, tmp_path):
     file, page = tmp_path / "out" / "metadata.jsonl", tmp_path / "out" / "inspect.html"
@@ -327,7 +306,6 @@ def test_what_was_answered_stays_however_a_run_ends(server, raw, tmp_path):
     with pytest.raises(UserError, match="metadata.jsonl, row 1"):
         curate_clips(raw, tmp_path / "out", server)
 
-
 def test_several_requests_are_under_way_at_once(server, raw, tmp_path):
     together = threading.Barrier(3, timeout=5)             # breaks unless three requests wait here together
 
@@ -339,7 +317,6 @@ def test_several_requests_are_under_way_at_once(server, raw, tmp_path):
     server.answer = answer
     curate_clips(raw, tmp_path / "out", server, parallel=3)
     assert not together.broken
-
 
 def test_raw_folders_are_searched_as_they_are(tmp_path):
     raw, elsewhere = tmp_path / "raw", tmp_path / "elsewhere"
@@ -368,15 +345,12 @@ def test_raw_folders_are_searched_as_they_are(tmp_path):
 def test_scores_are_five_numbers_or_none(said, scores):
     assert judging.verdict.read_scores(said) == scores
 
-
 def five(*scores):
     return "\n".join(f"Answer {i}: {score}" for i, score in enumerate(scores, start=1))
-
 
 def ask_for_verdicts(methods, shots, file, server, **options):
     options = server.options | dict(videos=str(methods), bench=str(shots), out=str(file), parallel=1) | options
     judging.verdict.main(judging.verdict.Options(**options))
-
 
 def test_the_verdict_is_table_2_and_can_be_made_again_without_asking(server, shots, methods, tmp_path, capsys):
     def answer(text, pictures, body):
@@ -410,7 +384,6 @@ def test_the_verdict_is_table_2_and_can_be_made_again_without_asking(server, sho
             ask_for_verdicts(two, bench, file, server, **changes)
     assert file.read_bytes() == before
 
-
 @pytest.fixture
 def many(tmp_path, monkeypatch):
     """(bench, methods) of five prompts and three methods, without pictures."""
@@ -422,11 +395,9 @@ def many(tmp_path, monkeypatch):
             (tmp_path / folder / f"{prompt}.{suffix}").write_text(folder + prompt)
     return tmp_path / "bench", tmp_path / "methods"
 
-
 def cells(line):
     """(mean, low, high) of each cell of a printed row."""
     return [tuple(map(float, found)) for found in re.findall(r"(\S+) \[(\S+), (\S+)\]", line)]
-
 
 def test_differences_are_taken_pair_by_pair(server, many, tmp_path, capsys):
     level, better = dict(a=1, b=9, c=2, d=8, e=5), dict(x=0, y=1, z=0)
@@ -449,7 +420,6 @@ def test_differences_are_taken_pair_by_pair(server, many, tmp_path, capsys):
     y, z = [cells(line) for line in tables[1].splitlines()[2:]]
     assert y == [(10, 10, 10)] * 4                         # but on every prompt y is better by the same
     assert all(mean == 10 and low == 0 and high >= 20 for mean, low, high in z)
-
 
 def test_repeating_tells_how_often_the_model_repeats_itself(server, many, tmp_path, capsys):
     bench, methods = many

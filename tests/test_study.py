@@ -35,15 +35,12 @@ def test_a_study_hides_the_methods_and_stays_when_written_again(shots, methods, 
     assert write_study(methods, shots, tmp_path / "an other")["study"] != key["study"]           # drawn anew
     assert f"--study '{tmp_path / 'an other'}'" in capsys.readouterr().out             # to be pasted
 
-
 def ffmpeg(*arguments):
     subprocess.run([imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-y", *map(str, arguments)], check=True)
-
 
 def same_pictures(*files):
     first, second = [judging.study.hash_pictures(file, read_video_header(file)) for file in files]
     return first == second
-
 
 @pytest.fixture(scope="module")
 def telling(tmp_path_factory):
@@ -57,7 +54,6 @@ def telling(tmp_path_factory):
            "handler_name=Secret-name", "-c:v", "libx264", "-pix_fmt", "yuv420p", folder / "telling.mp4")
     return folder / "telling.mp4"
 
-
 def test_a_clip_that_browsers_play_is_copied_without_all_that_tells_where_it_is_from(telling, tmp_path):
     assert b"Secret" in telling.read_bytes() and b"x264" in telling.read_bytes()
     judging.study.write_clip(telling, tmp_path / "clip.mp4")
@@ -66,7 +62,6 @@ def test_a_clip_that_browsers_play_is_copied_without_all_that_tells_where_it_is_
     assert not [word for word in ("Audio", "Chapter", "creation_time", "title", "comment", "encoder") if word in said]
     assert same_pictures(tmp_path / "clip.mp4", telling)   # to the bit
     assert "Duration: 00:00:02.00, start: 0.000000" in said            # though its sound begins earlier
-
 
 # How clips that not every browser shows as they are can be made of the telling one, and the size they must be shown at.
 OTHERS = {
@@ -77,7 +72,6 @@ OTHERS = {
     "interlaced": ("-i {} -vf setfield=tff -x264opts tff=1", "64x48"),
     "turned": ("-display_rotation 90 -i {} -c copy", "48x64"),
 }
-
 
 @pytest.mark.parametrize("kind", OTHERS)
 def test_other_clips_are_encoded_once_as_a_record_shows_them(kind, telling, tmp_path):
@@ -91,7 +85,6 @@ def test_other_clips_are_encoded_once_as_a_record_shows_them(kind, telling, tmp_
     seen, meant = [read_video(file, 9, height, width, 8) for file in (clip, given)]
     assert (seen - meant).abs().mean() < 0.03 and (seen - meant).mean().abs() < 0.01   # of 2: not darker, either
 
-
 def test_what_a_player_leaves_out_is_not_handed_out_and_what_it_cannot_show_is_refused(telling, tmp_path):
     ffmpeg("-ss", "1", "-i", telling, "-c", "copy", tmp_path / "trimmed.mp4")          # the rest is still in the file
     judging.study.write_clip(tmp_path / "trimmed.mp4", tmp_path / "clip.mp4")
@@ -104,7 +97,6 @@ def test_what_a_player_leaves_out_is_not_handed_out_and_what_it_cannot_show_is_r
         with pytest.raises(UserError, match=f"{name}: {words}"):
             vlm.frames_as_jpeg(tmp_path / name, 8)
     assert not (tmp_path / "none.mp4").exists()
-
 
 def test_clips_tell_nothing_by_order_but_by_length_or_size_and_old_ones_are_removed(
         shots, methods, telling, tmp_path, copied_clips, capsys):
@@ -125,7 +117,6 @@ def test_clips_tell_nothing_by_order_but_by_length_or_size_and_old_ones_are_remo
     clips = {path.stem for path in (out / "clips").glob("*.mp4")}
     assert clips == {"mine"}.union(*after["clips"].values()) and len(clips) == 7
 
-
 def test_folders_of_previews_are_methods_and_others_are_named(shots, methods, tmp_path, copied_clips, capsys):
     folder = shutil.copytree(methods / "alpha-method", tmp_path / "videos" / "step-000200").parent
     later = shutil.copytree(methods / "alpha-method", folder / "step-000400")
@@ -141,7 +132,6 @@ def test_folders_of_previews_are_methods_and_others_are_named(shots, methods, tm
     with pytest.raises(UserError, match="holds no method"):
         write_study(shots, shots, tmp_path / "study")
 
-
 def test_raters_and_judges_see_the_picture_that_the_model_got(tmp_path):
     Image.new("RGBA", (64, 48), (250, 10, 10, 0)).save(tmp_path / "a.png")             # all transparent, so white
     (shown,) = vlm.frames_as_jpeg(tmp_path / "a.png", 1)
@@ -151,7 +141,6 @@ def test_raters_and_judges_see_the_picture_that_the_model_got(tmp_path):
     write_video(tmp_path / "one.mp4", picture, 8)          # a clip of one picture
     for jpeg in vlm.frames_as_jpeg(tmp_path / "one.mp4", 8):
         assert imageio.imread(jpeg)[:, :20].max() < 10 and imageio.imread(jpeg)[:, 28:].min() > 240
-
 
 def test_frames_for_a_model_are_evenly_spaced_in_time_at_any_frame_rate(tmp_path):
     numbers = np.arange(60)
@@ -170,7 +159,6 @@ def by_table(method, prompt):
     return {"alpha-method": [[5, 1, 3, 3, 4], [5, 2, 3, 3, 4]], "beta-method": [[5, 3, 3, 3, 4], [5, 4, 3, 3, 2]],
             "gamma-method": [[1, 5, 3, 3, 1], [1, 5, 3, 3, 1]]}[method][prompt]
 
-
 def test_the_tally_is_table_1(study, tmp_path, capsys):
     out = print_tally(study, [answer_study(study, rater, by_table) for rater in "ab"], tmp_path, capsys)
     rated, won, differences, said = out.split("\n\n")
@@ -185,7 +173,6 @@ def test_the_tally_is_table_1(study, tmp_path, capsys):
     assert " | -20.00 [-40.0, +0.0] |" in differences
     assert "2 raters, 2 prompts" in said and "visual alignment 1.00" in said and "motion quality nan" in said
 
-
 def test_answers_that_are_not_of_this_study_or_not_whole_are_refused(study, tmp_path, capsys):
     of_ann = answer_study(study, "Ann", by_table)
     for words, answers in [("answers study other", [{**of_ann, "study": "other"}]),
@@ -196,7 +183,6 @@ def test_answers_that_are_not_of_this_study_or_not_whole_are_refused(study, tmp_
         with pytest.raises(UserError, match=words):
             print_tally(study, answers, tmp_path, capsys)
 
-
 def test_agreement_is_krippendorffs_alpha(study, tmp_path, capsys):
     rng = np.random.default_rng(0)
     answers = [answer_study(study, rater, lambda *_: rng.integers(1, 6, 5).tolist()) for rater in "abcd"]
@@ -206,7 +192,6 @@ def test_agreement_is_krippendorffs_alpha(study, tmp_path, capsys):
     found = re.findall(r" quality (-?\d\.\d\d)| alignment (-?\d\.\d\d)", print_tally(study, answers, tmp_path, capsys))
     assert [float("".join(alpha)) for alpha in found] == pytest.approx(1 - within / among, abs=0.006)
     assert "visual alignment nan" in print_tally(study, answers[:1], tmp_path, capsys)           # of one rater
-
 
 def test_intervals_come_from_both_raters_and_prompts(capsys):
     rng = np.random.default_rng(0)

@@ -17,7 +17,6 @@ from toy import curves, judge, make_model, world
 
 pytest_plugins = "tests.helpers"
 
-
 def test_a_run_is_drawn(straight):
     curves.main(curves.Options(run=str(straight)))
     picture = ElementTree.parse(straight / "curves.svg").getroot()
@@ -37,7 +36,6 @@ def test_a_run_is_drawn(straight):
     assert curves.running_mean([(0, 1.0), (1, 3.0), (2, 5.0)], 2) == [(0, 1.0), (1, 2.0), (2, 4.0)]
     lines = [{"step": 0, "win": 3.0, "ref_win": 1.0}, {"step": 1, "win": 5.0}]        # no reference between comparisons
     assert curves.curve(lines, "win", "ref_win") == [(0, 2.0)] and curves.curve(lines, "win") == [(0, 3.0), (1, 5.0)]
-
 
 def test_making_the_tiny_model_goes_on_where_it_stopped(tmp_path):
     def fit(file, stop_at=None, steps=6):
@@ -61,7 +59,6 @@ def test_making_the_tiny_model_goes_on_where_it_stopped(tmp_path):
     with pytest.raises(UserError, match=r"part.safetensors: was made with steps 6 \(now 12\)"):
         fit("cut", steps=12)
 
-
 def test_muon_steps_are_orthogonal_and_go_downhill():
     matrices = torch.randn(3, 8, 5, generator=torch.Generator().manual_seed(0))
     left, _, right = torch.linalg.svd(matrices, full_matrices=False)
@@ -73,11 +70,9 @@ def test_muon_steps_are_orthogonal_and_go_downhill():
         make_model.muon([weight], [momentum], 0.1 * (1 - step / 100))
     assert (weight - goal).norm() < 0.1 * goal.norm()
 
-
 def judged_raw(video, figure):
     """`judge` beside continuations that no autoencoder has blurred."""
     return judge.judge(video, figure, judge.continuations(figure, *video.shape[:2]))
-
 
 def test_a_toy_clip_depends_on_seed_and_index_and_survives_mp4(videos):
     first, caption = world.toy_video(0, 1)
@@ -90,7 +85,6 @@ def test_a_toy_clip_depends_on_seed_and_index_and_survives_mp4(videos):
     stored = world.read_toy_video(videos / f"{NAMES[0]}.mp4")
     assert judged_raw(stored, world.draw_figure(0, 0))["rvd"] < 0.2        # a quarter of the faults: 3
 
-
 def test_limbs_hang_stretch_and_bend_as_their_angles_say():
     def hands_and_feet(*angles):                           # of both pieces of every limb
         ends = world.skeleton(np.array([[angles] * 4], float), np.full((1, 4), 0.1))
@@ -101,7 +95,6 @@ def test_limbs_hang_stretch_and_bend_as_their_angles_say():
     np.testing.assert_allclose(hands_and_feet(90, 0), out, atol=1e-9)
     np.testing.assert_allclose(hands_and_feet(90, 90), out / 2 + (0, -0.1), atol=1e-9)           # bent on, upwards
 
-
 def test_the_first_frame_tells_the_phase():
     """From one end of the swing to the other, in half a turn of the phase; the next half second goes on from there."""
     figure, rises = world.draw_figure(0, 0)._replace(action="waves its left arm", hertz=1.0), []
@@ -110,7 +103,6 @@ def test_the_first_frame_tells_the_phase():
         rises.append(angles[0, 0, 0])
         assert angles[:, 0, 0].sum() == pytest.approx(65 + 115)        # half a cycle later it is as far from the other
     assert rises == sorted(rises) and rises[0] == pytest.approx(65) and rises[-1] == pytest.approx(115)
-
 
 def test_drawing_clips_goes_on_where_it_stopped(tmp_path):
     world.write_toy_videos(tmp_path, 1, seed=0)
@@ -122,19 +114,16 @@ def test_drawing_clips_goes_on_where_it_stopped(tmp_path):
     world.write_toy_videos(tmp_path, 2, seed=0)
     assert (tmp_path / "00001.mp4").is_file() and (tmp_path / "00000.txt").read_text() == "mine"
 
-
 def test_limbs_are_measured_as_long_as_they_are():
     for index in range(3):
         video, figure = world.toy_video(5, index)[0], world.draw_figure(5, index)
         _, pieces = world.pose(figure, np.arange(17) / world.FPS)
         assert np.abs(judge.limb_lengths(judge.track(video)[0]) / (2 * pieces) - 1).mean() < 0.1
 
-
 def test_what_may_follow_does_not_tell_the_figures_own_pace():
     figure = world.draw_figure(0, 0)
     other = figure._replace(hertz=1.03 * figure.hertz)
     assert np.array_equal(judge.continuations(other, 17, 32), judge.continuations(figure, 17, 32))
-
 
 def test_the_measures_tell_real_from_corrupt_and_still():
     def scores(change=lambda video: video, **options):     # means over six figures
@@ -154,7 +143,6 @@ def test_the_measures_tell_real_from_corrupt_and_still():
     assert frozen["rvd"] > corrupt[1]["rvd"] and frozen["motion"] < 0.01
     assert np.isfinite([*frozen.values(), *grey.values()]).all()
 
-
 def test_a_real_clip_through_the_autoencoder_is_real_and_what_it_is_compared_with_is_kept(tmp_path, monkeypatch):
     made, load_vae = [], model.load_vae
     coded = to_uint8(load_vae("tiny").decode(load_vae("tiny").encode(from_uint8(world.toy_video(5, 1)[0])[None]))[0])
@@ -167,7 +155,6 @@ def test_a_real_clip_through_the_autoencoder_is_real_and_what_it_is_compared_wit
     monkeypatch.setattr(judge, "PACES", judge.PACES[:3])
     judge.judge_all([(1, coded)], 5, tmp_path)
     assert len(made) == 3                                  # whatever they were made with is another: made anew
-
 
 def test_a_folder_of_videos_is_judged(tmp_path, capsys):
     for name, strength in (("real", 0.0), ("faulty", 1.0)):

@@ -16,7 +16,6 @@ import train
 
 pytest_plugins = "tests.helpers"
 
-
 def test_an_epoch_is_every_record_once_in_an_order_of_its_own():
     def epochs(seed):                                      # six of seven records, in batches of three
         options, drawn = train.Options(batch=3, seed=seed), []
@@ -28,13 +27,11 @@ def test_an_epoch_is_every_record_once_in_an_order_of_its_own():
     assert all(sorted(order) == list(range(7)) for order in orders)
     assert len({*orders}) == 12
 
-
 def draw(seed=0, step=0, place=0, t_min=0.0, **options):
     """What `draw_sample` makes of a record whose negatives are their numbers."""
     record = dict(win=torch.zeros(4, 5, 8, 8), lose=torch.arange(100.0))
     options = train.Options(**dict(seed=seed, compare_every=1, t_draw="uniform") | options)
     return train.draw_sample(record, options, step, place, t_min)
-
 
 @pytest.mark.parametrize("change", [dict(seed=1), dict(step=1), dict(place=1)], ids=str)
 def test_all_that_is_drawn_depends_on_seed_step_and_place_alone(change):
@@ -44,13 +41,11 @@ def test_all_that_is_drawn_depends_on_seed_step_and_place_alone(change):
     for name in ("t", "noise", "lose"):
         assert not torch.equal(ours[name], other[name]), name
 
-
 def test_t_is_uniform_from_the_least_that_the_network_knows():
     t = torch.stack([draw(place=place, t_min=0.2)["t"] for place in range(2000)])
     assert 0.2 < t.min() < 0.201 and 0.999 < t.max() <= 1
     assert t.mean() == pytest.approx(0.6, abs=0.01)
     assert_unrelated(torch.stack([draw(place=place)["noise"] for place in range(8)]))
-
 
 def test_the_releases_t_are_those_of_its_first_500_training_steps():
     assert len(train.RELEASE_T) == 500 and (train.RELEASE_T.diff() > 0).all()
@@ -61,7 +56,6 @@ def test_the_releases_t_are_those_of_its_first_500_training_steps():
     assert (t < 0.1).float().mean() == pytest.approx(0.026, abs=0.01)          # 0.12 of uniform ones below 0.6387
     assert t.mean() == pytest.approx(train.RELEASE_T.mean().item(), abs=0.01)
 
-
 def test_negatives_are_drawn_evenly_without_repetition_and_for_realdpo_alone():
     drawn = torch.stack([draw(place=place, lose_per_step=60)["lose"] for place in range(50)])
     assert drawn.shape == (50, 60) and all(len(row.unique()) == 60 for row in drawn)
@@ -69,13 +63,11 @@ def test_negatives_are_drawn_evenly_without_repetition_and_for_realdpo_alone():
     assert torch.equal(draw(lose_per_step=0)["lose"], torch.arange(100.0))
     assert torch.equal(draw(method="dpo")["lose"], torch.arange(100.0))        # which has scores in their order
 
-
 def scored_batch():
     """Two samples of three negatives with scores, as a step stacks them."""
     given = preference(2, 3)
     cond = given.pop("cond")
     return given | dict(text=cond.text, image=cond.image, scores=torch.tensor([[0.0, 1.0, -2.0], [3.0, -1.0, 1.0]]))
-
 
 @pytest.mark.parametrize("graphs, policy_calls", [("all", [8]), ("two", [2] * 4)])
 @pytest.mark.parametrize("weighting", ["x0", "velocity"])
@@ -98,7 +90,6 @@ def test_each_method_takes_its_loss_with_the_options_of_the_run(weighting, graph
     train.loss_of(policy, Watched(), batch, options(method="realdpo"))
     assert policy.calls == policy_calls
 
-
 def test_the_console_says_a_step_in_a_line_of_100_columns(tmp_path, capsys):
     numbers = dict(loss=1.2345, win=0.01, ref_win=0.0123, lose=0.1, ref_lose=0.05, margin=2.345, accuracy=1.0, lr=5e-5,
                    seconds=7.612)
@@ -109,7 +100,6 @@ def test_the_console_says_a_step_in_a_line_of_100_columns(tmp_path, capsys):
     assert line == "step 6249  loss 1.23  win -2.3e-03  lose +5.0e-02  margin 2.35  acc 1.00  lr 5e-05  7.61 s"
     assert len(line) <= 100
 
-
 @pytest.mark.parametrize("steps, warmup, decay, rates", [
     (5, 2, 0.0, [0.5, 1, 1, 1, 1]),
     (10, 2, 0.4, [0.5, 1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25]),
@@ -119,7 +109,6 @@ def test_the_console_says_a_step_in_a_line_of_100_columns(tmp_path, capsys):
 def test_the_rate_rises_stays_and_falls(steps, warmup, decay, rates):
     options = train.Options(lr=2.0, warmup=warmup, decay=decay)
     assert [train.learning_rate(options, step, steps) / 2 for step in range(steps)] == pytest.approx(rates)
-
 
 @pytest.fixture(scope="module")
 def paced(cache):
@@ -143,7 +132,6 @@ def paced(cache):
         run_training(cache.parent / "paced", cache, steps=3, lr=0.1, warmup=2, ema_every=2, save_every=1, beta=500.0)
     return cache.parent / "paced", updates
 
-
 def test_a_step_is_adamws_with_the_settings_that_cogvideox_was_trained_with(paced):
     """Loshchilov and Hutter 2019, Algorithm 2, in fp64, of a gradient whose norm is at most 1."""
     out, updates = paced
@@ -156,7 +144,6 @@ def test_a_step_is_adamws_with_the_settings_that_cogvideox_was_trained_with(pace
         torch.testing.assert_close(after, before - rate * (slope + 1e-4 * before), rtol=0, atol=1e-6)
     assert max(line["grad_norm"] for line in lines) > 1    # so it was clipped
 
-
 def test_the_reference_moves_every_so_many_steps(paced):
     out, _ = paced
     first, second, third = (checkpoint(out, step) for step in (1, 2, 3))
@@ -167,7 +154,6 @@ def test_the_reference_moves_every_so_many_steps(paced):
         assert torch.equal(second[f"ref.{name}"], moved) and torch.equal(third[f"ref.{name}"], moved)
     assert not torch.equal(second["ref.proj_out.weight"], base["proj_out.weight"])
 
-
 @pytest.fixture
 def alone():
     """This process as the only one of a group."""
@@ -175,14 +161,11 @@ def alone():
         process, _ = train.init_distributed()
         yield process
 
-
 def zero(x_t, cond, t):
     return torch.zeros_like(x_t)
 
-
 def identity(x_t, cond, t):
     return x_t
-
 
 def test_held_out_records_are_looked_at_at_fixed_times_and_noise(cache, alone, monkeypatch):
     """A policy that always says 0 has the error of the videos' own mean square, the reference's is the noise's."""
@@ -217,7 +200,6 @@ def test_held_out_records_are_looked_at_at_fixed_times_and_noise(cache, alone, m
 
 ERRORS = ["win", "lose", "ref_win", "ref_lose"]
 
-
 def test_a_run_logs_every_step_and_starts_at_log_2(straight):
     lines = [json.loads(line) for line in (straight / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 1, 2, 3]
@@ -230,7 +212,6 @@ def test_a_run_logs_every_step_and_starts_at_log_2(straight):
     for name in ("win", "lose"):                           # in the looks, too, it is the policy that learns
         assert moved[f"ref_{name}"] < 0.1 * moved[name]
 
-
 def test_the_reference_moves_by_ema_in_fp32(straight):
     before = {f"ref.{k}": v.float() for k, v in exported(folders.TINY).items()}
     for step in range(1, 5):
@@ -240,19 +221,16 @@ def test_the_reference_moves_by_ema_in_fp32(straight):
         before = now = {name: now[name] for name in before}
     assert not torch.equal(now["ref.proj_out.weight"], exported(folders.TINY)["proj_out.weight"].float())
 
-
 def test_forwards_of_the_sharded_reference_see_its_updates(cache, tmp_path):
     # after every step, the reference is the policy
     lines = run_training(tmp_path / "run", cache, ema_decay=0.0, steps=3)
     assert [line["margin"] for line in lines] == [0, 0, 0] and lines[0]["win"] != lines[1]["win"]
-
 
 def test_a_run_exports_what_it_trained(straight):
     ours, last = model.load_dit(straight).net.state_dict(), checkpoint(straight, 4)
     assert {v.dtype for v in exported(straight).values()} == {torch.bfloat16}
     assert all(torch.equal(ours[k[6:]], v.bfloat16().float()) for k, v in last.items() if k.startswith("model."))
     assert not torch.equal(ours["proj_out.weight"], model.load_dit("tiny").net.proj_out.weight)
-
 
 def test_a_loss_that_is_not_finite_stops_before_the_update(straight, cache, tmp_path, monkeypatch):
     updates, update = [], torch.optim.AdamW.step
@@ -269,7 +247,6 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(straight, cache, tmp_
     assert all(part in message for part in ("step 2", *NAMES, "step-000002")) and "\n" not in message
     assert len(updates) == 2 and len(metrics(tmp_path / "run")) == 2
     assert same_tensors(checkpoint(tmp_path / "run", 2), checkpoint(straight, 2))
-
 
 def test_between_comparisons_the_anchor_trains_alone(cache, tmp_path, monkeypatch):
     compared, supervised = spy_on_losses(monkeypatch), []
@@ -288,7 +265,6 @@ def test_between_comparisons_the_anchor_trains_alone(cache, tmp_path, monkeypatc
     assert lines[0]["win"] == plain[0]["win"] and lines[0]["preference"] == plain[0]["preference"]
     assert lines[0]["loss"] == pytest.approx(3 * plain[0]["preference"] + 20 * plain[0]["win"])
 
-
 def test_every_sample_has_its_own_noise_and_t_and_an_epoch_every_record_once(cache, tmp_path, monkeypatch):
     losses = spy_on_losses(monkeypatch)
     monkeypatch.setattr(model.FlowPrediction, "t_min", 0.4)
@@ -298,7 +274,6 @@ def test_every_sample_has_its_own_noise_and_t_and_an_epoch_every_record_once(cac
     assert_unrelated(noise)
     for epoch in (wins[:4], wins[4:]):
         assert len(epoch.flatten(1).unique(dim=0)) == 4
-
 
 def test_drawn_negatives_depend_on_seed_step_and_place_alone(cache, tmp_path, monkeypatch):
     losses, runs = spy_on_losses(monkeypatch), []
@@ -312,7 +287,6 @@ def test_drawn_negatives_depend_on_seed_step_and_place_alone(cache, tmp_path, mo
     assert lose.shape == wins.shape and len(lose) == 8
     assert len(lose.unique(dim=0)) > len(wins.unique(dim=0)) == 4                       # not always the same one
 
-
 @pytest.mark.parametrize("options", [dict(micro_batch=1), dict(micro_batch=2, graphs="two"),
                                      dict(checkpointing="full"), dict(checkpointing="selective")], ids=str)
 def test_how_a_batch_is_computed_changes_no_gradient(options, straight, cache, tmp_path):
@@ -322,7 +296,6 @@ def test_how_a_batch_is_computed_changes_no_gradient(options, straight, cache, t
         for name in ("loss", "grad_norm", *ERRORS):
             assert ours[name] == pytest.approx(theirs[name], rel=close), name
 
-
 def test_held_out_records_may_have_fewer_negatives_than_a_step_takes(straight, cache, looks, tmp_path):
     held_out = shutil.copytree(looks["eval_data"], tmp_path / "held-out")
     rewrite_records((held_out / "lose").iterdir(), lambda latents: latents[:1])
@@ -331,12 +304,10 @@ def test_held_out_records_may_have_fewer_negatives_than_a_step_takes(straight, c
     assert line["eval_win"] == pytest.approx(two["eval_win"], rel=1e-3)
     assert abs(line["eval_lose"] / two["eval_lose"] - 1) > 0.01
 
-
 def test_supervised_training_needs_no_negatives(videos, tmp_path):
     lines = run_training(tmp_path / "run", encode(videos, tmp_path / "cache"), method="sft", steps=2)
     assert lines[0]["loss"] == lines[0]["win"] and not lines[0].keys() & {"lose", "ref_win", "margin"}
     assert not torch.equal(exported(tmp_path / "run")["proj_out.weight"], exported(folders.TINY)["proj_out.weight"])
-
 
 def test_scored_methods_learn_from_generated_videos_by_their_scores(own_cache, tmp_path, monkeypatch):
     records, good, scores = data.Records(own_cache), [], {}
@@ -353,5 +324,4 @@ def test_scored_methods_learn_from_generated_videos_by_their_scores(own_cache, t
             assert any(torch.equal(win, each) for each in good)
     lines = run_training(tmp_path / "rwr", own_cache, method="rwr", steps=2)
     assert lines[0].keys() & {"loss", "win", "lose", "margin"} == {"loss", "win"}
-
 

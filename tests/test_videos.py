@@ -13,7 +13,6 @@ from support.lists import read_bench
 
 pytest_plugins = "tests.helpers"
 
-
 def test_every_block_is_compiled_for_videos_and_for_negatives(own_cache, picture, tmp_path, monkeypatch):
     compiled, blocks = [], len(model.load_dit("tiny").net.transformer_blocks)
     monkeypatch.setattr(torch, "compile", lambda function, **options: compiled.append(options) or function)
@@ -24,7 +23,6 @@ def test_every_block_is_compiled_for_videos_and_for_negatives(own_cache, picture
     add_negatives(own_cache, compile=True)
     assert compiled == 2 * blocks * [dict(fullgraph=True)]
 
-
 def test_any_number_of_ranks_makes_the_same_bench_and_restarts_do_the_rest(shots, methods, tmp_path, monkeypatch):
     made = spy_on_videos(monkeypatch)
     for rank in (1, 0):
@@ -34,7 +32,6 @@ def test_any_number_of_ranks_makes_the_same_bench_and_restarts_do_the_rest(shots
     (tmp_path / "two" / "somersault.mp4").unlink()
     generate_bench(shots, tmp_path / "two", seed=1)
     assert made[2:] == ["somersault.mp4"] and contents(tmp_path / "two") == contents(methods / "beta-method")
-
 
 def test_every_form_of_bench_gives_the_same_prompts(shots, tmp_path):
     prompts, held = read_bench(shots)

@@ -12,13 +12,11 @@ MARKS = ("circle", "square", "triangle")
 LEFT, TOP, WIDTH, HEIGHT = 60, 40, 430, 300                # of the frame, pixels
 APART = 5                                                  # between the marks of two methods, pixels
 
-
 class Point(NamedTuple):
     """What a method reaches with a budget."""
     budget: float                                          # 1: the compute of 533 SFT steps
     mean: float
     half: float                                            # half the interval's width
-
 
 class Scale(NamedTuple):
     """A logarithmic axis."""
@@ -30,7 +28,6 @@ class Scale(NamedTuple):
     def place(self, value):
         return self.start + (self.end - self.start) * math.log(value / self.low) / math.log(self.high / self.low)
 
-
 def mark(shape, x, y, colour):
     """The SVG element of a method's mark."""
     if shape == "circle":
@@ -39,7 +36,6 @@ def mark(shape, x, y, colour):
         return f'<rect x="{x - 4:.1f}" y="{y - 4:.1f}" width="8" height="8" fill="{colour}"/>'
     corners = f"{x:.1f},{y - 5:.1f} {x - 5:.1f},{y + 4:.1f} {x + 5:.1f},{y + 4:.1f}"
     return f'<polygon points="{corners}" fill="{colour}"/>'
-
 
 def draw_axes(x, y, budgets, ticks):
     """The SVG elements of frame, ticks and names."""
@@ -57,7 +53,6 @@ def draw_axes(x, y, budgets, ticks):
                     'compute, 1 × = 533 steps of SFT</text>')
     return elements
 
-
 def draw_method(points, number, count, x, y):
     """The SVG elements of one method: a line, its marks and their intervals."""
     colour = COLOURS[number]
@@ -71,7 +66,6 @@ def draw_method(points, number, count, x, y):
         elements.append(f'<line x1="{at:.1f}" x2="{at:.1f}" y1="{top:.1f}" y2="{bottom:.1f}" stroke="{colour}"/>')
         elements.append(mark(MARKS[number], at, height, colour))
     return [f'<polyline points="{" ".join(path)}" fill="none" stroke="{colour}"/>', *elements]
-
 
 def draw_budgets(file, methods, base, title, ticks=(0.5, 0.7, 1, 1.5, 2, 3, 4, 5)):
     """Write the picture. `methods` {label: [Point]}, `base` the rvd before training, a dashed line."""

@@ -15,7 +15,6 @@ from train import EVAL_T
 COLOURS = ("#c33", "#36c", "#2a2", "#c80", "#90c")
 LEFT, TOP, WIDTH, HEIGHT, STRIDE = 60, 40, 240, 150, 320   # of a panel, pixels
 
-
 def read_metrics(run):
     """The lines of a run's metrics.jsonl, as dicts. Raises UserError if there are none."""
     file = Path(run) / "metrics.jsonl"
@@ -25,7 +24,6 @@ def read_metrics(run):
     if not lines:
         raise UserError(f"{file}: is empty; the run has not made a step yet")
     return lines
-
 
 def curve(lines, key, minus=None):
     """[(step, value)] of the lines that have this metric, minus another one if it is named."""
@@ -37,7 +35,6 @@ def curve(lines, key, minus=None):
             points.append((line["step"], line[key] - line[minus]))
     return points
 
-
 def running_mean(points, width=10):
     """Each value replaced by the mean of the last `width` up to it."""
     smooth = []
@@ -45,7 +42,6 @@ def running_mean(points, width=10):
         values = [value for _, value in points[max(0, i - width + 1):i + 1]]
         smooth.append((step, sum(values) / len(values)))
     return smooth
-
 
 def panels_of(lines):
     """{title: {label: points}} of everything that the run measured.
@@ -66,7 +62,6 @@ def panels_of(lines):
         win = curve(lines, "win")
         panels = {"error": {"step": win, "mean of 10": running_mean(win)}}
     return {title: curves for title, curves in panels.items() if any(curves.values())}
-
 
 def draw_panel(title, curves, left, last_step):
     """The SVG elements of one panel whose frame begins at x = `left`."""
@@ -94,7 +89,6 @@ def draw_panel(title, curves, left, last_step):
                         f'{label}</text>')
     return elements
 
-
 def draw_curves(run):
     """Write RUN/curves.svg. Raises UserError for a folder without metrics."""
     lines = read_metrics(run)
@@ -107,18 +101,15 @@ def draw_curves(run):
                         'font-family="sans-serif" font-size="11"><rect width="100%" height="100%" fill="white"/>\n'
                         + "\n".join(elements) + "\n</svg>\n", encoding="utf-8")
 
-
 @dataclass
 class Options:
     """Draw what the metrics of a training run say."""
     run: str = option(help="the --out folder of the run")
 
-
 def main(options):
     """Draw RUN/curves.svg."""
     draw_curves(options.run)
     print(f"{options.run}/curves.svg")
-
 
 if __name__ == "__main__":
     command(main, Options, "toy.curves")

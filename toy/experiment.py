@@ -63,12 +63,10 @@ MEASURES = ("limb_change", "jerkiness", "identity_loss", "action_match", "motion
 T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 10: 2.26}      # Student's t at 97.5 %, by the number of bases
 RESAMPLES = 10_000
 
-
 def resampled_means(values, bases, rng):
     """Bootstrap means (RESAMPLES,) of `values` (B,N): those of `bases` (RESAMPLES,B), and of each N runs drawn anew."""
     runs = rng.integers(values.shape[1], size=(*bases.shape, values.shape[1]))
     return values[bases[..., None], runs].mean((1, 2))
-
 
 def half_width(values, others=None):
     """Half the 95 % interval of the mean of `values` (B,N), of N runs on each of B bases; or, with `others` (B,M), of
@@ -84,7 +82,6 @@ def half_width(values, others=None):
     if others is not None:
         means = means - resampled_means(others, bases, rng)
     return T95[len(values)] * means.std()
-
 
 def spreads(values):
     """Standard deviations of `values` (B,N): of a run within its base, and of the bases' true means."""
@@ -103,7 +100,6 @@ def runs_of(row, rate):
             runs.append(Run(row, rate, base, number))
     return runs
 
-
 def missing(runs, rows, splits=("held-out",)):
     """[(run, split)] still to be done: those that tell the rates of `rows`, then those that go into the table."""
     todo = []
@@ -116,11 +112,9 @@ def missing(runs, rows, splits=("held-out",)):
             todo += runs.missing(runs_of(row, rate), split)
     return todo
 
-
 def judged(row):
     """A row whose validation figures take part in a choice between rows: of two runs on each of four bases."""
     return row._replace(count=2, bases=TEN[:4])
-
 
 def budget_rows(runs, row):
     """A row with each budget, each at its own rate. To save time, the largest budget and the paper's loss, which is far
@@ -135,11 +129,9 @@ def budget_rows(runs, row):
         rows.append(row if budget == 1 else other)
     return rows
 
-
 def base_row(regime):
     """The base of a regime, as it is."""
     return BASE._replace(name=f"base, {regime}", regime=regime, bases=TEN[:5])
-
 
 def regime_rows(runs, regime):
     """SFT, the default and the paper's loss in a regime, at their usual rates; in TUNED regimes then SFT and the default
@@ -155,7 +147,6 @@ def regime_rows(runs, regime):
             rows.append(row._replace(name=f"{row.name}, own rate", start=start, fixed=False))
     return rows
 
-
 def negatives_rows(runs):
     """The default with other negatives, at the rate that it has with the usual ones."""
     rate, _ = runs.search(DEFAULT)
@@ -164,13 +155,11 @@ def negatives_rows(runs):
               for regime in NEGATIVES]
     return [usual, *others]
 
-
 def values_of(runs, row, split="held-out", measure="rvd"):
     """Means over figures of a row's runs at its rate: (B,N), of N runs on each of B bases."""
     rate, _ = runs.search(row)
     values = [runs.mean(run, split, measure) for run in runs_of(row, rate)]
     return np.array(values).reshape(row.count, len(row.bases)).T
-
 
 def label(row):
     """What a row is called in a table."""
@@ -189,7 +178,6 @@ def label(row):
     if options.decay == 0:
         words.append("constant rate")
     return ", ".join(words)
-
 
 def plus_minus(values, others=None):
     """A mean, or a difference of means, with its interval."""
@@ -211,7 +199,6 @@ def noise_table(runs):
                      f"{between:.3f} |")
     return "\n".join(lines)
 
-
 def row_line(runs, row, compared):
     """A line of a table: a row's rvd, its difference to other rows, and its other measures."""
     rate, _ = runs.search(row)
@@ -223,14 +210,12 @@ def row_line(runs, row, compared):
         cells.append(f"{values_of(runs, row, measure=measure).mean():.2f}")
     return "| " + " | ".join(cells) + " |"
 
-
 def comparison_table(runs):
     """Every method at its own rate, beside SFT."""
     lines = [f"| | rate | runs | rvd | difference to SFT | " + " | ".join(MEASURES) + " |", "|---" * 10 + "|"]
     for row in (BASE, SFT, *CANDIDATES, *OTHERS):
         lines.append(row_line(runs, row, [SFT]))
     return "\n".join(lines)
-
 
 def choice_table(runs):
     """What the candidates score on validation figures, beside the first of them, which is the cheapest: another is
@@ -243,7 +228,6 @@ def choice_table(runs):
         lines.append(f"| {label(row)} | {plus_minus(values)} | {difference} |")
     return "\n".join(lines)
 
-
 def negatives_table(runs):
     """The default with more and with fewer negatives and evaluations."""
     usual, *others = negatives_rows(runs)
@@ -254,7 +238,6 @@ def negatives_table(runs):
         difference = "" if row is usual else plus_minus(values, values_of(runs, usual))
         lines.append(f"| {name} | {values.size} | {plus_minus(values)} | {difference} |")
     return "\n".join(lines)
-
 
 def budget_table(runs, file):
     """What SFT, the default and the paper's loss reach with every budget, as a table, and as a picture in `file`."""
@@ -274,7 +257,6 @@ def budget_table(runs, file):
         lines.append("| " + " | ".join([f"{budget:g}", *cells, plus_minus(values[1], values[0])]) + " |")
     draw_budgets(file, points, values_of(runs, BASE).mean(), "rvd after training (lower is better)")
     return "\n".join(lines)
-
 
 def regime_table(runs):
     """What they reach with other real clips and from another base."""
@@ -298,7 +280,6 @@ class Options:
     part: str = option(help="noise, negatives, comparison, budgets or regimes")
     out: str = option("experiment", "folder for everything that is made")
 
-
 def plan(runs, part):
     """[(run, split)] still to be done for a part."""
     if part == "noise":
@@ -316,7 +297,6 @@ def plan(runs, part):
             todo += missing(runs, [base_row(regime), *regime_rows(runs, regime)])
     return todo
 
-
 def main(options):
     """Do what is missing of a part, then print its tables."""
     tables = dict(noise=[noise_table], negatives=[negatives_table], comparison=[comparison_table, choice_table],
@@ -327,7 +307,6 @@ def main(options):
     runs.work(partial(plan, runs, options.part))
     for table in tables[options.part]:
         print(table(runs))
-
 
 if __name__ == "__main__":
     command(main, Options, "toy.experiment")

@@ -23,13 +23,11 @@ PACES = np.linspace(-1.4, 1.4, 15) * JITTER    # a fine grid over a speed class 
 SOFTNESS = 0.03                                # of a colour match: squared RGB distance, small beside that of any two
 HIDDEN = 0.05                                  # measured: how much the lower piece, painted over it, shortens the upper
 
-
 def continuations(figure, frames, size):
     """What may really follow this figure's first frame: its action at every plausible pace, (N,F,H,W,3) uint8."""
     times = np.arange(frames) / FPS
     likely = [figure._replace(hertz=SPEEDS[figure.speed] * (1 + pace)) for pace in PACES]
     return np.stack([render(skeleton(*pose(real, times)), size) for real in likely])
-
 
 def coded_continuations(world, number, frames, size, folder):
     """`continuations` of a world's figure after the tiny autoencoder, so that its blur is not counted against a model.
@@ -43,7 +41,6 @@ def coded_continuations(world, number, frames, size, folder):
         write_tensors(file, {"videos": torch.stack(coded)}, **made_by)
     return read_tensors(file)["videos"].numpy()
 
-
 def track(video):
     """Where the colour of each capsule is found: centre (F,K,2) and area (F,K) of its paint, in canvas units."""
     palette = np.concatenate([COLOURS, GREY[None]])
@@ -55,7 +52,6 @@ def track(video):
     moment = np.stack([place @ paint.mean(axis=1), place @ paint.mean(axis=2)], axis=-1) / len(place)
     return 0.5 + moment / (area[..., None] + 1e-6), area                # a colour that is nowhere: mid-canvas, not NaN
 
-
 def limb_lengths(centre):
     """(F,L) from the centres of the paint: half way along the upper piece, which starts at a root that never moves,
     and half way along the lower piece, which starts where the upper one ends."""
@@ -64,11 +60,9 @@ def limb_lengths(centre):
     lower = 2 * (centre[:, 3::2] - ROOT - upper)
     return np.linalg.norm(upper, axis=-1) + np.linalg.norm(lower, axis=-1)
 
-
 def change(centre, order):
     """Speed (order 1) or acceleration (2) of every limb piece, per frame: (F,K,2) → (F-order,8)."""
     return np.linalg.norm(np.diff(centre[:, 2:], order, axis=0), axis=-1)
-
 
 def action_match(centre, figure):
     """1 if, of all actions and speeds, the caption's has the nearest motion, else 0."""
@@ -80,7 +74,6 @@ def action_match(centre, figure):
         return np.mean((centre - truth) ** 2)
 
     return float(min(product(ACTIONS, SPEEDS), key=error) == (figure.action, figure.speed))
-
 
 def judge(video, figure, reals):
     """A video (F,H,W,3), 0–255, of a figure, beside its plausible continuations → the toy forms of the paper's
@@ -101,7 +94,6 @@ def judge(video, figure, reals):
         "motion": change(centre, 1).mean() / change(real_centre, 1).mean(),          # how much moves, 1 = real
     }
 
-
 def judge_all(videos, world, folder):
     """{measure: [a number a video]} of (number of a world's figure, video of it) pairs. `folder` keeps what the videos
     are compared with."""
@@ -114,18 +106,15 @@ def judge_all(videos, world, folder):
         gathered[measure] = [score[measure] for score in scores]
     return gathered
 
-
 def mean_line(scores):
     """The means of what `judge_all` found, in a line."""
     return "  ".join(f"{measure} {np.mean(values):.2f}" for measure, values in scores.items())
-
 
 @dataclass
 class Options:
     """Measure a folder of mp4s of the laptop run's held-out figures."""
     folder: str = option(help="holds 00000.mp4, 00001.mp4, …: each of the held-out figure of its number")
     seed: int = option(0, "of the run whose figures they are")
-
 
 def main(options):
     """Print the mean of every measure."""
@@ -136,7 +125,6 @@ def main(options):
     videos = ((int(file.stem), read_toy_video(file)) for file in tqdm(files, desc="judging"))
     scores = judge_all(videos, world_of(options.seed, "held-out"), Path(options.folder) / "continuations")
     print(f"{len(files)} videos (mean):  {mean_line(scores)}")
-
 
 if __name__ == "__main__":
     command(main, Options, "toy.judge")

@@ -30,12 +30,10 @@ from toy.world import (COUNTS, FPS, draw_figure, enlarge, read_toy_video, toy_vi
 SHOWN = 4                                                             # figures in the picture
 NEGATIVES = dict(solver="multistep", steps=4, guidance=1.0)           # a quarter of the tiny model's usual evaluations
 
-
 def run_stage(module, **options):
     """One stage, and the command line that does the same."""
     say(f"\n$ python {module.__name__}.py {flags(options)}")
     module.main(module.Options(**options))
-
 
 def score_negatives(cache, seed):
     """scores.json for toy records, as a reward model would write it: minus the distance to the nearest real video."""
@@ -53,7 +51,6 @@ def score_negatives(cache, seed):
         scores[name] = [-judge(video, figure, reals)["rvd"] for video in videos]
     write_json(file, scores)
 
-
 def prepare(out, name, seed, counts, rank, scores=True, **options):
     """Toy videos, records and negatives under `out`, made by the commands that a user would call; `options` are those of
     the negatives, where others than the usual. Returns the cache."""
@@ -70,12 +67,10 @@ def prepare(out, name, seed, counts, rank, scores=True, **options):
     dist.barrier()
     return f"{out}/cache/real"
 
-
 def label_of(options):
     """The name of a run in pictures and tables; the paper's loss has no anchor."""
     name = {"realdpo": "RealDPO", "sft": "SFT", "dpo": "DPO", "rwr": "RWR"}[options.method]
     return f"{name} + anchor" if options.anchor and options.method == "realdpo" else name
-
 
 def write_bench(folder, world):
     """First frames of the figures in the picture, with captions: what train.py --bench makes videos of."""
@@ -85,14 +80,12 @@ def write_bench(folder, world):
         Image.fromarray(video[0]).save(folder / f"{i:05d}.png")
         (folder / f"{i:05d}.txt").write_text(caption + "\n")
 
-
 def runs_to_compare(options):
     """The runs to compare: RealDPO, and supervised training on the same records, steps and noise at the same rate."""
     if options.method != "realdpo":
         return [options]
     sft = dataclasses.replace(options, method="sft", out=f"{options.out}/sft", save_every=options.steps)
     return [sft, options]
-
 
 def generate_held_out(denoiser, path, records, batch=16):
     """Yield a denoiser's video (F,H,W,3) uint8 of each record, through the autoencoder of the model at `path`, from
@@ -108,7 +101,6 @@ def generate_held_out(denoiser, path, records, batch=16):
         for video in vae.decode(realdpo.sample(denoiser, noise, cond, uncond=uncond, progress=False, **settings)):
             yield to_uint8(video)
 
-
 def title(labels, width, height=14):
     """A strip (height,width·len(labels),3) uint8 with each label centred over its column."""
     strip = Image.new("RGB", (width * len(labels), height), "white")
@@ -116,7 +108,6 @@ def title(labels, width, height=14):
     for i, label in enumerate(labels):
         draw.text((width * (i + 0.5), height / 2), label, fill="black", font=font, anchor="mm")
     return np.asarray(strip)
-
 
 def side_by_side(columns, times=3):
     """A video with a row a figure: first frame, then each of `columns` {label: [video (F,H,W,3) a figure]}, the last of
@@ -129,7 +120,6 @@ def side_by_side(columns, times=3):
     grid = enlarge(np.concatenate(rows, axis=1), times)
     labels = title(["first frame", *columns], size * times)
     return np.concatenate([labels[None].repeat(frames, axis=0), grid], axis=1)
-
 
 def compare_on_held_out(options, runs):
     """Held-out figures of the base and of `runs` (Options each): what they score."""
@@ -146,7 +136,6 @@ def compare_on_held_out(options, runs):
     Image.fromarray(enlarge(toy_video(world, 0)[0][:1], 8)[0]).save(out / "first.png")
     print(f"side by side: {out}/held-out.gif and .mp4; one by one: {out}/held-out/\n"
           f"try: python sample.py --model {out} --image {out}/first.png --prompt \"{draw_figure(world, 0).caption}\"")
-
 
 def draw_progress(options, runs):
     """held-out.gif and .mp4: figures as the last run's model made them at its start, on the way and at its end, beside
@@ -168,11 +157,9 @@ def draw_progress(options, runs):
     with whole_file(out / "held-out.gif") as part:
         first.save(part, "GIF", save_all=True, append_images=others, duration=1000 / FPS, loop=0)
 
-
 def read_shown(folder):
     """The videos (F,H,W,3) of the bench in a folder."""
     return [read_toy_video(file) for file in sorted(folder.glob("*.mp4"))]
-
 
 def run(options, process, train):
     """Make the records, train each run with `train(options) -> whether it is complete`, and show the results. Raises

@@ -36,11 +36,9 @@ TINY_DIT = dict(_class_name="CogVideoXTransformer3DModel", num_attention_heads=3
                 use_rotary_positional_embeddings=True, use_learned_positional_embeddings=True)
 FLOW = dict(_class_name="FlowMatchEulerDiscreteScheduler", num_train_timesteps=1000, shift=1.0)
 
-
 def cosine(step, steps, lr):
     """Learning rate with 50 steps of warm-up and a cosine down to a hundredth."""
     return lr * min(1, (step + 1) / 50) * (0.01 + 0.99 * (1 + math.cos(math.pi * step / steps)) / 2)
-
 
 def orthogonal(x):
     """Matrices (N,r,c) with their singular values brought near 1, by five Newton-Schulz steps."""
@@ -51,7 +49,6 @@ def orthogonal(x):
         gram = x @ x.mT
         x = 3.4445 * x + (-4.775 * gram + 2.0315 * gram @ gram) @ x
     return x
-
 
 @torch.no_grad()
 def muon(weights, momenta, lr):
@@ -64,7 +61,6 @@ def muon(weights, momenta, lr):
         same = [i for i, w in enumerate(weights) if w.shape == shape]                   # in one batch
         step = orthogonal(torch.stack([ahead[i] for i in same])) * max(shape) ** 0.5
         torch._foreach_add_([weights[i] for i in same], list(step), alpha=-lr)
-
 
 class State:
     """Everything that an optimization changes: weights, Muon's momentum and Adam's moments, saved now and then."""
@@ -102,7 +98,6 @@ class State:
         """Write the file."""
         write_tensors(self.file, self.tensors(), step=step, **self.made_by)
 
-
 def optimize(parameters, loss, steps, lr, file, seed=0, save_every=500):
     """Muon for matrices and Adam for all else, on `loss(generator)`, with a progress bar; its state goes to `file` now
     and then, from which it continues."""
@@ -129,7 +124,6 @@ def optimize(parameters, loss, steps, lr, file, seed=0, save_every=500):
         if (step + 1) % save_every == 0:
             state.save(step + 1)
 
-
 def make_text_encoder(folder):
     """A SentencePiece vocabulary of the toy captions and a random T5, frozen: it only has to tell captions apart."""
     import sentencepiece
@@ -146,16 +140,13 @@ def make_text_encoder(folder):
     torch.manual_seed(0)
     save_part(model.T5Encoder(TINY_T5).state_dict(), TINY_T5, folder / "text_encoder", torch.bfloat16, stem="model")
 
-
 FAULTS = (0.4, 1.0)                        # least and greatest strength of the faults in the corpus
 CLEAN = (0.0, 0.0)
-
 
 def corpus_clip(index, faults, seed=0):
     """Clip `index` of the corpus the base learns from. Each has faults, of a strength of its own between those two."""
     strength = float(np.random.default_rng([seed, index, 3]).uniform(*faults))
     return toy_video(world_of(seed, "corpus"), index, strength=strength)
-
 
 def make_vae(folder, steps):
     """A small CogVideoX autoencoder, trained on clean and imperfect figures alike."""
@@ -189,7 +180,6 @@ def make_vae(folder, steps):
     error = (output.clamp(-1, 1) - held_out).square().mean().item() / 4
     print(f"autoencoder: {-10 * math.log10(error):.1f} dB on 32 held-out clips")
     save_part(vae.state_dict(), config, folder / "vae", torch.bfloat16)
-
 
 def make_base(folder, steps, seed=0, clips=4096, unseen=128):
     """Pre-train the transformer by flow matching on a corpus of imperfect figures, as the web is of videos, around the
@@ -231,10 +221,8 @@ def make_base(folder, steps, seed=0, clips=4096, unseen=128):
     with torch.no_grad():
         print(f"base: loss {loss(generator('unseen'), torch.arange(clips, len(win))):.4f} on clips it has not seen")
 
-
 BASE_STEPS = 6000
 DEFAULTS = json.loads((TINY / "defaults.json").read_text())      # of the commands' options, for this model
-
 
 @dataclass
 class Options:
@@ -242,7 +230,6 @@ class Options:
     out: str = option("tiny", "folder for the model")
     steps: int = option(BASE_STEPS, "of the transformer's pre-training")
     seed: int = option(0, "of the transformer and of its corpus")
-
 
 def main(options):
     """Make what is missing of the model in --out."""
@@ -255,7 +242,6 @@ def main(options):
     make_base(folder, options.steps, options.seed)
     (folder / "defaults.json").write_text(json.dumps(DEFAULTS, indent=2) + "\n")
     print(f"the tiny model is in {folder}; put it in the place of {TINY} to use it as --model tiny")
-
 
 if __name__ == "__main__":
     command(main, Options, "toy.make_model")

@@ -19,7 +19,6 @@ from toy.world import GREY, draw_figure, toy_video, world_of, write_clip, write_
 SIZES = {"real": 48, "held-out": 256, "validation": 128}   # clips of each kind
 CLEAN = 256                                                # and of those that make a base nearly right
 
-
 class Regime(NamedTuple):
     """A base and real clips."""
     count: int = SIZES["real"]                             # of real clips
@@ -28,7 +27,6 @@ class Regime(NamedTuple):
     further: int = 0                                       # steps of SFT that its base has had, on CLEAN other clips
     negatives: int = 3                                     # a record,
     evaluations: int = 4                                   # each in so many
-
 
 REGIMES = {
     "usual": Regime(),
@@ -40,7 +38,6 @@ REGIMES = {
     "nearly right": Regime(further=400),
 }
 
-
 def restyle(video):
     """(F,H,W,3) uint8 with everything three quarters as large, about the middle, and 0.6 times as bright."""
     size = video.shape[1]
@@ -51,7 +48,6 @@ def restyle(video):
         shrunk = Image.fromarray(frame).resize((small, small), Image.Resampling.BOX)
         styled[number, edge:edge + small, edge:edge + small] = shrunk
     return (0.6 * styled).round().astype(np.uint8)
-
 
 def write_real_clips(regime, folder, seed):
     """A regime's real clips as mp4s in `folder`."""
@@ -67,7 +63,6 @@ def write_real_clips(regime, folder, seed):
             written += 1
         index += 1
 
-
 def own_base(folder, seed, steps=BASE_STEPS):
     """A model folder with its own base and the shipped autoencoder and text encoder. The shipped base was made in the
     same way, with seed 0. Raises UserError if the folder holds one of another number of steps."""
@@ -80,7 +75,6 @@ def own_base(folder, seed, steps=BASE_STEPS):
     if not shipped and not list(folder.glob("transformer/*.safetensors")):
         make_base(folder, steps, seed)
     return str(folder)
-
 
 def improve(base, folder, seed, steps, processes):
     """The base after SFT on clean clips that no run is trained on. Returns its folder."""
@@ -95,7 +89,6 @@ def improve(base, folder, seed, steps, processes):
             raise KeyboardInterrupt
         shutil.rmtree(better / "checkpoints")
     return str(better)
-
 
 def prepare_regime(name, out, seed, processes):
     """Make what is missing of a regime's base and records under `out`, the folder of a seed. Returns the folders of the

@@ -22,11 +22,9 @@ from toy.laptop import generate_held_out
 from toy.regimes import prepare_regime
 from toy.world import world_of
 
-
 TEN = tuple(range(1, 11))                                  # seed 0's figures were looked at while all this was made
 BASES = TEN[:5]
 FEW = TEN[:3]                                              # where a table would take too long
-
 
 class Row(NamedTuple):
     """A way to train, from any base and at any learning rate; or, without options, the base as it is."""
@@ -39,7 +37,6 @@ class Row(NamedTuple):
     regime: str = "usual"                                  # its base and its real clips, see regimes.py
     bases: tuple = BASES                                   # that go into the table
 
-
 class Run(NamedTuple):
     """One training run of a row."""
     row: Row
@@ -47,18 +44,15 @@ class Run(NamedTuple):
     base: int                                              # the seed of the base and of all figures
     number: int                                            # the runs of a base differ in order, noise and t
 
-
 UNIT = 533                                                 # steps of SFT, the compute of 200 steps of RealDPO
 COMMON = dict(micro_batch=8, checkpointing="none", graphs="all", save_every=10 ** 9, beta=500.0, anchor=100.0,
               t_draw="uniform", compare_every=1, lose_per_step=1, decay=0.5)   # where a row says nothing else
 RATES = (1e-6, 2e-6, 5e-6, 1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2)
 CHOOSING = ((1, 0), (2, 0))                        # base and number of the runs that choose a row's rate
 
-
 def cost_of_a_step(options):
     """FLOP of a training step, on average over those with and those without a comparison."""
     return Work(options, layers=5, width=96, tokens=96).mean_flops()           # the tiny model's
-
 
 def training_options(row):
     """train.Options of a row, with as many steps as its budget buys."""
@@ -66,7 +60,6 @@ def training_options(row):
     sft = train.Options(**COMMON, method="sft")
     options.steps = round(row.budget * UNIT * cost_of_a_step(sft) / cost_of_a_step(options))
     return options
-
 
 class Runs:
     """The runs under a folder `out`, done or still to be done."""

@@ -15,17 +15,14 @@ from support.films import read_video, to_uint8, write_video
 import numpy as np
 from tqdm import tqdm
 
-
 # Figures that the base saw, that it is aligned with, that judge the result, that choose a learning rate before, and that
 # make a base better.
 KINDS = ("corpus", "real", "held-out", "validation", "clean")
 COUNTS = {"real": 48, "held-out": 16}
 
-
 def world_of(seed, kind):
     """The seed of a toy world: no two kinds, and no two --seed, draw the same figures."""
     return 10 * seed + KINDS.index(kind)
-
 
 FPS = 8
 SPEEDS = {"slowly": 0.5, "quickly": 1.0}   # cycles a second: one or two cycles in 17 frames
@@ -59,7 +56,6 @@ COLOURS = np.array([
     (0.0, 0.6, 0.0), (0.4, 1.0, 0.2),      # right leg green, lime
 ], np.float32)
 
-
 class Figure(NamedTuple):
     """Everything that decides a clip."""
     action: str
@@ -73,7 +69,6 @@ class Figure(NamedTuple):
     def caption(self):
         return f"a figure {self.action} {self.speed}"
 
-
 def draw_figure(seed, index):
     """The figure `index` of the world `seed`. Phases of ±π/2 only, where the swing goes one way, so that the
     first frame tells the phase."""
@@ -83,7 +78,6 @@ def draw_figure(seed, index):
                                         (1 + JITTER, np.pi / 2, 1.12, 1.12)).tolist()
     return Figure(action, speed, SPEEDS[speed] * pace, phase, arm, leg)
 
-
 def pose(figure, times):
     """The true motion at `times` (F,): joint angles (F,L,2) in degrees and limb lengths (F,L)."""
     low, high = np.array(ACTIONS[figure.action], float)
@@ -91,7 +85,6 @@ def pose(figure, times):
     angles = low + swing[:, None, None] * (high - low)                              # (F,L,2)
     lengths = PIECE * (figure.arm, figure.arm, figure.leg, figure.leg)
     return angles, np.broadcast_to(lengths, (len(times), 4))
-
 
 def wrong_pose(figure, times, strength, rng):
     """What an imperfect world model does, more of it with `strength` 0–1: the pace is uneven, a joint
@@ -106,7 +99,6 @@ def wrong_pose(figure, times, strength, rng):
     lengths[:, rng.integers(4)] *= 1 + strength * rng.choice([-0.5, 0.35]) * onset
     return angles, lengths
 
-
 def skeleton(angles, lengths):
     """Joint angles (F,L,2) and limb lengths (F,L) → both ends of every capsule, (F,K,2,2)."""
     turn = np.radians(np.cumsum(angles, axis=-1))                                   # each piece's own direction
@@ -116,7 +108,6 @@ def skeleton(angles, lengths):
     upper = np.stack([np.broadcast_to(ROOT, reach[:, :, 0].shape), reach[:, :, 0]], axis=2)
     limbs = np.stack([upper, reach], axis=2).reshape(-1, 8, 2, 2)                   # upper, lower of each limb
     return np.concatenate([np.broadcast_to(BODY, (len(limbs), 2, 2, 2)), limbs], axis=1)
-
 
 def render(ends, size):
     """Capsules (F,K,2,2) → video (F,H,W,3) uint8, anti-aliased by each pixel's distance to the capsule."""
@@ -132,7 +123,6 @@ def render(ends, size):
         video = video + cover[:, k] * (colour - video)
     return (video * 255).round().astype(np.uint8)
 
-
 def toy_video(seed, index, frames=17, size=32, strength=0.0):
     """Clip `index` of the world `seed`, as (F,H,W,3) uint8, and its caption."""
     figure = draw_figure(seed, index)
@@ -141,16 +131,13 @@ def toy_video(seed, index, frames=17, size=32, strength=0.0):
     motion = wrong_pose(figure, times, strength, rng) if strength else pose(figure, times)
     return render(skeleton(*motion), size), figure.caption
 
-
 def enlarge(video, times):
     """Every pixel of (F,H,W,3) `times` × `times`."""
     return video.repeat(times, axis=1).repeat(times, axis=2)
 
-
 def write_toy_video(path, video):
     """A clip (F,H,W,3) uint8 as mp4, at twice its size: mp4 stores hue at half size, and so none is lost."""
     write_video(path, enlarge(video, 2), FPS)
-
 
 def write_clip(path, video, caption):
     """NAME.mp4 beside NAME.txt. The mp4 takes its name last, so where there is one, both files are whole."""
@@ -158,11 +145,9 @@ def write_clip(path, video, caption):
         part.write_text(caption + "\n")
     write_toy_video(path, video)
 
-
 def read_toy_video(path, frames=17, size=32):
     """A clip from an mp4 of any size: (F,H,W,3) uint8."""
     return to_uint8(read_video(path, frames, size, size, FPS))
-
 
 def write_toy_videos(folder, count, seed, strength=0.0, frames=17, size=32):
     """`count` clips; each is corrupted by a strength between 0 and `strength`. What is there already is left alone."""

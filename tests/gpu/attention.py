@@ -27,13 +27,11 @@ for compiled, (how, runs) in product((False, True), (("selective", 2), (True, 4)
     assert len(forward) == runs or not cuda, forward       # a CPU has no kernels to count
     free()
 
-
 def attend(qkv, backend):
     """The output of attention and the gradients of q, k and v."""
     with sdpa_kernel(backend):
         out = nnf.scaled_dot_product_attention(*qkv)
     return out.detach(), *torch.autograd.grad(out.square().sum(), qkv)
-
 
 for length in c["lengths"]:
     qkv = [randn(1, heads, length, head_dim).roll(i, dims=-2).requires_grad_() for i in range(3)]

@@ -6,7 +6,6 @@ from common import (agree, bf16, clock, device, diffusers, fill, free, grid, hea
 import model
 import torch
 
-
 def measure(side, compiled, backward):
     """Seconds, peak GiB, and outputs and gradients of one block: "ours" or "theirs"."""
     text, video = [randn(1, length, width).requires_grad_(backward) for length in (n_text, tokens - n_text)]
@@ -33,7 +32,6 @@ def measure(side, compiled, backward):
     seconds, peak, result = clock(work)
     free()
     return seconds, peak, [x.float().cpu() for x in result]
-
 
 for compiled, backward in product((False, True), repeat=2):
     seconds, peak, result = measure("ours", compiled, backward)

@@ -21,20 +21,17 @@ shape = dit["out_channels"], frames, dit["sample_height"], dit["sample_width"]
 grid = frames, shape[2] // 2, shape[3] // 2
 tokens = n_text + math.prod(grid)
 
-
 def row(item, ours=None, theirs=None, peak=None, their_peak=None):
     """Print a row: seconds, or what the item says, of ours and theirs, their ratio, and peaks in GiB."""
     numbers = ours, theirs, ours / theirs if ours and theirs else None, peak, their_peak
     cells = ["" if number is None else f"{number:.4f}" for number in numbers]
     print(f"{item:70}", *[f"{cell:>9}" for cell in cells], flush=True)
 
-
 def agree(ours, theirs, most):
     """Fail where tensors differ by more, in their norms, than bf16 explains."""
     off = max(((a.float() - b.float()).norm() / b.float().norm()).item() for a, b in zip(ours, theirs))
     row("    relative difference, in bf16; expected below", off, most)
     assert off < most
-
 
 @torch.no_grad()
 def fill(net):
@@ -46,16 +43,13 @@ def fill(net):
         x.normal_(mean, x[0].numel() ** -0.5 if x.ndim > 1 else 0.02, generator=rng)
     return net
 
-
 def randn(*size):
     """Seeded noise on the device, in bf16."""
     return torch.randn(size, generator=torch.Generator().manual_seed(0)).to(device, bf16)
 
-
 def condition():
     """Random text and image latents of one sample."""
     return Condition(randn(1, n_text, dit["text_embed_dim"]), randn(1, shape[0], 1, *shape[2:]))
-
 
 def denoiser(layers, compiled=False, dtype=bf16, shard=lambda net: None):
     """A random transformer of so many blocks."""
@@ -63,7 +57,6 @@ def denoiser(layers, compiled=False, dtype=bf16, shard=lambda net: None):
     if compiled:
         net.compile_blocks()
     return model.Denoiser(net, model.VPrediction(c["scheduler"]), None)
-
 
 def clock(work, repeats=c["repeats"], warm=2):
     """Median seconds and peak GiB of work(), after calls that compile and choose kernels; and its result, a tensor or
@@ -79,7 +72,6 @@ def clock(work, repeats=c["repeats"], warm=2):
     for x in [result] if isinstance(result, torch.Tensor) else result:
         assert x.isfinite().all(), "not finite"
     return statistics.median(seconds[warm:]), torch.cuda.max_memory_allocated() / 2 ** 30 if cuda else None, result
-
 
 def free():
     """Give back what compiled code and caches hold."""

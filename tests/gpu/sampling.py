@@ -4,12 +4,10 @@ from functools import partial
 from common import c, clock, condition, denoiser, dit, free, randn, row, shape
 import realdpo
 
-
 def sample(net, videos, steps):
     cond = condition()
     return realdpo.sample(net, randn(videos, *shape), cond.repeat(videos), steps=steps, guidance=6.0, uncond=-cond.text,
                           progress=False)
-
 
 for compiled, videos in ((False, 1), (False, 3), (True, 1)):
     net = denoiser(dit["num_layers"], compiled)

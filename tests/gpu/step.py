@@ -9,14 +9,12 @@ import torch
 import torch.distributed as dist
 import train
 
-
 class Made(list):
     """Records made here, with the names and the reading that train_step asks for."""
     names = ["made"]
 
     def read(self, index, negatives):
         return dict(self[index])
-
 
 def stepper(layers, lr, checkpointing="selective", graphs="two"):
     """A step of one sample, the list that its metrics go to, and what is computed of it."""
@@ -37,7 +35,6 @@ def stepper(layers, lr, checkpointing="selective", graphs="two"):
 
     size = sum(p.numel() for p in policy.parameters())
     return work, found, Work(options, size, layers, width, tokens, negatives=3)
-
 
 process, mesh = train.init_distributed()
 work, found, _ = stepper(2, lr=0.0)
