@@ -111,7 +111,7 @@ def clip_shape(options, folder):
     if frames < 1 or frames % 8 != 1:
         raise UserError(f"--frames {frames}: expected 8k + 1 frames (9, 17, … 49)")
     if c["use_learned_positional_embeddings"] and frames > c["sample_frames"]:
-        raise UserError(f"--frames {frames}: this model's learned positions are for at most {c['sample_frames']} frames")
+        raise UserError(f"--frames {frames}: this model's learned positions are for at most {c['sample_frames']}")
     return frames, c["sample_height"] * space, c["sample_width"] * space
 
 def check_clip(clip, negatives, shape, fps):

@@ -474,7 +474,7 @@ class DiT(nn.Module):
         return self.patch_embed.pos_embedding[:, :n_text + math.prod(grid)]
 
 
-# ---- Everything is a denoiser: the wrapping of F that predicts clean latents on x_t = (1 − t)·x₀ + t·ε (ψ of Eq. 4–5) -
+# ---- Everything is a denoiser: the wrapping of F that predicts clean latents of x_t = (1 − t)·x₀ + t·ε (ψ, Eq. 4–5) -
 # CogVideoX was trained to predict v = α·ε − σ·x₀ from z = α·x₀ + σ·ε with α² + σ² = 1. Here, noise is added along a
 # straight line, x_t = (1−t)·x₀ + t·ε. Divided by s = √((1−t)² + t²), this *is* CogVideoX's z, with α = (1−t)/s and
 # σ = t/s; the network is told the training step with the same α/σ. Its answer gives the clean latents, x̂₀ = α·z − σ·v.

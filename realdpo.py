@@ -92,7 +92,7 @@ def realdpo_loss(policy, reference, *, win, lose, cond, beta, t, noise, weightin
     Where z comes from: DPO (Eq. 2) asks for −log σ(β·[log p_θ/p_ref (win) − log p_θ/p_ref (lose)]), but a diffusion
     model does not know log p(x₀). It makes a video in T steps, each a draw from a Gaussian around what it expects, and
     the log-density of a Gaussian is −½·(distance)² over its variance. So log p_θ/p_ref becomes a sum over T noise
-    levels of −½·(‖x₀ − x̂₀‖²_θ − ‖x₀ − x̂₀‖²_ref) over the variance. By Jensen's inequality, one random level stands for
+    levels of −½·(‖x₀ − x̂₀‖²_θ − ‖x₀ − x̂₀‖²_ref) over the variance. By Jensen's inequality one random level stands for
     all: T times its term, whose weight is the ω(λ_t) of Eq. 3 and 6. Appendix C has ½ instead of T·ω(λ_t): β takes in
     T, ω is constant, and the Gaussian's ½ is left. `weighting` chooses another ω.
 
@@ -175,7 +175,7 @@ def sample(denoiser, noise, cond, *, steps, guidance, uncond=None, solver="euler
     solver "euler": x ← x + (t′ − t)·v with v = (x − x̂₀)/t, one step along the flow; on CogVideoX's time grid that is
     one DDIM step. "multistep": v is extrapolated from the last two, and each step is corrected once v at its end is
     known (Adams' second-order predictor and corrector): at least as near to the exact path in half the evaluations.
-    guidance g > 1: x̂₀ = x̂₀(∅) + g·(x̂₀(c) − x̂₀(∅)), in one batch; `uncond` is the empty caption's text, (L,D) or (B,L,D).
+    guidance g > 1: x̂₀ = x̂₀(∅) + g·(x̂₀(c) − x̂₀(∅)), in one batch; `uncond` is the text of "", (L,D) or (B,L,D).
     """
     if solver not in ("euler", "multistep"):
         raise ValueError(f'solver is "{solver}", expected "euler" or "multistep"')

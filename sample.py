@@ -53,10 +53,11 @@ class Scenes:
 
     def write(self, latents, file):
         """Decode the latents of a video and write it as an mp4. Raises UserError for numbers that are not finite."""
+        options = self.options
         video = self.vae.to(latents.device).decode(latents)[0]
         if not video.isfinite().all():
-            raise UserError(f"{file}: would hold numbers that are not finite; check the weights of {self.options.model}")
-        films.write_video(file, films.to_uint8(video), self.options.fps)
+            raise UserError(f"{file}: would hold numbers that are not finite; check the weights of {options.model}")
+        films.write_video(file, films.to_uint8(video), options.fps)
 
 def make_videos(options):
     """Make the video of --image, or those of --bench that are not there yet: this rank's share of them."""
@@ -85,7 +86,8 @@ def make_videos(options):
 def bench_settings(options, bench):
     """All that decides how videos of a bench with this hash look, apart from the transformer."""
     settings = {name: getattr(options, name) for name in ("steps", "guidance", "solver", "frames", "fps", "seed")}
-    return settings | dict(bench=bench, others=folders.fingerprint_of(options.model, "vae", "text_encoder", "tokenizer"))
+    others = folders.fingerprint_of(options.model, "vae", "text_encoder", "tokenizer")
+    return settings | dict(bench=bench, others=others)
 
 def negatives(options):
     """The offline stage: sample `lose` latents for those of this rank's records that have none yet, and store them as

@@ -19,8 +19,9 @@ from typing import Literal
 
 from support import UserError, files, folders
 from support.budget import dry_run
-from support.command import command, generator, option, say, stop_signals, this_process
+from support.command import changed, command, flags, generator, option, say, stop_signals, this_process
 from support.lists import read_bench
+from support.page import update_page
 from support.weights import fill
 import model
 import sample
@@ -45,10 +46,10 @@ class Options:
     method: Literal["realdpo", "sft", "dpo", "rwr"] = option("realdpo", "dpo and rwr: on scored negatives", "the loss")
     beta: float = option(5000.0, "strength of the preference, on the mean squared error (release: 5000)")
     anchor: float = option(2000.0, "weight of the win error added to the loss (paper: 0, see README)")
-    weighting: Literal["x0", "velocity"] = option("x0", "weight of the error at t: 1 for x0 (App. C), 1/t² for velocity")
-    t_draw: Literal["uniform", "release"] = option("release", "noise level t: uniform (paper), or as the release, up to 0.64")
+    weighting: Literal["x0", "velocity"] = option("x0", "weight of the error at t: x0: 1 (App. C), velocity: 1/t²")
+    t_draw: Literal["uniform", "release"] = option("release", "noise level t: uniform (paper); release: up to 0.64")
     lose_per_step: int = option(1, "negatives drawn per sample and step, for realdpo; 0: all (paper: 3)", least=0)
-    compare_every: int = option(4, "realdpo: steps between comparisons; in between, the anchor trains (paper: 1)", least=1)
+    compare_every: int = option(4, "realdpo: steps between comparisons, where the anchor trains (paper: 1)", least=1)
     ema_decay: float = option(0.996, "ω of the reference (Eq. 7, paper: 0.996, release: 0.999); 1: frozen")
     ema_every: int = option(1, "steps between two updates of the reference (paper: not given; release: 100)", least=1)
     lr: float = option(1e-5, "learning rate after warm-up (paper: 1e-5; release: 1e-6)", "the optimizer")
@@ -179,8 +180,8 @@ def train_step(policy, reference, optimizer, records, options, step, process, me
     bad = [name for name, value in metrics.items() if not math.isfinite(value)]
     if bad:                                                # before the optimizer can spoil the weights
         names = [records.names[index] for _, index in samples]
-        raise UserError(f"step {step}: {', '.join(bad)} not finite, records {' '.join(names)}; nothing was updated; last "
-                        f"good checkpoint: {max(folders.checkpoints_of(options.out), default='none')}; go on from one "
+        raise UserError(f"step {step}: {', '.join(bad)} not finite, records {' '.join(names)}; nothing was updated; "
+                        f"last good checkpoint: {max(folders.checkpoints_of(options.out), default='none')}; go on from one "
                         "with --resume, a lower --lr or --beta and another --out")
     metrics["lr"] = learning_rate(options, step, number_of_steps(options, len(records)))
     group = optimizer.param_groups[0]
@@ -239,7 +240,7 @@ class Previews:
         settings = sample.settle(dataclasses.replace(settings, **folders.defaults_of(options.model, "sample")))
         self.folder, self.process = Path(options.out) / "videos", process
         prompts, bench = read_bench(options.bench)
-        files.claim(self.folder / "bench.json", files.visible(self.folder, "step-*"),               # one run has one bench
+        files.claim(self.folder / "bench.json", files.visible(self.folder, "step-*"),  # a run has one bench
               captions={prompt.name: prompt.caption for prompt in prompts},
               **sample.bench_settings(settings, bench))
         # The policy's forward passes are collectives: every rank makes as many videos, if need be those of others.
@@ -364,7 +365,7 @@ def make_optimizer(policy, options):
     parameters = list(policy.parameters())
     optimizer = torch.optim.AdamW(local(parameters), lr=options.lr, betas=(0.9, 0.95), weight_decay=WEIGHT_DECAY,
                                   fused=True)
-    optimizer.moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in parameters]       # sharded, for checkpoints
+    optimizer.moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in parameters]      # sharded, for checkpoints
     for shard, moments in zip(optimizer.param_groups[0]["params"], optimizer.moments):
         exp_avg, exp_avg_sq = local(moments)
         optimizer.state[shard] = dict(step=torch.zeros((), device=shard.device), exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
@@ -392,8 +393,8 @@ def read_records(options):
     n_lose = records.shapes.get("lose", (0,))[0]
     needed = {"realdpo": options.lose_per_step, "sft": 0, "dpo": 2, "rwr": 2}[options.method]
     if n_lose < needed:
-        raise UserError(f"--method {options.method} --lose-per-step {options.lose_per_step}: needs {needed} negatives a "
-                        f"record, those of {options.data} have {n_lose}")
+        raise UserError(f"--method {options.method} --lose-per-step {options.lose_per_step}: needs {needed} negatives "
+                        f"a record, those of {options.data} have {n_lose}")
     return records, held_out
 
 def train(options, process, mesh):
@@ -404,14 +405,15 @@ def train(options, process, mesh):
     if options.batch % process.world_size:
         raise UserError(f"--batch {options.batch}: expected a multiple of the {process.world_size} processes")
     if options.method == "realdpo" and options.compare_every > 1 and options.anchor <= 0:
-        raise UserError(f"--anchor {options.anchor}: nothing else trains between two comparisons; give --compare-every 1")
+        raise UserError(f"--anchor {options.anchor}: nothing trains between two comparisons; give --compare-every 1")
     records, held_out = read_records(options)
     steps = number_of_steps(options, len(records))
     checkpoint, done = folders.choose_checkpoint(out, options.resume)
     newest = over_ranks(done, process)                     # a rank may have a stale view of a network file system
     if newest > done:
         checkpoint, done = out / "checkpoints" / f"step-{newest:06d}", newest
-    if folders.begin_run(options, records.hashes, steps, done, learning_rate, rank):
+    about = dict(options=flags(changed(options)), processes=f"{process.world_size} × {process.device.type}")
+    if folders.begin_run(options, records.hashes, steps, done, learning_rate, rank, about):
         say(f"{out} has ended: its {steps} steps are done, nothing is left to do")
         return True
     if checkpoint:
@@ -447,6 +449,8 @@ def train(options, process, mesh):
                 save_checkpoint(state, options, policy.base, done, rank)
             if previews and due and not asked:
                 asked = previews.make(policy, done, stop)
+            if rank == 0 and (asked or due):
+                update_page(out)
         if not asked:
             model.save_dit(policy, out, torch.bfloat16)    # the precision in which it will run
     if asked:

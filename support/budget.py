@@ -5,7 +5,7 @@ from typing import NamedTuple
 from support import UserError
 
 GIB = 2 ** 30
-CARDS = {24: 165e12, 48: 362e12, 80: 989e12, 141: 989e12}  # dense bf16 FLOP/s of a 4090, L40S, H100 and H200, by their GB
+CARDS = {24: 165e12, 48: 362e12, 80: 989e12, 141: 989e12}  # dense bf16 FLOP/s of 4090, L40S, H100 and H200, by their GB
 UTILISATION = 0.4              # of that, for transformers; others measured 38 % compiled and 30 % eager
 # How many activations of all tokens, in bf16, a block's graph keeps, and how many exist while the block is
 # back-propagated; then both for adapters on a frozen block, which needs less for its gradient. Counted on the real code
@@ -75,8 +75,8 @@ def dry_run(options, steps, clips):
     gpus = options.dry_run
     if options.batch % gpus:
         raise UserError(f"--dry-run {gpus}: expected a number of GPUs by which --batch {options.batch} can be divided")
-    print(f"computed, not measured: hours for {clips} clips and {steps} steps of {options.batch}, at {UTILISATION:.0%} of "
-          f"a GPU's peak, with 3 negatives a record or 1\n{'GPUs × GB':>10}  {'--rank':>6}  {'GiB':>5}  {'s/step':>6}  "
+    print(f"computed, not measured: hours for {clips} clips and {steps} steps of {options.batch}, at {UTILISATION:.0%} "
+          f"of a GPU's peak, with 3 negatives a record or 1\n{'GPUs × GB':>10}  {'--rank':>6}  {'GiB':>5}  {'s/step':>6}  "
           f"{'h/1000 samples':>14}  {'encoding':>8}  {'negatives':>13}  {'training':>8}  {'in all':>13}")
     for rank in sorted({0, options.rank}):
         work = Work(replace(options, rank=rank))

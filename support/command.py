@@ -36,8 +36,8 @@ def default_model():
         return HUB_MODEL, "a GPU is here"
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
     if torch.version.cuda and not hidden and Path("/proc/driver/nvidia/version").exists():
-        raise UserError(f"torch (for CUDA {torch.version.cuda}) cannot use this GPU's driver; update the driver or install "
-                        "a torch for an older CUDA; on the CPU: CUDA_VISIBLE_DEVICES=")
+        raise UserError(f"torch (for CUDA {torch.version.cuda}) cannot use this GPU's driver; update it or install a "
+                        "torch for an older CUDA; on the CPU: CUDA_VISIBLE_DEVICES=")
     return "tiny", "no GPU is here" if torch.version.cuda else "this torch is for CPUs"
 
 def parse(options, name, argv=None):
@@ -118,17 +118,17 @@ def this_process():
     names = "RANK", "WORLD_SIZE", "LOCAL_RANK"
     given = [name for name in names if name in os.environ]
     if given and len(given) < len(names):
-        raise UserError(f"the environment has {' and '.join(given)}, but not all of {', '.join(names)}: start this with "
-                        f"torchrun, or alone, after: unset {' '.join(given)}")
+        raise UserError(f"the environment has {' and '.join(given)}, but not all of {', '.join(names)}: start this "
+                        f"with torchrun, or alone, after: unset {' '.join(given)}")
     rank, world_size, local = [int(os.environ[name]) for name in names] if given else (0, 1, 0)
     if not torch.cuda.is_available():
         return Process(rank, world_size, torch.device("cpu"), torch.float32)
     if local >= torch.cuda.device_count():
-        raise UserError(f"--nproc_per_node needs at least {local + 1} GPUs, this machine has {torch.cuda.device_count()}")
+        raise UserError(f"--nproc_per_node needs {local + 1} GPUs or more, this machine has {torch.cuda.device_count()}")
     torch.cuda.set_device(local)
     if torch.cuda.get_device_capability() < (8, 0):        # no fast bf16, and fp16 overflows
-        raise UserError(f"{torch.cuda.get_device_name()}: has no bf16 arithmetic, which the networks need; use an Ampere "
-                        "or a later one, or the CPU: CUDA_VISIBLE_DEVICES=")
+        raise UserError(f"{torch.cuda.get_device_name()}: has no bf16 arithmetic, which the networks need; use an "
+                        "Ampere or a later one, or the CPU: CUDA_VISIBLE_DEVICES=")
     return Process(rank, world_size, torch.device("cuda", local), torch.bfloat16)
 
 def generator(*key):

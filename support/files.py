@@ -86,8 +86,8 @@ def check_same(place, found, expected):
     """Raise UserError, with the first difference, unless what was `found` in a place has all that is `expected`."""
     for name, value in expected.items():
         if found.get(name) != value:
-            raise UserError(f"{place}: was made with {name} {found.get(name)} (now {value}); use the same, choose another "
-                            f"place or, if nothing in it is needed: rm -r {quote(str(place))}")
+            raise UserError(f"{place}: was made with {name} {found.get(name)} (now {value}); use the same, choose "
+                            f"another place or, if nothing in it is needed: rm -r {quote(str(place))}")
 
 def claim(note, files, **settings):
     """Note the settings that `files` are made with; returns the note's id. Raises UserError if it says otherwise, or if

@@ -18,6 +18,7 @@ from imageio_ffmpeg import get_ffmpeg_exe
 from PIL import Image, ImageCms, ImageOps
 
 READERS = 4                                                # clips read ahead in threads; 200 MB each at 49×480×720
+FAULT = r"\[error\]|\[fatal\]|corrupt|concealing|first frame|Reconfiguring"               # what ffmpeg says of damage
 MEND = "leave it out, or make a plain file of it: ffmpeg -i OLD -c:v libx264 -crf 12 -pix_fmt yuv420p NEW.mp4"
 
 # As ffmpeg describes it: `pixels` such as yuv420p(tv, bt709, progressive), the size as stored, the length it claims.
@@ -72,7 +73,7 @@ def read_video_header(path):
     about, found = (moving or films)[0]
     dolby = re.search(r"\n.info. +DOVI configuration record:.* profile: (5|\d+(?=.*compatibility id: 0))", about)
     if dolby:
-        raise UserError(f"{path}: is Dolby Vision {dolby[1]}, whose colours ffmpeg gets wrong; export it as SDR or HDR10")
+        raise UserError(f"{path}: is Dolby Vision {dolby[1]}, whose colours ffmpeg gets wrong; make it SDR or HDR10")
     alpha = re.match(r"yuva|gbrap|rgba|bgra|argb|abgr|pal8|ya\d|ayuv|vuya|uyva", found[3])
     if alpha or re.search(r"^\[info\] +alpha_mode +: 1$", about, re.MULTILINE):                  # the latter of webm
         raise UserError(f"{path}: has transparency, and nothing says what is behind it; {MEND}")
@@ -114,7 +115,7 @@ def decode(path, film, filters, *output, start=0.0):
     """Decode a film strictly, from `start` seconds on. Returns what `filters` make of it and its pictures, [(time,
     duration)], counted from there or, if that comes later, from the first picture."""
     decoder = ["-c:v", "libvpx-vp9"] if film.codec == "vp9" else []    # ffmpeg's own does not notice damage
-    for seek in (max(0, min(start, film.seconds) - 5), 0):             # from the beginning if a seek ends inside a group
+    for seek in (max(0, min(start, film.seconds) - 5), 0):             # from the beginning if one ends inside a group
         place = ["-noaccurate_seek", "-ss", str(seek)] if seek else []
         zero = f"max(STARTPTS,{start - seek}/TB)" if start else "STARTPTS"
         made, log = run_ffmpeg(path, "-map", film.stream, "-vf", f"settb=AVTB,setpts='PTS-{zero}',{filters}",
@@ -122,7 +123,7 @@ def decode(path, film, filters, *output, start=0.0):
         pictures = picture_times(log)
         opening, _, work = log.partition("\n[info] Stream mapping:")
         faults = re.findall(r"^\[in#.* @ .*\[error\].*", opening, re.MULTILINE)
-        faults += re.findall(r"^.* @ .*(?:\[error\]|\[fatal\]|corrupt|concealing|first frame|Reconfiguring).*", work, re.MULTILINE)
+        faults += re.findall(rf"^.* @ .*(?:{FAULT}).*", work, re.MULTILINE)
         whole = pictures and not faults
         if seek == 0 or whole and pictures[0][0] <= start - seek:
             break
@@ -151,8 +152,8 @@ def read_video(path, frames, height, width, fps, start=0.0):
     time, duration = pictures[-1]
     needed = (frames - 1) / fps
     if len(video) < frames or time + duration + min(duration, 1 / fps) < needed - 0.002:
-        raise UserError(f"{path}: lasts {start + time + duration:.2f} s, but {frames} frames at {fps} fps from {start:g} s "
-                        f"on need {start + needed:.2f} s; leave it out or choose fewer --frames")
+        raise UserError(f"{path}: lasts {start + time + duration:.2f} s, but {frames} frames at {fps} fps from {start:g} "
+                        f"s on need {start + needed:.2f} s; leave it out or choose fewer --frames")
     return from_uint8(video)
 
 def write_video(path, frames, fps):

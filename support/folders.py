@@ -70,7 +70,7 @@ def resolve(path, *parts):
                             "mended, the same command goes on") from e
     for part in parts:
         if not (folder / part).exists():
-            raise UserError(f"{base}: {folder} has no {part}; copy it from the published model (tokenizer.json does not do)")
+            raise UserError(f"{base}: {folder} has no {part}; copy it from the published model (no tokenizer.json)")
     return folder
 
 class Stored(NamedTuple):
@@ -138,10 +138,10 @@ def choose_checkpoint(out, resume):
     chosen = max(checkpoints_of(out), default=path if resume else None)
     return chosen, read_json(chosen / "checkpoint.json")["step"] if chosen else 0
 
-def begin_run(options, records, steps, done, learning_rate, rank):
+def begin_run(options, records, steps, done, learning_rate, rank, about=None):
     """Note in RUN/run.json what a run is. One that is there must be the same; an option that it does not have counts as
     its default, and the number of steps may change while none of those `done` would have had another `learning_rate`.
-    Returns whether nothing is left to do."""
+    `about` is noted as well, and may differ. Returns whether nothing is left to do."""
     note, file = Path(options.out) / "run.json", Path(options.out) / "done"
     settings = {name: value for name, value in asdict(options).items() if name not in MAY_CHANGE}
     settings |= dict(version=VERSION, steps=steps, records=hash_of(records))
@@ -158,10 +158,10 @@ def begin_run(options, records, steps, done, learning_rate, rank):
                 raise UserError(f"{path}: is there, and not of a run that could go on; choose another --out")
     ended = read_json(file)["steps"] if file.exists() else 0
     if done < ended < steps:
-        raise UserError(f"{options.out}: has ended after {ended} steps, without a checkpoint; to train its model further: "
-                        f"--model {quote(options.out)} and another --out")
+        raise UserError(f"{options.out}: has ended after {ended} steps, without a checkpoint; to train its model "
+                        f"further: --model {quote(options.out)} and another --out")
     if rank == 0:
-        write_json(note, settings)
+        write_json(note, settings | (about or {}))
     return 0 < steps <= ended
 
 def withdraw_export(out):

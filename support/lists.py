@@ -43,7 +43,7 @@ def paired_rows(files):
     names, captions = read_lines(files), read_lines(prompts)
     surplus = names[len(captions):] + captions[len(names):]
     if "".join(surplus).strip():                           # a blank line at the end does no harm
-        raise UserError(f"{files}: has {len(names)} lines and {prompts.name} {len(captions)}; expected a caption for each")
+        raise UserError(f"{files}: has {len(names)} lines and {prompts.name} {len(captions)}; expected as many")
     for number, (name, caption) in enumerate(zip(names, captions), start=1):
         yield f"{files}, row {number}", {"file_name": name, "text": caption}
 
@@ -82,7 +82,7 @@ def rows_of(folder, what):
     """The rows of a folder of videos or pictures (`what`)."""
     lists = [folder / name for name in LISTS[what] if (folder / name).is_file()]
     if len(lists) > 1:
-        raise UserError(f"{folder}: holds {lists[0].name} and {lists[1].name}; only one can be read: move the other away")
+        raise UserError(f"{folder}: holds {lists[0].name} and {lists[1].name}; only one can be read: move one away")
     if not lists:
         return sidecar_rows(folder, what)
     return {".txt": paired_rows, ".jsonl": json_rows, ".csv": csv_rows}[lists[0].suffix](lists[0])
@@ -127,7 +127,7 @@ def read_list(folder, what="video"):
         raise UserError(f"{e.filename}: cannot be read ({e.strerror})") from e
     if not clips and not faults:
         raise UserError(f"{folder}: holds no {what}s with captions; found {', '.join(found[:9]) or 'none'}, expected "
-                        f"NAME.txt beside each {what}, {what}.txt and prompt.txt, or metadata.jsonl or .csv with a text")
+                        f"NAME.txt beside each {what}, {what}.txt and prompt.txt, metadata.jsonl or metadata.csv")
     return list(clips.values()), faults
 
 def list_clips(folder, given_negatives=False):

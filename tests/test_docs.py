@@ -8,13 +8,14 @@ import data
 import judging.curate, judging.study, judging.tally, judging.verdict
 import sample
 import train
+from support import page
 from support.command import flag, parse
 from support.folders import defaults_of
 from tests.helpers import REPO
-from toy import curves, experiment, judge, make_model
+from toy import experiment, judge, make_model
 
 COMMANDS = {"data.py": data, "sample.py": sample, "train.py": train}
-for module in (judging.curate, judging.study, judging.tally, judging.verdict, curves, experiment, judge, make_model):
+for module in (judging.curate, judging.study, judging.tally, judging.verdict, page, experiment, judge, make_model):
     COMMANDS[f"-m {module.__name__}"] = module
 # Options of other programs that a README names.
 OTHERS = {"help", "nproc_per_node", "shutdown_timeout", "signals_to_handle", "index_url", "nnodes", "rdzv_backend",

@@ -1,9 +1,8 @@
 """The toy world, its measures, the tiny model."""
 import re
 from itertools import product
-from xml.etree import ElementTree
 
-from tests.helpers import NAMES, metrics
+from tests.helpers import NAMES
 
 from support import UserError
 from support.films import from_uint8, to_uint8
@@ -12,30 +11,9 @@ import pytest
 import torch
 
 import model
-import train
-from toy import curves, judge, make_model, world
+from toy import judge, make_model, world
 
 pytest_plugins = "tests.helpers"
-
-def test_a_run_is_drawn(straight):
-    curves.main(curves.Options(run=str(straight)))
-    picture = ElementTree.parse(straight / "curves.svg").getroot()
-    texts = ["".join(text.itertext()) for text in picture.findall("{*}text")]
-    assert {"preference loss (log 2 = 0.69)", "win − ref_win", "lose − ref_lose", "held-out win error, by t",
-            "held-out lose error, by t", "step 3"} <= set(texts)
-    heights = []
-    for line in picture.findall("{*}polyline"):
-        heights.append([float(point.split(",")[1]) for point in line.get("points").split()])
-    assert len(heights) == 2 + 2 + 2 + 2 * len(train.EVAL_T) and min(heights[0]) >= 40 and max(heights[0]) <= 190
-    logged = metrics(straight)
-    drawn = {0: [line["preference"] for line in logged], 2: [line["win"] - line["ref_win"] for line in logged],
-             4: [line["lose"] - line["ref_lose"] for line in logged], 6: [line["eval_win_t0.1"] for line in logged],
-             6 + len(train.EVAL_T): [line["eval_lose_t0.1"] for line in logged]}
-    for number, values in drawn.items():                   # upwards on a page, y falls
-        assert np.corrcoef(heights[number], values)[0, 1] < -0.9, number
-    assert curves.running_mean([(0, 1.0), (1, 3.0), (2, 5.0)], 2) == [(0, 1.0), (1, 2.0), (2, 4.0)]
-    lines = [{"step": 0, "win": 3.0, "ref_win": 1.0}, {"step": 1, "win": 5.0}]        # no reference between comparisons
-    assert curves.curve(lines, "win", "ref_win") == [(0, 2.0)] and curves.curve(lines, "win") == [(0, 3.0), (1, 5.0)]
 
 def test_making_the_tiny_model_goes_on_where_it_stopped(tmp_path):
     def fit(file, stop_at=None, steps=6):

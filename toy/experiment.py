@@ -24,7 +24,7 @@ from toy.runs import FEW, RATES, TEN, Row, Run, Runs, training_options
 # ---- The rows -------------------------------------------------------------------------------------------------------
 
 REGIMES = ("12 clips", "one action", "another style", "nearly right")           # see regimes.py
-TUNED = {"12 clips": 0, "one action": 3}                   # with own rates as well; the search begins so many RATES lower
+TUNED = {"12 clips": 0, "one action": 3}                   # with own rates as well, whose search begins so much lower
 BUDGETS = (0.25, 0.5, 1.0, 2.0, 4.0)
 RELEASE = dict(t_draw="release")
 HALF = dict(anchor=200.0)                                  # half the preference, for Adam hardly sees a loss's scale
@@ -134,8 +134,8 @@ def base_row(regime):
     return BASE._replace(name=f"base, {regime}", regime=regime, bases=TEN[:5])
 
 def regime_rows(runs, regime):
-    """SFT, the default and the paper's loss in a regime, at their usual rates; in TUNED regimes then SFT and the default
-    at their own rates there."""
+    """SFT, the default and the paper's loss in a regime, at their usual rates; in TUNED regimes SFT and the default at
+    their own rates there as well."""
     rows = []
     for row in (SFT, DEFAULT, PAPER):
         rate, _ = runs.search(row)

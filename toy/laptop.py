@@ -52,8 +52,8 @@ def score_negatives(cache, seed):
     write_json(file, scores)
 
 def prepare(out, name, seed, counts, rank, scores=True, **options):
-    """Toy videos, records and negatives under `out`, made by the commands that a user would call; `options` are those of
-    the negatives, where others than the usual. Returns the cache."""
+    """Toy videos, records and negatives under `out`, made by the commands that a user calls; `options` are those of the
+    negatives, where others than the usual. Returns the cache."""
     for kind, count in counts.items():
         if rank == 0:
             write_toy_videos(Path(out) / "videos" / kind, count, world_of(seed, kind))
@@ -134,7 +134,7 @@ def compare_on_held_out(options, runs):
         for i, video in enumerate(videos):
             write_toy_video(out / "held-out" / folder / f"{i:05d}.mp4", video)
     Image.fromarray(enlarge(toy_video(world, 0)[0][:1], 8)[0]).save(out / "first.png")
-    print(f"side by side: {out}/held-out.gif and .mp4; one by one: {out}/held-out/\n"
+    print(f"side by side: {out}/held-out.gif and .mp4; one by one: {out}/held-out/; the run: {out}/index.html\n"
           f"try: python sample.py --model {out} --image {out}/first.png --prompt \"{draw_figure(world, 0).caption}\"")
 
 def draw_progress(options, runs):
@@ -169,7 +169,8 @@ def run(options, process, train):
             raise UserError(f"{flag(name)} {getattr(options, name)}: is for runs on records of your own; give --data")
     out = Path(options.out)
     if process.rank == 0:
-        claim(out / "toy.json", [out / name for name in ("videos", "cache", "bench", "sft", "held-out")], seed=options.seed)
+        made = [out / name for name in ("videos", "cache", "bench", "sft", "held-out")]
+        claim(out / "toy.json", made, seed=options.seed)
     scored = options.method in ("dpo", "rwr")
     options.data = prepare(options.out, "tiny", options.seed, COUNTS, process.rank, scored)
     options.bench = f"{options.out}/bench"

@@ -15,7 +15,7 @@ from support.films import read_video, to_uint8, write_video
 import numpy as np
 from tqdm import tqdm
 
-# Figures that the base saw, that it is aligned with, that judge the result, that choose a learning rate before, and that
+# Figures that the base saw, that it is aligned with, that judge the result, that choose a learning rate, and that
 # make a base better.
 KINDS = ("corpus", "real", "held-out", "validation", "clean")
 COUNTS = {"real": 48, "held-out": 16}
