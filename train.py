@@ -297,7 +297,7 @@ def save_checkpoint(state, options, base, step, rank):
     part = folder.with_name(folder.name + files.MARK)
     if rank == 0:
         shutil.rmtree(part, ignore_errors=True)            # of a run that was killed while saving
-        folders.note_base(part, options.model)
+        folders.note_base(part, options.model, options.rank)
         files.write_json(part / "checkpoint.json", {"step": step, "base": base, **dataclasses.asdict(options)})
     dist.barrier()
     parts = {name: 1 + i // 200 for i, name in enumerate(state)}         # writing a file takes three times its size
@@ -457,7 +457,7 @@ def train(options, process, mesh):
         say(f"stopped after {done} steps; the same command continues")
         return False
     if rank == 0:
-        folders.note_base(out, options.model)
+        folders.note_base(out, options.model, options.rank)
         files.write_json(out / "done", {"steps": steps})
     return True
 

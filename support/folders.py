@@ -39,24 +39,27 @@ def base_of(path):
     note = (last_checkpoint(path) or folder_of(path)) / "base.json"
     return read_json(note)["model"] if note.is_file() else str(path)
 
-def note_base(folder, path):
-    """Write base.json into a folder with weights: the model that has the parts it lacks, such as the autoencoder."""
-    base = Path(base_of(path))
+def note_base(folder, path, adapters):
+    """Write base.json into a folder of what was trained from the model `path`: which model has what it lacks, such as
+    the autoencoder or, for adapters, their transformer."""
+    whole = adapters and not find_transformer(path).base
+    base = Path(path if whole else base_of(path))
     write_json(folder / "base.json", {"model": str(base.resolve() if base.is_dir() else base)})
 
 def defaults_of(path, command):
     """The defaults that suit a model: {option: value} for a command, by its defaults.json or its base's, or {}."""
-    for folder in (folder_of(path), folder_of(base_of(path))):
-        if (folder / "defaults.json").is_file():
-            return read_json(folder / "defaults.json").get(command, {})
-    return {}
+    file, base = folder_of(path) / "defaults.json", base_of(path)
+    if file.is_file():
+        return read_json(file).get(command, {})
+    return {} if base == str(path) else defaults_of(base, command)
 
-def resolve(path, *parts):
+def resolve(path, *parts, named=""):
     """The local folder that holds the named parts of a model: its own, its base's, or the hub's, downloaded once."""
-    base = base_of(path)
-    own, folder = folder_of(path), folder_of(base)
-    if all((own / part).exists() for part in parts):
-        return own
+    folder, base = folder_of(path), base_of(path)
+    if all((folder / part).exists() for part in parts):
+        return folder
+    if base != str(path):
+        return resolve(base, *parts, named=f", which {folder}/base.json names")
     if not folder.is_dir():
         try:
             folder = Path(huggingface_hub.snapshot_download(base, allow_patterns=[part + "*" for part in parts]))
@@ -65,9 +68,8 @@ def resolve(path, *parts):
             while cause.__cause__ or cause.__context__:
                 cause = cause.__cause__ or cause.__context__
             reason = " ".join(f"{type(cause).__name__}: {cause}".split())                # one line of it
-            place = base if base == str(path) else f"{base}, which {own}/base.json names"
-            raise UserError(f"{place}: no such model folder, and the hub did not give it ({reason:.200}); once that is "
-                            "mended, the same command goes on") from e
+            raise UserError(f"{base}{named}: no such model folder, and the hub did not give it ({reason:.200}); once that "
+                            "is mended, the same command goes on") from e
     for part in parts:
         if not (folder / part).exists():
             raise UserError(f"{base}: {folder} has no {part}; copy it from the published model (no tokenizer.json)")

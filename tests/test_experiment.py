@@ -123,7 +123,7 @@ def small_experiment(monkeypatch):
     row = partial(runs.Row, fixed=True, start=1e-3, count=1, bases=(1, 2))
     sft, paper, default = [row(name, options) for name, options in (
         ("sft", dict(method="sft")), ("paper", dict(anchor=0.0)), ("realdpo", dict(compare_every=2)))]
-    of_experiment = dict(TEN=(1, 2), FEW=(1, 2), BUDGETS=(1.0, 2.0), REGIMES=("nearly right",), NEGATIVES=("1 x 4",),
+    of_experiment = dict(TEN=(1, 2), FEW=(1, 2), BUDGETS=(1.0, 2.0), REGIMES=("nearly right",), NEGATIVES=("1 x 4",), RANKS=(2,),
                          BASE=row("base", start=0.0), SFT=sft, DEFAULT=default, PAPER=paper, OTHERS=(paper,),
                          CANDIDATES=(default, row("other", {})), NOISE=(sft._replace(count=2),))
     for name, value in of_experiment.items():
@@ -140,7 +140,7 @@ def small_experiment(monkeypatch):
 def test_the_experiment_prints_its_tables_and_then_from_kept_scores_alone(tmp_path, small_experiment, capsys):
     def tables():
         rows = {}
-        for part in ("noise", "negatives", "comparison", "budgets", "regimes"):
+        for part in ("noise", "negatives", "comparison", "budgets", "regimes", "adapters"):
             experiment.main(experiment.Options(part=part, out=str(tmp_path)))
             rows[part] = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
         return rows
@@ -151,6 +151,8 @@ def test_the_experiment_prints_its_tables_and_then_from_kept_scores_alone(tmp_pa
     assert rows[1:6] == ["base", "SFT, all t", default, other, "RealDPO, all t"] and rows[7:] == [default, other]
     assert all("±" in row[3] for row in first["comparison"][1:6]) and len(first["budgets"]) == 3
     assert [row[0] for row in first["negatives"][1:]] == ["| 3 × 4", "| 1 × 4"]
+    layers = [row[1:3] for row in first["adapters"][1:4]]
+    assert layers == [["all", "–"], ["attention", "2"], ["attention, feed-forward", "2"]]
     assert len(first["regimes"]) == 5 and first["regimes"][1][:2] == ["| nearly right", "base, nearly right"]
     ElementTree.parse(tmp_path / "budget.svg")
     bases = [exported(tmp_path / f"seed-{seed}" / "base") for seed in (1, 2)]
@@ -163,5 +165,5 @@ def test_the_experiment_prints_its_tables_and_then_from_kept_scores_alone(tmp_pa
     assert tables() == first
 
 def test_an_unknown_part_ends_in_one_line(tmp_path):
-    with pytest.raises(UserError, match="ranking: expected noise, negatives, comparison, budgets, regimes"):
+    with pytest.raises(UserError, match="ranking: expected noise, negatives, comparison, budgets, regimes, adapters"):
         experiment.main(experiment.Options(part="ranking", out=str(tmp_path)))

@@ -5,6 +5,7 @@
     python -m toy.experiment comparison --out exp          every method, each at its own learning rate
     python -m toy.experiment budgets --out exp             a quarter to four times the compute, as exp/budget.svg
     python -m toy.experiment regimes --out exp             other real clips, another base
+    python -m toy.experiment adapters --out exp            adapters of low rank beside the whole network
 
 Each takes hours, goes on where it stopped, and prints its tables once no score is missing. Processes with the same
 --out share the work: start it once for each core, with OMP_NUM_THREADS=1.
@@ -54,6 +55,8 @@ NOISE = (
     Row("realdpo 4 release half decay 0", DEFAULT.options | dict(decay=0.0), 1e-3, count=4),
     DEFAULT._replace(bases=TEN[:5]),
 )
+ADAPTED = {"attention": ("attn1",), "attention, feed-forward": ("attn1", "ff")}
+RANKS = (4, 16)
 NEGATIVES = ("3 x 8", "1 x 4")                             # beside the usual 3 × 4
 
 
@@ -155,6 +158,16 @@ def negatives_rows(runs):
               for regime in NEGATIVES]
     return [usual, *others]
 
+def adapter_rows(row):
+    """{(layers, rank): a row with adapters there}, each at its own rate."""
+    rows = {}
+    for layers, names in ADAPTED.items():
+        for rank in RANKS:
+            name = f"{row.name}, {layers}, rank {rank}"
+            rows[layers, rank] = row._replace(name=name, options=row.options | dict(rank=rank), start=5e-3, count=2,
+                                              bases=TEN[:5], adapted=names)
+    return rows
+
 def values_of(runs, row, split="held-out", measure="rvd"):
     """Means over figures of a row's runs at its rate: (B,N), of N runs on each of B bases."""
     rate, _ = runs.search(row)
@@ -239,6 +252,18 @@ def negatives_table(runs):
         lines.append(f"| {name} | {values.size} | {plus_minus(values)} | {difference} |")
     return "\n".join(lines)
 
+def adapters_table(runs):
+    """SFT and the default with adapters, beside the whole network."""
+    lines = ["| | layers | rank | rate | rvd | difference to the whole network |", "|---" * 6 + "|"]
+    for row in (SFT, DEFAULT):
+        whole = values_of(runs, row._replace(bases=TEN[:5]))
+        lines.append(f"| {label(row)} | all | – | {runs.search(row)[0]:g} | {plus_minus(whole)} | |")
+        for (layers, rank), adapted in adapter_rows(row).items():
+            values = values_of(runs, adapted)
+            lines.append(f"| | {layers} | {rank} | {runs.search(adapted)[0]:g} | {plus_minus(values)} | "
+                         f"{plus_minus(values, whole)} |")
+    return "\n".join(lines)
+
 def budget_table(runs, file):
     """What SFT, the default and the paper's loss reach with every budget, as a table, and as a picture in `file`."""
     names = [label(row) for row in (SFT, DEFAULT, PAPER)]
@@ -277,7 +302,7 @@ def regime_table(runs):
 @dataclass
 class Options:
     """Compare the methods on bases that are pre-trained from a seed each."""
-    part: str = option(help="noise, negatives, comparison, budgets or regimes")
+    part: str = option(help="noise, negatives, comparison, budgets, regimes or adapters")
     out: str = option("experiment", "folder for everything that is made")
 
 def plan(runs, part):
@@ -292,6 +317,9 @@ def plan(runs, part):
     elif part == "budgets" and not todo:
         for row in (SFT, DEFAULT, PAPER):
             todo += missing(runs, budget_rows(runs, row))
+    elif part == "adapters" and not todo:
+        for row in (SFT, DEFAULT):
+            todo += missing(runs, adapter_rows(row).values())
     elif part == "regimes" and not todo:
         for regime in REGIMES:
             todo += missing(runs, [base_row(regime), *regime_rows(runs, regime)])
@@ -300,7 +328,8 @@ def plan(runs, part):
 def main(options):
     """Do what is missing of a part, then print its tables."""
     tables = dict(noise=[noise_table], negatives=[negatives_table], comparison=[comparison_table, choice_table],
-                  budgets=[partial(budget_table, file=Path(options.out) / "budget.svg")], regimes=[regime_table])
+                  budgets=[partial(budget_table, file=Path(options.out) / "budget.svg")], regimes=[regime_table],
+                  adapters=[adapters_table])
     if options.part not in tables:
         raise UserError(f"{options.part}: expected {', '.join(tables)}")
     runs = Runs(options.out)

@@ -36,6 +36,7 @@ class Row(NamedTuple):
     budget: float = 1.0                                    # its compute, in that of UNIT steps of SFT
     regime: str = "usual"                                  # its base and its real clips, see regimes.py
     bases: tuple = BASES                                   # that go into the table
+    adapted: tuple = model.ADAPTED                         # the layers that have adapters, with --rank
 
 class Run(NamedTuple):
     """One training run of a row."""
@@ -47,7 +48,7 @@ class Run(NamedTuple):
 UNIT = 533                                                 # steps of SFT, the compute of 200 steps of RealDPO
 COMMON = dict(micro_batch=8, checkpointing="none", graphs="all", save_every=10 ** 9, beta=500.0, anchor=100.0,
               t_draw="uniform", compare_every=1, lose_per_step=1, decay=0.5)   # where a row says nothing else
-RATES = (1e-6, 2e-6, 5e-6, 1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2)
+RATES = (1e-6, 2e-6, 5e-6, 1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2)
 CHOOSING = ((1, 0), (2, 0))                        # base and number of the runs that choose a row's rate
 
 def cost_of_a_step(options):
@@ -114,6 +115,7 @@ class Runs:
         options = training_options(run.row)
         options.model, options.data, options.out = base, cache, str(folder)
         options.lr, options.seed = run.rate, 10 * run.base + run.number
+        model.ADAPTED = run.row.adapted
         with open(folder / "log.txt", "a") as log, redirect_stdout(log):
             complete = train.train(options, *self.processes)
         if not complete:
