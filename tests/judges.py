@@ -31,9 +31,9 @@ class Handler(BaseHTTPRequestHandler):
             return answer(self)
         self.reply(*(says(answer) if isinstance(answer, str) else answer))
 
-    def reply(self, status, headers, content, length=None):
+    def reply(self, status, headers, content):
         self.send_response(status)
-        for name, value in {"Content-Length": length or len(content.encode()), **headers}.items():
+        for name, value in {"Content-Length": len(content.encode()), **headers}.items():
             self.send_header(name, str(value))
         self.end_headers()
         self.wfile.write(content.encode())
@@ -76,19 +76,6 @@ def server(slept, monkeypatch):
 def write_study(methods, shots, out):
     judging.study.main(judging.study.Options(videos=str(methods), bench=str(shots), out=str(out)))
     return json.loads(Path(f"{out}-key.json").read_text())
-
-@pytest.fixture
-def copied_clips(monkeypatch):
-    """A list that fills with the clips of a study as they are made: copies, for tests that look at no pictures."""
-    made = []
-
-    def write_clip(video, path):
-        made.append(path.stem)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(video, path)
-
-    monkeypatch.setattr(judging.study, "write_clip", write_clip)
-    return made
 
 @pytest.fixture(scope="session")
 def study(shots, methods):

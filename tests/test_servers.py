@@ -1,11 +1,10 @@
 """Judging by a model: every server's ways, curation, the verdict."""
-import email.utils, json, re, shutil, socket, threading, time
+import email.utils, json, re, select, shutil, socket, time
 from collections import Counter
-from itertools import product
 from pathlib import Path
 
 from tests.helpers import HOSTILE, NAMES
-from tests.judges import Handler, says, start_server, stop_server
+from tests.judges import says, start_server, stop_server
 
 from support import UserError
 from support.lists import list_clips
@@ -16,7 +15,7 @@ import pytest
 import judging.curate, judging.verdict
 from judging import vlm
 from judging.curate import read_judgement
-from judging.server import KEY, PATIENCE, TRIAL, Server, ServerOptions, chat_address, find_proxy
+from judging.server import KEY, PATIENCE, TRIAL, Server, ServerOptions, find_proxy
 
 pytest_plugins = "tests.helpers", "tests.judges"
 
@@ -29,31 +28,17 @@ def ask(server, **options):
     return Server(ServerOptions(**server.options | options)).ask("What is it?", [b"a picture"], read_judgement)
 
 
-# ---- The way there --------------------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("base, address", [
-    ("http://[::1]:8000/", "http://[::1]:8000/v1/chat/completions"),
-    ("https://a.example/v1beta/openai/", "https://a.example/v1beta/openai/chat/completions"),
-    ("https://a.example/v1/chat/completions", "https://a.example/v1/chat/completions"),
-    ("https://a.example/openai/v1?version=1", "https://a.example/openai/v1/chat/completions?version=1")])
-def test_a_base_without_a_path_gets_v1_and_others_stay(base, address):
-    assert chat_address(base) == address
-
-@pytest.mark.parametrize("base", ["", "localhost:8000", "ftp://a", "http://", "http://user:word@a/v1", "http://a:b/v1"])
-def test_what_is_no_address_is_refused(base):
-    with pytest.raises(UserError, match="--endpoint .*expected .*http://localhost:8000/v1"):
-        chat_address(base)
+# ---- Questions ------------------------------------------------------------------------------------------------------
 
 def test_a_question_is_sent_as_every_server_wants_it_and_the_key_is_never_shown(server, monkeypatch):
     server.answer = lambda *_: judgement()
     monkeypatch.delenv(KEY, raising=False)
-    ask(server)
+    ask(server, endpoint=server.options["endpoint"].removesuffix("/v1"))   # which is added
     monkeypatch.setenv(KEY, " mine\n")
     assert ask(server, max_tokens=77) == (judgement(), "")
-    (*_, before, _), (text, pictures, body, headers, path) = server.asked
-    assert (text, pictures, path) == ("What is it?", [b"a picture"], "/v1/chat/completions")
+    (*_, before, first), (text, pictures, body, headers, path) = server.asked
+    assert (text, pictures) == ("What is it?", [b"a picture"]) and first == path == "/v1/chat/completions"
     assert (body["model"], body["max_tokens"], body["temperature"]) == ("judge", 77, 0)
-    assert headers["Content-Type"] == "application/json" and "urllib" not in headers["User-Agent"]
     assert before["Authorization"] is None and headers["Authorization"] == "Bearer mine"
     monkeypatch.setenv(KEY, "a key\nof two lines")
     with pytest.raises(UserError, match=KEY) as error:
@@ -61,16 +46,11 @@ def test_a_question_is_sent_as_every_server_wants_it_and_the_key_is_never_shown(
     assert "two lines" not in str(error.value)
 
 def test_other_servers_go_where_the_environment_says(server, monkeypatch):
-    proxy, far, ours = start_server(lambda *_: judgement()), "http://far.invalid:81/v1", server.options["endpoint"]
+    proxy, far = start_server(lambda *_: judgement()), "http://far.invalid:81/v1"
     address = f"127.0.0.1:{proxy.server_port}"
-    monkeypatch.setenv("ALL_PROXY", "socks5h://127.0.0.1:1")
-    with pytest.raises(UserError, match="ALL_PROXY .*SOCKS.* set http_proxy .* add far.invalid to no_proxy"):
-        find_proxy(far)
-    monkeypatch.setenv("ALL_PROXY", address)
-    assert find_proxy(far) == find_proxy("https://far.invalid") == address
     monkeypatch.setenv("http_proxy", f"http://me:secret@{address}")
     for host in ("127.0.0.1", "localhost", "0.0.0.0"):
-        assert find_proxy(ours.replace("127.0.0.1", host)) == ""
+        assert find_proxy(f"http://{host}:8000/v1") == ""
     assert ask(server, endpoint=far)[0]
     assert proxy.asked[0][-1] == "http://far.invalid:81/v1/chat/completions" and not server.asked
     proxy.answer = lambda *_: (403, {}, "not from here")
@@ -81,104 +61,48 @@ def test_other_servers_go_where_the_environment_says(server, monkeypatch):
     assert find_proxy(far) == ""
     stop_server(proxy)
 
-
-# ---- What an answer is ----------------------------------------------------------------------------------------------
-
 DRAFT = judgement(theme="no", reason="a draft")
-THOUGHTS = [{"type": "thinking", "thinking": [{"type": "text", "text": DRAFT}]}, {"type": "reasoning", "text": DRAFT},
-            "so"]
-ANSWERS = {                                                # what the server sends for the usual judgement
-    "plain": says(judgement()),
-    "thinking before it": says(f"<think>{DRAFT}</think>\n{judgement()}"),
-    "only the end of the thinking, twice": says(f"{DRAFT}</think>{DRAFT}</think>{judgement()}"),
-    "parts": says([*THOUGHTS, {"type": "text", "text": judgement()}]),
-    "no finish_reason": says(judgement(), None),
-    "another word for the end": says(judgement(), "eos_token"),
-    "thinking in a field of its own": says(judgement(), reasoning_content=DRAFT),
-}
+
+@pytest.mark.parametrize("said", [
+    f"<think>{DRAFT}</think>\n{judgement()}", f"{DRAFT}</think>{DRAFT}</think>{judgement()}",
+    [{"type": "thinking", "thinking": DRAFT}, {"type": "text", "text": judgement()}]], ids=["whole", "end", "part"])
+def test_what_follows_the_thinking_is_the_answer(said, server):
+    server.answer = lambda *_: says(said, finish_reason=None)
+    assert ask(server) == (judgement(), "") and len(server.asked) == 1
+
 NO_ANSWERS = {                                             # what it sends, the reason, how often it is asked
     "cut while thinking": (says(f"<think>{DRAFT}", "length"), r"tokens ran out: raise --max-tokens \(8000\)", 2),
     "thinking without an end": (says(f"<think>{DRAFT}"), "thinking without an end", 2),
-    "nothing but thinking": (says(THOUGHTS), "empty", 2),
     "refused": (says(None, refusal="I will not."), "refused: I will not.", 1),
     "filtered": (says(DRAFT, "content_filter"), "ended by content_filter", 2),
-    "too large": ((413, {}, "too\nlarge"), "413 too large", 1),
     "an error": ((500, {}, "out of memory"), "500 out of memory", 2),
     "a page": ((200, {}, "<html>"), "<html>", 2),
-    "choices of another kind": ((200, {}, '{"choices": [{"message": "hello"}]}'), "hello", 2),
-    "half a reply": (lambda handler: Handler.reply(handler, 200, {}, '{"choices"', 500), "IncompleteRead", 2),
     "a lost connection": (lambda handler: handler.connection.shutdown(socket.SHUT_RDWR), "RemoteDisconnected", 2),
-    "silence": (lambda handler: handler.server.silent.wait(2), "timed out", 2),
+    "silence": (lambda handler: select.select([handler.rfile], [], [], 2), "timed out", 2),      # until the client goes
 }
-
-@pytest.mark.parametrize("case", ANSWERS)
-def test_what_follows_the_thinking_is_the_answer(case, server):
-    server.answer = lambda *_: ANSWERS[case]
-    assert ask(server) == (judgement(), "") and len(server.asked) == 1
 
 @pytest.mark.parametrize("case", NO_ANSWERS)
 def test_what_is_no_answer_is_a_reason_in_words(case, server):
     reply, words, askings = NO_ANSWERS[case]
-    server.silent = threading.Event()
     server.answer = lambda *_: reply
     answer, reason = ask(server, timeout=0.1)
-    server.silent.set()
     assert answer == "" and re.search(f"^no answer: .*{words}", reason)
     temperatures = [body["temperature"] for _, _, body, _, _ in server.asked]
     assert temperatures == [0, 0.7][:askings]              # a second answer may differ
 
-@pytest.mark.parametrize("yes, no", [("yes", "no"), ("Yes.", " NO "), (True, False), ("true", "False")])
-def test_yes_and_no_are_read_however_they_are_said(yes, no):
-    all_yes = dict.fromkeys(judging.curate.CHECKS, yes)
-    assert read_judgement(f"Sure: ```{judgement(**all_yes)}```") == dict(text="a figure", keep=True, reason="")
-    bad = read_judgement(judgement(**all_yes | dict(sharp=no, clean=no), reason="blurred"))
-    assert bad == dict(text="a figure", keep=False, reason="not sharp, clean: blurred")
-    for other in ("perhaps", None, 1, ""):
-        assert read_judgement(judgement(**all_yes | dict(uncut=other))) is None
-    for unusable in (judgement(description=" "), judgement(description=None), judgement()[:-9], "{}", "no"):
-        assert read_judgement(unusable) is None
-
-def test_a_server_may_want_other_parameters(server, capsys):
-    def answer(text, pictures, body):
-        if "max_tokens" in body:
-            return 400, {}, "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead."
-        if "temperature" in body:
-            return 400, {}, "Unsupported value: 'temperature' does not support 0"
-        return judgement()
-
-    server.answer, client = answer, Server(ServerOptions(**server.options))
-    for _ in range(2):
-        assert client.ask("", [], read_judgement) == (judgement(), "")
-    assert len(server.asked) == 4                          # what was learned is not asked again
-    assert server.asked[-1][2]["max_completion_tokens"] == 8000
-    assert "judge takes no temperature" in capsys.readouterr().out
-
-
-# ---- Waiting and giving up ------------------------------------------------------------------------------------------
-
-def test_a_busy_server_is_waited_for_as_it_asks(server, slept):
+def test_a_busy_server_is_waited_for_as_it_asks_and_may_want_other_parameters(server, slept):
     soon = email.utils.formatdate(time.time() + 30, usegmt=True)
-    waits = [(429, {"Retry-After": 10}, "slow down"), (503, {"Retry-After": soon}, ""), (503, {}, "Loading model"),
-             (502, {"Retry-After": "later"}, ""), (429, {"Retry-After": 0}, "")]
-    server.answer = lambda *_: waits[len(server.asked) - 1] if len(server.asked) <= len(waits) else judgement()
-    told, client = [], Server(ServerOptions(**server.options))
-    client.tell = told.append
-    assert client.ask("", [], read_judgement)[0]
-    assert slept == [10, pytest.approx(29, abs=2), 4, 8, 1]
-    assert told[0] == "waiting 10 s: 429 slow down" and told[1] == "" and "503 Loading model" in told[4]
+    replies = [(429, {"Retry-After": 10}, "slow down"), (503, {"Retry-After": soon}, ""), (502, {}, ""),
+               (400, {}, "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead."),
+               (400, {}, "Unsupported value: 'temperature' does not support 0"), judgement(), judgement()]
+    server.answer, client = lambda *_: replies.pop(0), Server(ServerOptions(**server.options))
+    for _ in range(2):                                     # what was learned is not asked again
+        assert client.ask("", [], read_judgement) == (judgement(), "")
+    assert slept == [10, pytest.approx(29, abs=2), 4]
+    body = server.asked[-1][2]
+    assert body["max_completion_tokens"] == 8000 and not {"max_tokens", "temperature"} & body.keys()
 
-def test_after_ten_minutes_the_run_ends_in_one_line(server, slept):
-    server.answer = lambda *_: (503, {}, "Loading model")
-    with pytest.raises(UserError, match="503 Loading model.*the same command goes on"):
-        ask(server)
-    assert slept[:7] == [1, 2, 4, 8, 16, 32, 60] and PATIENCE - 60 < sum(slept) <= PATIENCE == 600
-    slept.clear()
-    server.answer = lambda *_: (429, {"Retry-After": 3600}, "")
-    with pytest.raises(UserError, match="429 .*3600 s"):
-        ask(server)
-    assert not slept
-
-@pytest.mark.parametrize("status", [301, 307, 401, 402, 403, 404, 407])
+@pytest.mark.parametrize("status", [307, 401, 404])
 def test_what_every_question_would_meet_ends_the_run_and_no_redirection_is_followed(status, server, slept):
     place = server.options["endpoint"]
     server.answer = lambda *_: (status, {"Location": f"{place}/elsewhere"}, '{"detail": "no"}')
@@ -186,14 +110,14 @@ def test_what_every_question_would_meet_ends_the_run_and_no_redirection_is_follo
         ask(server)
     assert len(server.asked) == 1 and not slept
 
-def test_a_server_that_is_not_there_is_named_and_one_that_goes_away_is_waited_for(slept):
+def test_a_server_that_goes_away_is_waited_for_and_one_that_is_not_there_is_named(slept):
     server = start_server(lambda *_: judgement())
     client = Server(ServerOptions(**server.options))
     assert client.ask("", [], read_judgement)[0]
     stop_server(server)
-    with pytest.raises(UserError, match="ConnectionRefusedError"):
+    with pytest.raises(UserError, match="ConnectionRefusedError.*the same command goes on"):
         client.ask("", [], read_judgement)
-    assert sum(slept) > PATIENCE - 60
+    assert slept[:7] == [1, 2, 4, 8, 16, 32, 60] and PATIENCE - 60 < sum(slept) <= PATIENCE == 600
     slept.clear()
     with pytest.raises(UserError, match=re.escape(server.options["endpoint"]) + ".*ConnectionRefusedError"):
         ask(server)
@@ -233,35 +157,33 @@ def test_curating_keeps_drops_and_leaves_undecided(server, videos, tmp_path, cap
     raw, out = shutil.copytree(videos, tmp_path / "raw", ignore=shutil.ignore_patterns("*.txt")), tmp_path / "a b"
     (raw / "more").mkdir()
     (raw / "more" / "broken.mp4").write_bytes(b"no video")
-    answers = ["Sure! " + judgement(), judgement(sharp="No", reason="blurred"), judgement()[:-9], "no",
+    answers = [f"Sure: ```{judgement(theme=True, clean='Yes.')}```",
+               judgement(sharp=" NO ", clean=False, reason="blurred"),
+               judgement(description=" "), "no",
                judgement(uncut="perhaps"), judgement(description="a second try")]
     server.answer = lambda *_: answers[len(server.asked) - 1]
     rows = curate_clips(raw, out, server, parallel=1)
     assert [rows[name]["keep"] for name in NAMES] == [True, False, None, True] and rows["broken"]["keep"] is False
-    assert rows["00001"]["reason"] == "not sharp: blurred" and "cannot read the answer: no" in rows["00002"]["reason"]
+    assert rows["00001"]["reason"] == "not sharp, clean: blurred"
+    assert "cannot read the answer: no" in rows["00002"]["reason"]
     assert "broken.mp4" in rows["broken"]["reason"] and rows["00003"]["text"] == "a second try"
     assert all(len(pictures) == 8 and "figures" in text for text, pictures, *_ in server.asked)
     first = imageio.imread(server.asked[0][1][0]).astype(int)
     assert np.abs(first - imageio.mimread(raw / "00000.mp4")[0]).mean() < 8
     said = capsys.readouterr().out
-    assert "5 clips" in said and re.search(r"2 clips kept, 2 dropped, 1 undecided, \d+\.\d\d s for each", said)
-    assert f"python data.py --videos '{out}'" in said      # to be pasted
+    assert "2 clips kept, 2 dropped, 1 undecided" in said and f"python data.py --videos '{out}'" in said
     assert rows == curate_clips(raw, out, server) and len(server.asked) == 6           # nothing is asked again
     assert [clip.file.name for clip in list_clips(out)[0]] == ["00000.mp4", "00003.mp4"]
     with pytest.raises(UserError, match=r"metadata.jsonl: was made with theme figures \(now dogs\)"):
         curate_clips(raw, out, server, theme="dogs")
 
-def test_one_clips_error_is_that_clips_and_is_asked_again_unless_a_person_decides(server, raw, tmp_path, capsys):
+def test_one_clips_error_is_that_clips_and_is_asked_again_unless_a_person_decides(server, raw, tmp_path):
     faults = {"02": (400, {}, "content_filter"), "05": (413, {}, "too large"), "07": says("", "length"), "09": "hm",
               "10": says("", "length"), "11": says("", "length")}
     server.answer = by_name(faults)
-    (raw / "note.txt").touch()
     rows = curate_clips(raw, tmp_path / "out", server)
     assert {name for name, row in rows.items() if row["keep"] is None} == {*faults}
     assert "content_filter" in rows["02"]["reason"] and "413 too large" in rows["05"]["reason"]
-    said = capsys.readouterr().out
-    assert "1 without an answer, asked again by the same command: no answer: 413" in said
-    assert "raw: 12 clips; left out: 1 of other kinds\n" in said
     rows["10"]["keep"], rows["11"]["text"] = False, "written by hand"
     vlm.write_json(tmp_path / "out" / "metadata.jsonl", *rows.values())
     server.asked.clear()
@@ -272,7 +194,7 @@ def test_one_clips_error_is_that_clips_and_is_asked_again_unless_a_person_decide
     assert rows["10"]["keep"] is False and rows["11"]["text"] == "written by hand" and list(rows) == sorted(rows)
     assert (tmp_path / "out" / "inspect.html").read_text().count("413 too large") == 1
 
-def test_a_run_stops_where_the_first_requests_all_fail_alike(server, raw, tmp_path):
+def test_a_run_stops_where_the_first_requests_all_fail_alike_but_not_for_filters(server, raw, tmp_path):
     server.answer = lambda *_: (400, {}, f"request {len(server.asked)}: no pictures, please")
     with pytest.raises(UserError, match="no pictures, please"):
         curate_clips(raw, tmp_path / "out", server, parallel=1, vlm="jugde")           # which hinders not the right one
@@ -280,14 +202,8 @@ def test_a_run_stops_where_the_first_requests_all_fail_alike(server, raw, tmp_pa
     server.answer = by_name(dict.fromkeys(["00", "01", "02", "03", "04"], (400, {}, "no")))
     assert curate_clips(raw, tmp_path / "out", server, parallel=1)["11"]["keep"]       # begins with those never asked
     assert curate_clips(raw, tmp_path / "out", server)["00"]["keep"] is None           # five are left, and all fail
-    for name in ("20", "21"):
-        (raw / f"{name}.mp4").touch()
-    server.answer = lambda *_: (400, {}, "no")
-    assert curate_clips(raw, tmp_path / "out", server)["20"]["keep"] is None           # so do two that are new
-
-def test_filters_alone_stop_no_run(server, raw, tmp_path):
     server.answer = lambda *_: (400, {}, '{"code": "content_filter"}')
-    assert {row["keep"] for row in curate_clips(raw, tmp_path / "out", server).values()} == {None}
+    assert {row["keep"] for row in curate_clips(raw, tmp_path / "other", server).values()} == {None}
 
 def test_what_was_answered_stays_however_a_run_ends(server, raw, tmp_path):
     file, page = tmp_path / "out" / "metadata.jsonl", tmp_path / "out" / "inspect.html"
@@ -306,30 +222,17 @@ def test_what_was_answered_stays_however_a_run_ends(server, raw, tmp_path):
     with pytest.raises(UserError, match="metadata.jsonl, row 1"):
         curate_clips(raw, tmp_path / "out", server)
 
-def test_several_requests_are_under_way_at_once(server, raw, tmp_path):
-    together = threading.Barrier(3, timeout=5)             # breaks unless three requests wait here together
-
-    def answer(*_):
-        if len(server.asked) <= 3:
-            together.wait()
-        return judgement()
-
-    server.answer = answer
-    curate_clips(raw, tmp_path / "out", server, parallel=3)
-    assert not together.broken
-
-def test_raw_folders_are_searched_as_they_are(tmp_path):
+def test_raw_folders_are_searched_with_all_that_is_in_them_and_links_are_followed_once(tmp_path):
     raw, elsewhere = tmp_path / "raw", tmp_path / "elsewhere"
-    for file in ("a.mp4", "deep/er/b.MOV", "note.txt", ".hidden.mp4", ".cache/c.mp4", "../elsewhere/d.webm"):
-        (raw / file).parent.mkdir(parents=True, exist_ok=True)
-        (raw / file).touch()
+    for file in (raw / "a.mp4", raw / "deep" / "er" / "b.MOV", raw / ".cache" / "c.mp4", elsewhere / "d.webm"):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
     (raw / "linked").symlink_to(elsewhere)
-    (raw / "linked again").symlink_to(elsewhere)
     (raw / "deep" / "loop").symlink_to(raw)
     (raw / "same.mp4").symlink_to(raw / "a.mp4")
     videos, left_out = judging.curate.find_videos(raw)
     assert sorted(path.name for path in videos) == ["a.mp4", "b.MOV", "d.webm"]
-    assert left_out == {"hidden": 2, "of other kinds": 1, "linked twice": 3}
+    assert left_out == {"hidden": 1, "linked twice": 2}
 
 
 # ---- The verdict ----------------------------------------------------------------------------------------------------
@@ -337,11 +240,9 @@ def test_raw_folders_are_searched_as_they_are(tmp_path):
 @pytest.mark.parametrize("said, scores", [
     ("Here you are.\n**Answer 1:** 8/10\nAnswer 2: 7.5\nAnswer 3: 0 \nAnswer 4: 10\nAnswer 5: 3\n", [8, 7.5, 0, 10, 3]),
     ("Draft: Answer 1: 3\nAnswer 1: 8\nAnswer 2: 7\nAnswer 3: 1\nAnswer 4: 2\nAnswer 5: 3", [8, 7, 1, 2, 3]),
-    ("Answer 1: 8\nAnswer 2: 7\nAnswer 3: 1\nAnswer 4: 2", None), ("I cannot judge this.", None),
+    ("Answer 1: 8\nAnswer 2: 7\nAnswer 3: 1\nAnswer 4: 2", None),
     ("Answer 1: 8\nAnswer 2: 7\nAnswer 3: 1\nAnswer 4: 2\nAnswer 5: 11", None),
-    ("Answer 1: 8\nAnswer 2: 7\nAnswer 3: -1\nAnswer 4: 2\nAnswer 5: 1", None),
-    ("Answer 1: 8\nAnswer 2: good\nAnswer 3: 1\nAnswer 4: 2\nAnswer 5: 1\nAnswer 6: 4", None),
-    ("Answer 1: 8\nAnswer 1: 7\nAnswer 3: 1\nAnswer 4: 2\nAnswer 5: 1", None), ("8\n7\n1\n2\n1", None)])
+    ("Answer 1: 8\nAnswer 1: 7\nAnswer 3: 1\nAnswer 4: 2\nAnswer 5: 1", None)])
 def test_scores_are_five_numbers_or_none(said, scores):
     assert judging.verdict.read_scores(said) == scores
 
@@ -360,8 +261,6 @@ def test_the_verdict_is_table_2_and_can_be_made_again_without_asking(server, sho
         return five(10, 10, 10, 10, 10) if "text alignment of" in text else five(8, 7, 6, 5, 4)
 
     server.answer, file = answer, tmp_path / "verdict.jsonl"
-    with pytest.raises(UserError, match="verdict.jsonl: holds no answers; --videos"):
-        judging.verdict.main(judging.verdict.Options(out=str(file)))
     two = shutil.copytree(methods, tmp_path / "methods", ignore=shutil.ignore_patterns("gamma*"))
     ask_for_verdicts(two, shots, file, server)
     table, asked = capsys.readouterr().out, len(server.asked)
@@ -374,60 +273,24 @@ def test_the_verdict_is_table_2_and_can_be_made_again_without_asking(server, sho
     assert capsys.readouterr().out == table and len(server.asked) == asked
     judging.verdict.main(judging.verdict.Options(out=str(file)))
     assert capsys.readouterr().out == table
-    before, other = file.read_bytes(), shutil.copytree(shots, tmp_path / "other")
-    (other / "walk-12.txt").write_text("another caption")
-    for note in two.glob("*/bench.json"):
-        note.unlink()
-    for words, bench, changes in (("vlm judge", shots, dict(vlm="another")), ("bench ", other, {}),
-                                  ("--repeat 0", shots, dict(repeat=0))):
-        with pytest.raises(UserError, match=words):
-            ask_for_verdicts(two, bench, file, server, **changes)
+    before = file.read_bytes()
+    with pytest.raises(UserError, match="was made with vlm judge"):
+        ask_for_verdicts(two, shots, file, server, vlm="another")
     assert file.read_bytes() == before
-
-@pytest.fixture
-def many(tmp_path, monkeypatch):
-    """(bench, methods) of five prompts and three methods, without pictures."""
-    monkeypatch.setattr(judging.verdict, "frames_as_jpeg", name_for_pictures)
-    suffixes = {"bench": ["png", "txt"], "methods/x": ["mp4"], "methods/y": ["mp4"], "methods/z": ["mp4"]}
-    for folder in suffixes:
-        (tmp_path / folder).mkdir(parents=True)
-        for prompt, suffix in product("abcde", suffixes[folder]):
-            (tmp_path / folder / f"{prompt}.{suffix}").write_text(folder + prompt)
-    return tmp_path / "bench", tmp_path / "methods"
 
 def cells(line):
     """(mean, low, high) of each cell of a printed row."""
     return [tuple(map(float, found)) for found in re.findall(r"(\S+) \[(\S+), (\S+)\]", line)]
 
-def test_differences_are_taken_pair_by_pair(server, many, tmp_path, capsys):
-    level, better = dict(a=1, b=9, c=2, d=8, e=5), dict(x=0, y=1, z=0)
+def test_repeating_tells_how_often_the_model_repeats_itself(server, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(judging.verdict, "frames_as_jpeg", name_for_pictures)
+    bench, methods, file = tmp_path / "bench", tmp_path / "methods", tmp_path / "verdict.jsonl"
+    for folder, suffix in ((bench, "png"), (bench, "txt"), (methods / "x", "mp4"), (methods / "y", "mp4")):
+        folder.mkdir(parents=True, exist_ok=True)
+        for prompt in "abcde":
+            (folder / f"{prompt}.{suffix}").write_text(folder.name + prompt)
 
     def answer(text, pictures, body):
-        method, prompt = pictures[1].decode().split("-")
-        score = 6 if (method, prompt) == ("z", "a") else level[prompt] + better[method]        # one outlier
-        return five(*[score] * 5)
-
-    server.answer, (bench, methods) = lambda *_: (400, {}, "no model"), many
-    with pytest.raises(UserError, match="no model"):       # which hinders not the right one
-        ask_for_verdicts(methods, bench, tmp_path / "verdict.jsonl", server, vlm="jugde")
-    server.answer = answer
-    ask_for_verdicts(methods, bench, tmp_path / "verdict.jsonl", server, parallel=4)
-    tables = capsys.readouterr().out.split("\n\n")
-    rows = [cells(line) for line in tables[0].splitlines()[2:]]
-    assert [row[0][0] for row in rows] == [50, 60, 60]
-    assert all(high - low > 20 for _, low, high in rows[0])            # prompts differ much
-    assert tables[1].startswith("| minus x, points |") and "| x |" not in tables[1]
-    y, z = [cells(line) for line in tables[1].splitlines()[2:]]
-    assert y == [(10, 10, 10)] * 4                         # but on every prompt y is better by the same
-    assert all(mean == 10 and low == 0 and high >= 20 for mean, low, high in z)
-
-def test_repeating_tells_how_often_the_model_repeats_itself(server, many, tmp_path, capsys):
-    bench, methods = many
-    shutil.rmtree(methods / "z")
-    file, temperatures = tmp_path / "verdict.jsonl", Counter()
-
-    def answer(text, pictures, body):
-        temperatures[body["temperature"]] += 1
         if body["temperature"] == 0 or "motion quality of" not in text:
             return five(6, 6, 6, 6, 6)
         return five(6, 6, 6, 6, 10)
@@ -436,6 +299,7 @@ def test_repeating_tells_how_often_the_model_repeats_itself(server, many, tmp_pa
     ask_for_verdicts(methods, bench, file, server)
     assert "asked again" not in capsys.readouterr().out and len(server.asked) == 2 * 5 * 4
     ask_for_verdicts(methods, bench, file, server, repeat=3, parallel=4)
+    temperatures = Counter(body["temperature"] for _, _, body, _, _ in server.asked)
     assert temperatures == {0: 40, 0.7: 80}                # the first askings are there already
     said = capsys.readouterr().out
     assert "motion quality: asked again, the same number in 80 % of 100, 0.80 of 10 apart" in said
@@ -445,6 +309,8 @@ def test_repeating_tells_how_often_the_model_repeats_itself(server, many, tmp_pa
         video.write_text("another")
     server.answer = lambda *_: five(4, 4, 4, 4, 4)
     ask_for_verdicts(methods, bench, file, server, parallel=4)
-    assert [cells(line)[0][0] for line in capsys.readouterr().out.splitlines()[2:4]] == [60, 40]
+    scores, differences, _ = capsys.readouterr().out.split("\n\n")
+    assert [cells(line)[0][0] for line in scores.splitlines()[2:]] == [60, 40]
+    assert cells(differences)[0] == (-20, -20, -20)
     askings = Counter(row["asking"] for row in vlm.read_rows(file, "question").values())
     assert askings == {0: 2 * 5 * 4, 1: 5 * 4, 2: 5 * 4}   # what was not asked about again stays, but for y's
