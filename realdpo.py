@@ -107,19 +107,22 @@ def realdpo_loss(policy, reference, *, win, lose, cond, beta, t, noise, weightin
         ref_win, ref_lose = denoising_errors(reference, videos, noise, t, cond, weighting).split(sizes, dim=1)
     return preference_loss(win_error, lose_error, ref_win, ref_lose, beta, anchor, scale)
 
-def streamed_realdpo_loss(policy, reference, *, win, lose, cond, beta, t, noise, weighting="x0", anchor=0.0, scale=1.0):
-    """`realdpo_loss` with less memory: the same numbers and gradients, a video at a time, with two graphs alive.
+def streamed_realdpo_loss(policy, reference, *, win, lose, cond, beta, t, noise, weighting="x0", anchor=0.0, scale=1.0,
+                          graphs="two"):
+    """`realdpo_loss` with less memory: the same numbers and gradients, a video at a time.
 
     The backward passes of the negatives run inside; that of the returned loss, called as usual, is the win's. A pair's
     loss depends on the win through one number per sample, its error. A stand-in takes the place of that number and
-    collects its gradient from all negatives, while the win's graph waits.
+    collects its gradient from all negatives. With graphs "two", the win's graph is kept meanwhile, beside that of one
+    negative. With "one", the win's error is first computed without a graph, and again at the end: one more forward.
     """
     videos = win_and_lose(win, lose)
     errors = partial(denoising_errors, noise=noise, t=t, cond=cond, weighting=weighting)
     first, *others = videos.split(1, dim=1)
     with torch.no_grad():      # the same batch shapes as the policy's, so that equal weights give bit-equal errors
         ref_win, *ref_lose = [errors(reference, video) for video in [first, *others]]
-    win_error = errors(policy, first)
+    with torch.set_grad_enabled(graphs == "two"):
+        win_error = errors(policy, first)
     stand_in = win_error.detach().requires_grad_()
     lose_errors = []
     for video, ref in zip(others, ref_lose):
@@ -127,6 +130,8 @@ def streamed_realdpo_loss(policy, reference, *, win, lose, cond, beta, t, noise,
         loss, _ = preference_loss(stand_in, lose_error, ref_win, ref, beta, anchor, scale)
         (loss / len(others)).backward()                    # frees this negative's graph
         lose_errors.append(lose_error.detach())
+    if graphs == "one":
+        win_error = errors(policy, first)
     rest = (win_error * stand_in.grad).sum()               # its gradient is the part of the loss's that is left
     loss, metrics = preference_loss(win_error.detach(), torch.cat(lose_errors, 1), ref_win, torch.cat(ref_lose, 1),
                                     beta, anchor, scale)

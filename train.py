@@ -33,8 +33,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from tqdm import tqdm
 
 from data import Records
-from realdpo import (Condition, best_and_worst, ema_update, local, realdpo_loss, rwr_loss, sft_loss,
-                     streamed_realdpo_loss)
+from realdpo import (Condition, best_and_worst, denoising_errors, ema_update, local, preference_loss, realdpo_loss,
+                     rwr_loss, sft_loss, streamed_realdpo_loss)
 
 @dataclasses.dataclass
 class Options:
@@ -59,7 +59,7 @@ class Options:
     batch: int = option(8, "samples per step over all GPUs (paper: 8); each a win with its lose", least=1)
     micro_batch: int = option(1, "samples a GPU takes at once, at most", "the hardware", least=1)
     checkpointing: Literal["none", "full", "selective"] = option("selective", "what backward computes again")
-    graphs: Literal["all", "two"] = option("two", "graphs alive at a time; two take less memory for the same gradient")
+    graphs: Literal["all", "two", "one"] = option("two", "graphs alive at a time: fewer take less memory")
     rank: int = option(0, "train adapters of this rank on a frozen base, for one card; 0: the whole network", least=0)
     compile: bool = option(False, "torch.compile each block")
     dry_run: int = option(0, "only compute the memory and hours of a run on so many GPUs, eight a machine", least=0)
@@ -110,7 +110,7 @@ def draw_sample(record, options, step, place, t_min):
 
 def loss_of(policy, reference, batch, options):
     """Loss and metrics of a micro-batch (a dict of stacked records) by the chosen method. The caller runs the backward
-    pass. With --graphs two, that of the negatives has been run already."""
+    pass. With --graphs two or one, that of the negatives has been run already."""
     common = dict(cond=Condition(batch["text"], batch["image"]), t=batch["t"], noise=batch["noise"],
                   weighting=options.weighting)
     if options.method == "sft":
@@ -127,7 +127,7 @@ def loss_of(policy, reference, batch, options):
         common["win"], common["lose"] = best_and_worst(batch["lose"], batch["scores"])
     if options.graphs == "all":
         return realdpo_loss(policy, reference, **common)
-    return streamed_realdpo_loss(policy, reference, **common)
+    return streamed_realdpo_loss(policy, reference, graphs=options.graphs, **common)
 
 def accumulate_gradients(policy, reference, records, samples, options, step, device):
     """Forward and backward passes of this rank's `samples`, (place in the batch, record index) pairs, a micro-batch at
@@ -205,20 +205,23 @@ EVAL_RECORDS = 8                        # they take 4.1 % of the time of the 200
 @torch.no_grad()
 def evaluate(policy, reference, records, options, process):
     """Preference loss, margin, accuracy and the four errors on the first held-out records, at fixed t and noise: their
-    means over t, {"eval_margin": …}, and their values at each t, {"eval_margin_t0.1": …}."""
+    means over t, {"eval_margin": …}, and their values at each t, {"eval_margin_t0.1": …}. One video at a time."""
     sums = Counter()
     count = min(len(records), EVAL_RECORDS)
     for i in range(math.ceil(count / process.world_size)):             # the same number on all ranks: collectives
         number = process.rank + i * process.world_size
         share = 1 / count if number < count else 0         # of a record that only fills up the last round
         record = {name: tensor[None].to(process.device).float() for name, tensor in records[number % count].items()}
+        videos = [record["win"][:, None], *record["lose"].split(1, dim=1)]
         for t in EVAL_T:
             rng = generator("eval", records.names[number % count], t)
-            noise = torch.randn(record["win"].shape, generator=rng).to(process.device)
-            _, metrics = realdpo_loss(policy, reference, win=record["win"], lose=record["lose"],
-                                      cond=Condition(record["text"], record["image"]), beta=options.beta, noise=noise,
-                                      t=torch.tensor([t], device=process.device), weighting=options.weighting)
-            for name, value in metrics.items():
+            given = dict(cond=Condition(record["text"], record["image"]), t=torch.tensor([t], device=process.device),
+                         noise=torch.randn(record["win"].shape, generator=rng).to(process.device))
+            errors = []
+            for denoiser in (policy, reference):
+                win, *lose = [denoising_errors(denoiser, video, weighting=options.weighting, **given) for video in videos]
+                errors += [win, torch.cat(lose, dim=1)]
+            for name, value in preference_loss(*errors, options.beta)[1].items():
                 sums[f"eval_{name}"] += value.double() * share / len(EVAL_T)
                 sums[f"eval_{name}_t{t}"] += value.double() * share
     numbers = torch.stack(list(sums.values()))

@@ -46,8 +46,10 @@ class Work(NamedTuple):
         backward = 2 * self.forward + again
         if options.rank:
             backward -= self.products                      # of the gradients of frozen weights
-        referred = videos if compares and options.method in ("realdpo", "dpo") else 0
-        return options.batch * (videos * (self.forward + backward) + referred * self.forward)
+        passes = videos if compares and options.method in ("realdpo", "dpo") else 0     # without a graph: the reference's
+        if passes and options.graphs == "one":
+            passes += 1                                    # and the win's error, before its graph
+        return options.batch * (videos * (self.forward + backward) + passes * self.forward)
 
     def mean_flops(self):
         """`flops` of the mean step: every `compare_every`-th compares."""
@@ -58,8 +60,8 @@ class Work(NamedTuple):
         """{kind: bytes} on a GPU at a step's peak, with parameters sharded over so many GPUs."""
         options, frozen = self.options, bool(self.options.rank)
         at_once = graphs = self.videos()
-        if options.method in ("realdpo", "dpo") and options.graphs == "two":
-            at_once, graphs = 1, 2
+        if options.method in ("realdpo", "dpo") and options.graphs != "all":
+            at_once, graphs = 1, {"one": 1, "two": 2}[options.graphs]
         adapters = 8 * options.rank * self.layers * self.width                         # of attention's four projections
         part = 4 * (adapters if frozen else self.parameters) // shards
         activation = 2 * self.tokens * self.width * options.micro_batch                # bytes of one, of all tokens

@@ -105,7 +105,7 @@ def command(main, options, name):
         sys.exit(f"error: {e}")
     except torch.OutOfMemoryError as e:
         sys.exit(f"error: the GPU's memory ran out ({str(e).partition('.')[0]}); use more GPUs or, in training, "
-                 "--checkpointing full, --graphs two, --micro-batch 1 or --rank 64; see --dry-run")
+                 "--checkpointing full, --graphs one, --micro-batch 1 or --rank 64; see --dry-run")
     except RuntimeError as e:                              # gloo's and NCCL's words for a lost peer
         if os.environ.get("WORLD_SIZE", "1") == "1" or not ("by peer" in str(e) or "remote process" in str(e)):
             raise

@@ -60,15 +60,15 @@ def their_step(folder, *sizes):
 
     return work
 
-def step(negatives, side, folder, *sizes):
-    """A RealDPO step; ours with so many negatives, and two graphs at a time."""
+def step(negatives, graphs, side, folder, *sizes):
+    """A RealDPO step; ours with so many negatives, and "two" graphs or "one" at a time."""
     if side == "theirs":
         return their_step(folder, *sizes)
     net, x, cond, t = our_dit(folder, *sizes)
     ref = model.load_dit(folder).requires_grad_(False)
     net.checkpointing = "selective"
     given = dict(win=x, lose=torch.randn(len(x), negatives, *x.shape[1:]), cond=cond, beta=5000, t=t,
-                 noise=torch.randn_like(x))
+                 noise=torch.randn_like(x), graphs=graphs)
     return lambda: streamed_realdpo_loss(net, ref, **given)[0].backward()
 
 def vae(way, side, folder, f, h, w):
@@ -91,7 +91,8 @@ def t5(side, folder):
     return torch.no_grad()(partial(net, torch.randint(3, 1000, (8, TEXT[0]))))
 
 RACES = {"DiT forward": partial(dit, False), "DiT forward and backward": partial(dit, True),
-         "RealDPO step": partial(step, 3), "RealDPO step, one negative of three": partial(step, 1),
+         "RealDPO step": partial(step, 3, "two"), "RealDPO step, one negative of three": partial(step, 1, "two"),
+         "RealDPO step, one negative, one graph": partial(step, 1, "one"),
          "VAE encode": partial(vae, "encode"), "VAE decode": partial(vae, "decode"), "T5": t5}
 
 if __name__ == "__main__":

@@ -28,21 +28,40 @@ def attention_flops(passes, shape, *_, **__):
 ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: partial(attention_flops, 1),
              torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: partial(attention_flops, 2)}
 
-@pytest.mark.parametrize("layers, checkpointing, graphs, lose, close", [
-    (2, "selective", "two", 1, 0.1),
-    pytest.param(4, "full", "all", 1, 0.1, marks=pytest.mark.slow),
-    pytest.param(42, "selective", "two", 1, 0.03, marks=pytest.mark.slow)])
-def test_memory_and_flops_are_those_of_the_real_code(layers, checkpointing, graphs, lose, close):
-    options = train.Options(batch=1, lose_per_step=lose, checkpointing=checkpointing, graphs=graphs)
+def denoisers(layers, rank, split):
+    """Policy and reference without data: two networks in fp32, or one in bf16 with two sides' adapters in fp32."""
+    config = FULL_DIT | dict(num_layers=layers)
+    if not rank:
+        nets = [empty(model.DiT, config, torch.float32, "cpu", split) for _ in range(2)]
+        policy, reference = [model.Denoiser(net, model.FlowPrediction(), None) for net in nets]
+        return policy, reference.requires_grad_(False)
+
+    def prepare(net):
+        torch.set_default_dtype(torch.float32)
+        net.adapt(rank)
+        split(net)
+
+    torch.set_default_dtype(torch.bfloat16)                # fake tensors cannot be converted afterwards
+    net = empty(model.DiT, config, torch.float32, "cpu", prepare)
+    policy, reference = [model.Denoiser(net, model.FlowPrediction(), None, side) for side in ("policy", "reference")]
+    for parameter in reference.parameters():
+        parameter.requires_grad_(False)
+    return policy, reference
+
+@pytest.mark.parametrize("layers, checkpointing, graphs, lose, rank, close", [
+    (2, "selective", "two", 1, 0, 0.1),
+    pytest.param(4, "full", "one", 3, 0, 0.1, marks=pytest.mark.slow),
+    pytest.param(4, "full", "one", 1, 64, 0.1, marks=pytest.mark.slow),
+    pytest.param(42, "selective", "two", 1, 0, 0.03, marks=pytest.mark.slow)])
+def test_memory_and_flops_are_those_of_the_real_code(layers, checkpointing, graphs, lose, rank, close):
+    options = train.Options(batch=1, lose_per_step=lose, checkpointing=checkpointing, graphs=graphs, rank=rank)
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=RANKS)
     split = partial(train.shard, mesh=train.make_mesh("cpu", RANKS, RANKS), dtype=torch.bfloat16)
     counter = FlopCounterMode(display=False, custom_mapping=ATTENTION)
     model.rope_table.cache_clear()                         # here and below: no fake tensors among the real ones
     with as_a_process(), FakeTensorMode():
-        nets = [empty(model.DiT, FULL_DIT | dict(num_layers=layers), torch.float32, "cpu", split) for _ in range(2)]
-        policy, reference = [model.Denoiser(net, model.FlowPrediction(), None) for net in nets]
+        policy, reference = denoisers(layers, rank, split)
         policy.checkpointing = train.CHECKPOINTING[checkpointing]
-        reference.requires_grad_(False)
         batch = dict(win=torch.randn(1, *SHAPE), lose=torch.randn(1, lose, *SHAPE), t=torch.rand(1),
                      noise=torch.randn(1, *SHAPE), image=torch.randn(1, 16, 1, 60, 90), text=torch.randn(1, 226, 4096))
         tracker = FSDPMemTracker(policy.net, train.make_optimizer(policy, options))
@@ -50,7 +69,8 @@ def test_memory_and_flops_are_those_of_the_real_code(layers, checkpointing, grap
             with watch:
                 train.loss_of(policy, reference, batch, options)[0].backward()
     model.rope_table.cache_clear()
-    work = Work(options, sum(p.numel() for p in policy.parameters()), layers)
+    whole = [tensor.numel() for name, tensor in policy.net.named_parameters() if ".adapters." not in name]
+    work = Work(options, sum(whole), layers)
     memory = sum(size for kind, size in work.memory(RANKS).items() if "guess" not in kind)
     assert memory == pytest.approx(tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"], rel=close)
     assert work.flops() == pytest.approx(counter.get_total_flops(), rel=0.005)
