@@ -162,9 +162,9 @@ def begin_run(options, records, steps, done, learning_rate, rank, about=None):
     if done < ended < steps:
         raise UserError(f"{options.out}: has ended after {ended} steps, without a checkpoint; to train its model "
                         f"further: --model {quote(options.out)} and another --out")
-    if rank == 0:
+    if rank == 0 and steps > ended:
         write_json(note, settings | (about or {}))
-    return 0 < steps <= ended
+    return steps <= ended
 
 def withdraw_export(out):
     """Take away what says that a run has ended, since it goes on."""

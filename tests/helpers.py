@@ -1,5 +1,5 @@
 """What the tests share: small networks with known answers, toy clips and caches, the commands called as functions."""
-import gc, io, json, multiprocessing, re, shutil, signal, sys
+import gc, json, multiprocessing, re, shutil, sys
 from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,9 +30,8 @@ REPO = Path(data.__file__).parent
 gc.freeze()                                                # no collection looks at what is loaded by now
 
 # Further processes are forked from one that has only loaded torch, once for all tests.
-processes = multiprocessing.get_context("forkserver" if sys.platform != "win32" else "spawn")
-if sys.platform != "win32":
-    processes.set_forkserver_preload(["tests.helpers"])
+processes = multiprocessing.get_context("forkserver")
+processes.set_forkserver_preload(["tests.helpers"])
 
 
 # ---- Numbers --------------------------------------------------------------------------------------------------------
@@ -94,14 +93,6 @@ def scramble(net, seed=0):
             x *= 0.01                                      # faint, so that the epsilon of the norm behind it shows
     return net.eval()
 
-def trained_tokenizer():
-    """A SentencePiece model with T5's special ids, which knows the letters of the first prompts only."""
-    writer = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(PROMPTS[:5]), model_writer=writer,
-                                             vocab_size=T5["vocab_size"], hard_vocab_limit=False,
-                                             pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=3)
-    return writer.getvalue()
-
 def save_networks(folder, dit, vae, t5):
     """The three networks of these configs with random weights, as a model folder."""
     model.save_dit(model.Denoiser(scramble(model.DiT(dit)), model.VPrediction(SCHEDULER), SCHEDULER), folder)
@@ -114,7 +105,10 @@ def folder(tmp_path_factory):
     """A whole model folder, written by our own code."""
     folder = save_networks(tmp_path_factory.mktemp("models") / "small", DIT, VAE, T5)
     (folder / "tokenizer").mkdir()
-    (folder / "tokenizer" / "spiece.model").write_bytes(trained_tokenizer())
+    with open(folder / "tokenizer" / "spiece.model", "wb") as file:          # knows the letters of five prompts only
+        sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(PROMPTS[:5]), model_writer=file,
+                                                 vocab_size=T5["vocab_size"], hard_vocab_limit=False,
+                                                 pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=3)
     return folder
 
 @pytest.fixture
@@ -174,12 +168,6 @@ class Toy(nn.Module):
 
     time_grid = model.FlowPrediction.time_grid
 
-class Kept:
-    """A tensor that a graph keeps for its backward pass."""
-
-    def __init__(self, tensor):
-        self.tensor = tensor
-
 class Watched(nn.Module):
     """A denoiser of one weight that notes how many videos each call has, and how many of its graphs are alive."""
 
@@ -189,11 +177,13 @@ class Watched(nn.Module):
 
     def forward(self, x_t, cond, t):
         def keep(tensor):
-            kept = Kept(tensor)
+            def kept():                                    # what the graph keeps for its backward pass
+                return tensor
+
             self.alive.add(kept)
             return kept
 
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda kept: kept.tensor):
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda kept: kept()):
             out = x_t * self.weight
         self.calls.append(len(x_t))
         self.most = max(self.most, len(self.alive))
@@ -238,13 +228,10 @@ def generate_bench(shots, out, **options):
 
 @contextmanager
 def as_a_process():
-    """What the end of a process would do for train.py: usual signals, no process group left behind."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    """What the end of a process would do for train.py: no process group is left behind."""
     try:
         yield
     finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -416,13 +403,6 @@ def write_list(folder, content, videos, clips=("a.mp4", "b.mp4")):
 
 def jsonl(*rows):
     return {"metadata.jsonl": "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)}
-
-def rewrite_records(paths, change=lambda tensor: tensor, **metadata):
-    """Change all latents of some records, and what their headers say."""
-    for file in paths:
-        if file.suffix == ".safetensors":
-            tensors = {k: v if k == "text" else change(v) for k, v in load_file(file).items()}
-            files.write_tensors(file, tensors, **files.read_header(file)[1] | metadata)
 
 def flip(file, place):
     content = bytearray(file.read_bytes())

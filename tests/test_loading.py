@@ -1,19 +1,18 @@
 """Model folders that are broken, incomplete, on a hub or dangerous: refused in one line, and no pickle is opened."""
-import ast, json, shutil, subprocess, sys
+import json, shutil, subprocess, sys
 from fnmatch import fnmatch
 from functools import partial
 
 import huggingface_hub
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 import data
 import model
 import realdpo
 from support import UserError
 from support.folders import defaults_of, fingerprint_of
-from tests.helpers import CONFIG, DIT, REPO, SCHEDULE, Toy, WEIGHTS, contents, inputs, preference, rewrite, same_tensors
+from tests.helpers import CONFIG, SCHEDULE, Toy, WEIGHTS, contents, inputs, preference, rewrite
 
 pytest_plugins = "tests.helpers"
 
@@ -41,11 +40,8 @@ BREAKAGES = {
         "schedule without its rescaling": (schedule(rescale_betas_zero_snr=...), "rescale_betas_zero_snr"),
         "weights cut in the last tensor": (content(WEIGHTS, lambda b: b[:-1]), WEIGHTS),
         "a row less": (weights(**{"proj_out.bias": torch.zeros(15)}), "proj_out.bias has 15 rows, expected 16"),
-        "a number for rows": (weights(**{"proj_out.bias": torch.tensor(1.0)}), "proj_out.bias is .*, expected .*16"),
         "a tensor missing": (weights(**{"proj_out.bias": ...}), "proj_out.bias has 0 rows, expected 16"),
-        "a tensor too many": (weights(**{"ofs_embedding.bias": torch.zeros(2)}), "ofs_embedding.bias is not expected"),
-        "two files": (lambda f: shutil.copy(f / WEIGHTS, f / "transformer/a.safetensors"), "has 2 rows, expected 1"),
-        "half": (lambda f: save_file({"proj_out.bias": torch.zeros(16)}, f / WEIGHTS), "65 tensors expected, 1 found")},
+        "a tensor too many": (weights(**{"ofs_embedding.bias": torch.zeros(2)}), "ofs_embedding.bias is not expected")},
     model.load_vae: {
         "fewer levels": (entries(VAE, block_out_channels=[8, 16, 16]), r"is \[24, .*\], expected \[16, ")},
     model.load_text_encoder: {
@@ -61,30 +57,15 @@ def test_broken_folder_is_refused_in_one_line_with_its_name(copied, load, breaka
         load(copied)
     assert str(copied) in str(caught.value) and "\n" not in str(caught.value)
 
-@pytest.mark.parametrize("flip", [0x01, 0xff])
-def test_flipped_header_byte_never_loads_other_weights(copied, denoiser, flip):
-    whole, refused = (copied / WEIGHTS).read_bytes(), 0
-    positions = [*range(8), *range(8, 8 + int.from_bytes(whole[:8], "little"), 53)]
-    for i in positions:
-        (copied / WEIGHTS).write_bytes(whole[:i] + bytes([whole[i] ^ flip]) + whole[i + 1:])
-        try:
-            assert same_tensors(model.load_dit(copied).net.state_dict(), denoiser.net.state_dict())
-        except UserError as e:
-            assert str(copied) in str(e)
-            refused += 1
-    assert refused > 0.8 * len(positions)                  # the rest hit the file's remarks or its blanks
-
 loss = partial(realdpo.realdpo_loss, Toy(1), Toy(2), **preference(2, 3), beta=1)
 streamed = partial(realdpo.streamed_realdpo_loss, *loss.args, **loss.keywords)
-solve = partial(realdpo.sample, Toy(1), *inputs(), steps=2)
 
 @pytest.mark.parametrize("call, message", [
     (lambda dit: dit(*inputs(1, 5, 8, 6), torch.ones(1)), r"\(5, 4, 3\).*\(5, 2, 3\)"),     # not in the learned table
     (lambda dit: dit(*inputs(1, 6, 4, 6), torch.ones(1)), r"at most \(5, 2, 3\)"),
     (lambda _: loss(lose=torch.zeros(2, 4, 3, 4, 6)), r"lose \(2, 4, 3, 4, 6\)"),
     (lambda _: streamed(lose=torch.zeros(2, 1, 4, 2, 4, 6)), r"lose \(2, 1, 4, 2, 4, 6\)"),
-    (lambda _: loss(weighting="snr"), "snr"),
-    (lambda _: solve(guidance=1, solver="heun"), "heun"), (lambda _: solve(guidance=6), "guidance 6 needs uncond")])
+    (lambda _: realdpo.sample(Toy(1), *inputs(), steps=2, guidance=6), "guidance 6 needs uncond")])
 def test_wrong_arguments_are_refused_with_their_values(denoiser, call, message):
     with pytest.raises(ValueError, match=message):
         call(denoiser)
@@ -97,14 +78,6 @@ def test_hidden_files_are_passed_over(copied, own_cache):
     assert (fingerprint_of(copied, *parts), data.Records(own_cache).hashes) == before
     for load in BREAKAGES:
         load(copied)
-
-def test_models_that_differ_in_the_last_blocks_attention_have_two_fingerprints(folder, copied):
-    name = "transformer_blocks.1.attn1.to_q.weight"
-    prints = []
-    for change in 0, 0.01:
-        rewrite(copied / WEIGHTS, **{name: load_file(copied / WEIGHTS)[name] + change})
-        prints.append(fingerprint_of(copied, "transformer"))
-    assert prints[0] == fingerprint_of(folder, "transformer") != prints[1]
 
 @pytest.mark.parametrize("load, needed, part", [
     (model.load_dit, {CONFIG, WEIGHTS, SCHEDULE}, "scheduler"),
@@ -139,15 +112,6 @@ def test_a_model_that_cannot_be_had_is_refused_by_name_with_the_cause(name, tmp_
     for path, named in ((name, name), (tmp_path, f"{name}, which {tmp_path}/base.json names")):
         with pytest.raises(UserError, match=rf"\A{named}: .*\(ConnectionReset.*by peer.*\Z"):
             model.load_vae(path)
-
-def test_source_never_unpickles():
-    for file in [*REPO.glob("*.py"), *REPO.glob("[a-z]*/*.py")]:
-        for node in ast.walk(ast.parse(file.read_text())):
-            if isinstance(node, ast.Import | ast.ImportFrom):
-                names = {alias.name for alias in node.names} | {getattr(node, "module", None)}
-                assert not names & {"pickle", "_pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}, file
-            if isinstance(node, ast.Attribute | ast.keyword):
-                assert ast.unparse(node).split("=")[0] not in ("torch.load", "allow_pickle"), file
 
 @pytest.mark.parametrize("load, part", [*zip(BREAKAGES, ("transformer", "vae", "text_encoder"))])
 def test_no_loader_opens_a_pickle(copied, tmp_path, load, part):

@@ -1,9 +1,10 @@
-"""What the commands ask of the sampler: negatives, videos of a bench, one video."""
+"""What sample.py makes: negatives, videos of a bench, one video."""
 import shutil
 
-from support import films
+from support import UserError, films
 from support.lists import read_bench
-from tests.helpers import (add_negatives, assert_unrelated, contents, make_video, on_rank, relative, same_tensors)
+from tests.helpers import (HOSTILE, add_negatives, assert_unrelated, contents, generate_bench, jsonl, make_video,
+                           on_rank, relative, spy_on_videos)
 
 import numpy as np
 import pytest
@@ -36,27 +37,22 @@ def test_negatives_are_asked_for_with_their_records_caption_and_first_frame(own_
         record = records[number // 3]
         assert torch.equal(call["cond"].text[0], record["text"]) and torch.equal(call["cond"].image[0], record["image"])
         assert torch.equal(call["uncond"][0], empty.bfloat16())
-        assert (call["steps"], call["guidance"], call["solver"], call["progress"]) == (7, 2.5, "euler", False)
-        assert torch.equal(record["lose"][number % 3], call["noise"][0].bfloat16())       # stored as the sampler gives it
+        assert (call["steps"], call["guidance"], call["solver"]) == (7, 2.5, "euler")
+        assert torch.equal(record["lose"][number % 3], call["noise"][0].bfloat16())    # as the sampler gives it
     assert_unrelated(torch.cat([call["noise"] for call in asked]))
-    policy, base = asked[0]["denoiser"].net.state_dict(), model.load_dit("tiny").net.state_dict()
-    assert same_tensors(policy, base)
 
 def test_videos_of_a_bench_are_asked_for_with_their_own_picture_and_caption(shots, asked, tmp_path):
-    options = dict(model="tiny", bench=str(shots), steps=7, guidance=2.5, solver="multistep", frames=9)
-    sample.main(sample.Options(out=str(tmp_path / "a"), **options))
-    sample.main(sample.Options(out=str(tmp_path / "b"), **options, seed=1))
+    for seed in (0, 1):
+        generate_bench(shots, tmp_path / str(seed), steps=7, guidance=2.5, solver="multistep", seed=seed)
     encode_text, vae = model.load_text_encoder("tiny"), model.load_vae("tiny")
     prompts, _ = read_bench(shots)
-    assert len(asked) == 2 * len(prompts)
-    for call, prompt in zip(asked, prompts * 2):
+    for call, prompt in zip(asked, prompts * 2, strict=True):
         assert torch.equal(call["cond"].text, encode_text([prompt.caption]))
         mean = vae.encode(films.read_image(prompt.file, 32, 32)[None])              # a sample of its posterior
         assert 0 < relative(call["cond"].image, mean) < 0.2
         assert torch.equal(call["uncond"], encode_text([""]))
-        assert (call["steps"], call["guidance"], call["solver"], call["progress"]) == (7, 2.5, "multistep", False)
+        assert (call["steps"], call["guidance"], call["solver"]) == (7, 2.5, "multistep")
     assert_unrelated(torch.cat([call["noise"] for call in asked]))         # of each picture and seed its own
-    assert asked[0]["noise"].shape == (1, 8, 3, 8, 8)
 
 def test_negatives_depend_only_on_seed_record_and_index(own_cache, monkeypatch):
     files = contents(own_cache / "lose")
@@ -74,15 +70,13 @@ def test_negatives_depend_only_on_seed_record_and_index(own_cache, monkeypatch):
     assert torch.equal(one[0], two[0])
     assert not torch.equal(two[0], two[1])
 
-def test_negatives_take_a_quarter_of_the_evaluations_of_a_published_video(monkeypatch):
-    taken = []
-    for action in "negatives", "make_videos":
-        monkeypatch.setattr(sample, action, lambda options: taken.append((options.solver, options.steps)))
-    for options in ({"data": "cache"}, {"image": "a.png"}, {"bench": "shots"}, {"data": "cache", "solver": "euler"},
-                    {"data": "cache", "steps": 9}, {"image": "a.png", "solver": "multistep"}):
-        sample.main(sample.Options(model="tiny", **options))
-    assert taken == [("multistep", 12), ("euler", 50), ("euler", 50), ("euler", 50), ("multistep", 9),
-                     ("multistep", 25)]
+@pytest.mark.parametrize("options, settled", [
+    (dict(data="cache"), ("multistep", 12)), (dict(image="a.png"), ("euler", 50)), (dict(bench="shots"), ("euler", 50)),
+    (dict(data="cache", solver="euler"), ("euler", 50)), (dict(data="cache", steps=9), ("multistep", 9)),
+    (dict(image="a.png", solver="multistep"), ("multistep", 25))], ids=str)
+def test_negatives_take_a_quarter_of_the_evaluations_of_a_published_video(options, settled):
+    options = sample.settle(sample.Options(**options))
+    assert (options.solver, options.steps) == settled
 
 def test_one_picture_and_one_sentence_become_an_mp4(picture, straight, tmp_path):
     video = make_video(tmp_path / "a.mp4", picture)
@@ -93,3 +87,29 @@ def test_one_picture_and_one_sentence_become_an_mp4(picture, straight, tmp_path)
     assert films.read_video_header(tmp_path / "d.mp4").seconds == pytest.approx(9 / 4, abs=0.02)
     # a training run is a model, too
     assert make_video(tmp_path / "e.mp4", picture, model=str(straight)).shape == video.shape
+
+def test_any_number_of_ranks_makes_the_same_bench_and_restarts_do_the_rest(shots, methods, tmp_path, monkeypatch):
+    made = spy_on_videos(monkeypatch)
+    for rank in (1, 0):
+        on_rank(monkeypatch, rank, 2)
+        generate_bench(shots, tmp_path / "two", seed=1)
+    assert made == ["walk-12.mp4", "somersault.mp4"]
+    (tmp_path / "two" / "somersault.mp4").unlink()
+    generate_bench(shots, tmp_path / "two", seed=1)
+    assert made[2:] == ["somersault.mp4"] and contents(tmp_path / "two") == contents(methods / "beta-method")
+
+def test_every_form_of_bench_gives_the_same_prompts(shots, tmp_path):
+    prompts, held = read_bench(shots)
+    files, captions = "somersault.png\nwalk-12.png\n", f"{HOSTILE}\na figure walks\n"
+    rows = [dict(file_name=prompt.file.name, text=prompt.caption) for prompt in prompts]
+    pair, pairs = {"image.txt": files, "prompt.txt": captions}, {"images.txt": files, "prompts.txt": captions}
+    for form in jsonl(*rows), pairs, pair:
+        folder = shutil.copytree(shots, tmp_path / [*form][0], ignore=shutil.ignore_patterns("*.txt"))
+        for name in form:
+            (folder / name).write_text(form[name], encoding="utf-8")
+        assert read_bench(folder)[1] == held, form
+    (folder / "walk-12.png").write_bytes(b"another")
+    assert read_bench(folder)[1] != held
+    (folder / "walk-12.png").unlink()
+    with pytest.raises(UserError, match="image.txt, row 2: .*walk-12.png is not there"):
+        read_bench(folder)

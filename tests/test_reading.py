@@ -1,7 +1,6 @@
 """Videos and pictures are read as a player and a viewer show them, or refused in one line."""
 import random, struct, subprocess
 from contextlib import nullcontext
-from io import BytesIO
 from pathlib import Path
 
 import imageio_ffmpeg
@@ -10,9 +9,8 @@ import pytest
 import torch
 from PIL import Image, ImageCms
 
-from judging.vlm import frames_as_jpeg
-from support import UserError
-from support.films import read_image, read_video, read_video_header, to_uint8
+from support import UserError, films
+from support.films import read_image, read_video, to_uint8
 
 pytest_plugins = "tests.helpers"
 
@@ -82,7 +80,7 @@ def test_a_clip_that_ends_at_the_last_instant_is_held_and_a_shorter_one_refused_
         assert abs(seen_times(video(path))[-1] - count / 30) < 0.05
     for count, rate, length in ((57, 30, "1.90"), (78, 1000, "0.08")):
         path = write_scene(tmp_path / f"{count}.mkv", np.arange(count) / rate, H264, rate=rate)
-        with pytest.raises(UserError, match=rf"{count}.mkv: lasts {length} s, but 17 frames at 8 fps from 0 s on need 2.00 s"):
+        with pytest.raises(UserError, match=rf"{count}.mkv: lasts {length} s, but 17 frames .* need 2.00 s"):
             video(path)
 
 def test_a_clip_starts_at_its_first_picture_or_with_the_one_that_is_on_show_at_its_start(tmp_path):
@@ -161,12 +159,6 @@ def test_a_film_with_transparency_is_refused(name, encoding, tmp_path):
     with pytest.raises(UserError, match=f"{name}: has transparency"):
         video(tmp_path / name, 1)
 
-def test_a_language_model_is_shown_what_a_record_holds(tmp_path):
-    path = write_scene(tmp_path / "wide.mp4", [0, 0], "-vf setsar=64/45")
-    shown = np.array(Image.open(BytesIO(frames_as_jpeg(path, 2)[0]))).astype(int)
-    record = to_uint8(read_video(path, 1, 64, 137, 8))[0]
-    assert shown.shape == record.shape and np.abs(shown - record).mean() < 4
-
 
 # ---- Damage, cuts and odd files -------------------------------------------------------------------------------------
 
@@ -189,71 +181,47 @@ def test_damage_inside_the_clip_is_refused_and_far_behind_it_does_not_matter(kin
     damaged = flipped(path, 0.02, 0.15, flips=600 if kind == "hevc.ts" else 60)    # whose decoder takes most
     with pytest.raises(UserError, match="flipped.*: (is damaged|lasts)"):
         video(damaged)                          # the clip ends at 2 s of 12
-    if kind in ("mjpeg.mov", "ffv1.mkv"):                  # only what is near a clip is decoded
-        assert torch.equal(video(damaged, start=9.5), video(path, start=9.5))
     if kind != "theora.ogv":                               # of which ffmpeg reads the end first
         assert torch.equal(video(flipped(path, 0.75, 0.9, flips=60)), video(path))
-    content = path.read_bytes()
-    path.write_bytes(content[:len(content) // 12])
+    path.write_bytes(path.read_bytes()[:path.stat().st_size // 12])
     with pytest.raises(UserError, match=f"{kind}: (is damaged|lasts)"):
         video(path)
-    if path.suffix == ".ts":                               # a picture never arrives; it is some packets of 188 bytes,
-        starts = [place for place in range(0, len(content), 188) if content[place + 1] & 95 == 65]
-        lost = next(k for k in range(9, 20) if (starts[k + 1] - starts[k]) % (16 * 188))       # which count to 16
-        path.write_bytes(content[:starts[lost]] + content[starts[lost + 1]:])
-        with pytest.raises(UserError, match=f"{kind}: is damaged"):
-            video(path)
 
 @pytest.mark.parametrize("kind, encoding, second", [       # and the second at which its beginning is cut off
     ("mpeg2.ts", MPEG2, 0), ("mpeg2.mpg", MPEG2, 0), ("hevc.ts", X265 + ":keyint=15", 0), ("open.mp4", OPEN, 1.1),
     ("mpeg4.ts", "-c:v mpeg4 -q:v 2 -g 15", 0), ("h264.ts", "-c:v libx264 -g 15", 0), ("open.mkv", OPEN, 1.3)])
-def test_a_recording_that_begins_inside_a_group_or_is_joined_is_read_right_or_refused(kind, encoding, second, tmp_path):
+def test_a_recording_that_begins_inside_a_group_is_read_right_or_refused(kind, encoding, second, tmp_path):
     path = write_scene(tmp_path / kind, np.arange(120) / 30, encoding)
-    cut, joined = tmp_path / f"cut{path.suffix}", tmp_path / f"joined{path.suffix}"
+    cut = tmp_path / f"cut{path.suffix}"
     ffmpeg("-ss", second, "-i", path, "-c", "copy", cut)
     if not second:
         cut.write_bytes(path.read_bytes()[path.stat().st_size // 6:])
-    expected = {cut: EIGHTHS}
-    if path.suffix == ".ts":                               # of 20 pictures and then those of `path`
-        write_scene(joined, np.arange(20) / 30, encoding)
-        joined.write_bytes(joined.read_bytes() + path.read_bytes())
-        expected[joined] = np.where(EIGHTHS < 20 / 30, EIGHTHS, EIGHTHS - 20 / 30)
-    for file in expected:
-        try:
-            times = seen_times(video(file))
-        except UserError as e:
-            assert f"{file.name}: is damaged, or begins inside a group of pictures" in str(e)
-        else:
-            assert np.abs(times - times[0] - expected[file]).max() < 0.04 and (times[0] > 0.4) == (file == cut)
+    try:
+        times = seen_times(video(cut))
+    except UserError as e:
+        assert f"{cut.name}: is damaged, or begins inside a group of pictures" in str(e)
+    else:
+        assert np.abs(times - times[0] - EIGHTHS).max() < 0.04 and times[0] > 0.4
 
-def test_odd_files(tmp_path, monkeypatch):
+def test_a_turned_film_is_upright_whatever_its_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    lying = write_scene(tmp_path / "lying.mp4", np.arange(75) / 30, "-vf transpose=1 -c:v libx264")
     for name in ("-a.mp4", "a:b.mp4", "50%03d.mp4"):
-        lying = write_scene(tmp_path / "lying.mp4", np.arange(75) / 30, "-vf transpose=1 -c:v libx264")
         ffmpeg("-display_rotation", 90, "-i", lying, "-c", "copy", f"file:{name}")
         assert np.abs(seen_times(video(Path(name))) - EIGHTHS).max() < 0.04
-    for name, height in (("small.ts", 48), ("large.ts", 96)):
-        write_scene(tmp_path / name, np.arange(45) / 30, H264, height=height)
-    ffmpeg("-i", "concat:small.ts|large.ts", "-c", "copy", "both.mkv")             # whose size changes
-    with pytest.raises(UserError, match="both.mkv: is damaged"):
-        video(Path("both.mkv"))
 
-def test_nothing_that_a_file_says_of_itself_passes_for_what_ffmpeg_says(tmp_path):
-    words = ["Vamos, ya es hora", "alpha_mode      : 1", "Duration: 00:00:00.10, start: 0.000000", "Stream mapping:",
-             "[h264 @ 0x1] [error] corrupt decoded frame, Reconfiguring", "[in @ 0x1] [error] concealing, first frame",
-             "  Stream #0:0: Video: h264, yuva420p(tv, bt2020nc/bt2020/smpte2084), 96x64 (attached pic)",
-             "      DOVI configuration record: version: 1.0, profile: 5, level: 6, compatibility id: 0, compression: 0",
-             "decoder -> pts:9 pts_time:9 duration_time:9 keyframe:1"]
-    plain = write_scene(tmp_path / "plain.mkv", [0, 0.1, 0.2], H264 + " -preset ultrafast", rate=8, height=720)
-    Image.new("RGBA", (64, 64), (0, 255, 0, 0)).save(tmp_path / "cover.png")
-    titles = []
-    for number, text in enumerate([*words, "\n".join(words), "[info]" + "\n[info]".join(words)]):
-        titles += ["-metadata", f"title{number}={text}", "-metadata:s:v:0", f"comment{number}={text}"]
-    told, cover = tmp_path / (" ".join(words)[:200].replace("/", "") + ".mkv"), tmp_path / "cover.png"
-    ffmpeg("-i", plain, "-i", cover, "-i", cover, "-map", 1, "-map", 0, "-map", 2, "-c", "copy", *titles,
-           "-disposition:v:0", "0", "-disposition:v:2", "attached_pic", f"file:{told}")
-    assert read_video_header(told)._replace(stream="0:0") == read_video_header(plain)
-    assert torch.equal(video(told, 3), video(plain, 3))
+def test_a_cover_is_not_the_film_and_a_title_is_no_word_of_ffmpegs(tmp_path):
+    plain = write_scene(tmp_path / "plain.mkv", [0, 0.1, 0.2], H264, rate=8)
+    Image.new("RGBA", (64, 64)).save(tmp_path / "cover.png")
+    title = "[h264 @ 0x1] [error] corrupt\nDuration: 00:00:00.10\n  Stream #0:0: Video: h264, yuva420p, 96x64"
+    ffmpeg("-i", plain, "-i", tmp_path / "cover.png", "-map", 1, "-map", 0, "-c", "copy", "-metadata", f"title={title}",
+           tmp_path / "told.mkv")
+    assert torch.equal(video(tmp_path / "told.mkv", 3), video(plain, 3))
+
+def test_an_ffmpeg_that_does_not_tell_what_is_needed_is_refused(monkeypatch):
+    monkeypatch.setattr(films, "get_ffmpeg_exe", lambda: "true")
+    with pytest.raises(UserError, match="true: is too old"):
+        films.find_ffmpeg.__wrapped__()
 
 
 # ---- Pictures, and how both fit the model ---------------------------------------------------------------------------

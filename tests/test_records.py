@@ -10,8 +10,8 @@ import torch
 
 import data
 import model
-from support import UserError, films, folders
-from support.files import MARK, read_header, read_json
+from support import UserError, films
+from support.files import MARK, read_header
 from support.lists import Clip
 
 pytest_plugins = "tests.helpers"
@@ -31,13 +31,9 @@ def test_the_authors_layout_gives_the_same_records(videos, cache, tmp_path):
     for ours, theirs in zip(data.Records(out, negatives=False), data.Records(cache, negatives=False)):
         assert same_tensors(ours, theirs)
 
-def test_a_record_holds_bf16_latents_text_and_what_made_it(videos, cache):
-    shapes, metadata = read_header(cache / "win" / "00000.safetensors")
+def test_a_record_holds_latents_and_text_in_bf16(videos, cache):
+    shapes, _ = read_header(cache / "win" / "00000.safetensors")
     assert shapes == {"win": (8, 5, 8, 8), "image": (8, 1, 8, 8), "text": (16, 32)}
-    assert (metadata["source"], metadata["start"]) == (str(videos / "00000.mp4"), 0)
-    expected = dict(id=metadata["made_by"], frames=17, height=32, width=32, fps=8, seed=0,
-                    vae=folders.fingerprint_of("tiny", "vae"))
-    assert expected.items() <= read_json(cache / "win" / "made_by.json").items()
     records, encode_text = data.Records(cache), model.load_text_encoder("tiny")
     assert records[0]["lose"].shape == (2, 8, 5, 8, 8) and {v.dtype for v in records[0].values()} == {torch.bfloat16}
     assert torch.equal(records[0]["text"], encode_text([(videos / "00000.txt").read_text().strip()])[0].bfloat16())

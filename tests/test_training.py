@@ -3,8 +3,8 @@ import json, math, shutil
 from functools import partial
 
 from support import UserError, folders
-from tests.helpers import (NAMES, Toy, Watched, as_a_process, assert_unrelated, checkpoint, encode, exported, metrics, preference,
-                           rewrite_records, run_training, same_tensors, spy_on_losses)
+from tests.helpers import (NAMES, Toy, as_a_process, assert_unrelated, checkpoint, encode, exported, metrics,
+                           preference, run_training, same_tensors, spy_on_losses)
 
 import pytest
 import torch
@@ -53,7 +53,6 @@ def test_the_releases_t_are_those_of_its_first_500_training_steps():
     assert train.RELEASE_T[-1].item() == pytest.approx(0.6387, abs=1e-4)
     t = torch.stack([draw(place=place, t_draw="release")["t"] for place in range(2000)])
     assert set(t.tolist()) <= set(train.RELEASE_T.tolist()) and len(t.unique()) > 400
-    assert (t < 0.1).float().mean() == pytest.approx(0.026, abs=0.01)          # 0.12 of uniform ones below 0.6387
     assert t.mean() == pytest.approx(train.RELEASE_T.mean().item(), abs=0.01)
 
 def test_negatives_are_drawn_evenly_without_repetition_and_for_realdpo_alone():
@@ -69,9 +68,9 @@ def scored_batch():
     cond = given.pop("cond")
     return given | dict(text=cond.text, image=cond.image, scores=torch.tensor([[0.0, 1.0, -2.0], [3.0, -1.0, 1.0]]))
 
-@pytest.mark.parametrize("graphs, policy_calls", [("all", [8]), ("two", [2] * 4)])
+@pytest.mark.parametrize("graphs", ["all", "two"])
 @pytest.mark.parametrize("weighting", ["x0", "velocity"])
-def test_each_method_takes_its_loss_with_the_options_of_the_run(weighting, graphs, policy_calls):
+def test_each_method_takes_its_loss_with_the_options_of_the_run(weighting, graphs):
     batch, given = scored_batch(), preference(2, 3)
     options = partial(train.Options, beta=3.0, anchor=0.7, compare_every=2, weighting=weighting, graphs=graphs)
     same = {name: given[name] for name in ("cond", "t", "noise")} | dict(weighting=weighting)
@@ -86,19 +85,14 @@ def test_each_method_takes_its_loss_with_the_options_of_the_run(weighting, graph
         our_loss, our_numbers = train.loss_of(Toy(1), Toy(2), batch, options(method=method))
         torch.testing.assert_close(our_loss, loss)
         assert our_numbers.keys() == numbers.keys()
-    policy = Watched()
-    train.loss_of(policy, Watched(), batch, options(method="realdpo"))
-    assert policy.calls == policy_calls
 
-def test_the_console_says_a_step_in_a_line_of_100_columns(tmp_path, capsys):
+def test_the_console_says_win_and_lose_as_differences_to_the_reference(tmp_path, capsys):
     numbers = dict(loss=1.2345, win=0.01, ref_win=0.0123, lose=0.1, ref_lose=0.05, margin=2.345, accuracy=1.0, lr=5e-5,
                    seconds=7.612)
     with open(tmp_path / "metrics.jsonl", "w") as file:
         train.log_step(file, 6249, numbers)
-    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == dict(step=6249) | numbers
     line = capsys.readouterr().out.strip()
     assert line == "step 6249  loss 1.23  win -2.3e-03  lose +5.0e-02  margin 2.35  acc 1.00  lr 5e-05  7.61 s"
-    assert len(line) <= 100
 
 @pytest.mark.parametrize("steps, warmup, decay, rates", [
     (5, 2, 0.0, [0.5, 1, 1, 1, 1]),
@@ -154,46 +148,26 @@ def test_the_reference_moves_every_so_many_steps(paced):
         assert torch.equal(second[f"ref.{name}"], moved) and torch.equal(third[f"ref.{name}"], moved)
     assert not torch.equal(second["ref.proj_out.weight"], base["proj_out.weight"])
 
-@pytest.fixture
-def alone():
-    """This process as the only one of a group."""
-    with as_a_process():
-        process, _ = train.init_distributed()
-        yield process
-
-def zero(x_t, cond, t):
-    return torch.zeros_like(x_t)
-
-def identity(x_t, cond, t):
-    return x_t
-
-def test_held_out_records_are_looked_at_at_fixed_times_and_noise(cache, alone, monkeypatch):
+def test_held_out_records_are_looked_at_at_fixed_times_and_noise(cache, monkeypatch):
     """A policy that always says 0 has the error of the videos' own mean square, the reference's is the noise's."""
     monkeypatch.setattr(train, "EVAL_RECORDS", 3)
-    records, options = data.Records(cache), train.Options(beta=3.0)
-    look = partial(train.evaluate, zero, identity, records, options)
-    found = look(alone)
-    win, lose = (torch.stack([records[i][name].float() for i in range(3)]) for name in ("win", "lose"))
-    for t in ("", *(f"_t{t}" for t in (0.1, 0.3, 0.5, 0.7, 0.9))):
-        assert found[f"eval_win{t}"] == pytest.approx(win.square().mean().item(), rel=1e-5)
-        assert found[f"eval_lose{t}"] == pytest.approx(lose.square().mean().item(), rel=1e-5)
-        differences = [found[f"eval_{name}{t}"] - found[f"eval_ref_{name}{t}"] for name in ("win", "lose")]
-        assert found[f"eval_margin{t}"] == pytest.approx(-1.5 * (differences[0] - differences[1]), rel=1e-4, abs=1e-6)
-    for t in (0.1, 0.3, 0.5, 0.7, 0.9):                    # x_t − x₀ = t·(ε − x₀)
-        assert found[f"eval_ref_win_t{t}"] == pytest.approx(t ** 2 * (1 + win.square().mean().item()), rel=0.05)
-    def spy(*networks, noise, **given):
-        drawn[noise.sum().item()] = noise
-        return loss(*networks, noise=noise, **given)
-
-    drawn, loss = {}, train.realdpo_loss
-    monkeypatch.setattr(train, "realdpo_loss", spy)
-    assert look(alone) == found
-    assert len(drawn) == 15                                # of each record and t its own
-    assert_unrelated(torch.cat(list(drawn.values())))
-    monkeypatch.setattr(train.dist, "all_reduce", lambda numbers: None)
-    parts = [look(alone._replace(rank=rank, world_size=2)) for rank in (0, 1)]     # which cannot share three evenly
+    records = data.Records(cache)
+    look = partial(train.evaluate, lambda x_t, *_: torch.zeros_like(x_t), lambda x_t, *_: x_t, records,
+                   train.Options())
+    with as_a_process():
+        alone, _ = train.init_distributed()
+        found = look(alone)
+        assert look(alone) == found
+        monkeypatch.setattr(train.dist, "all_reduce", lambda numbers: None)
+        parts = [look(alone._replace(rank=rank, world_size=2)) for rank in (0, 1)]       # who cannot share three evenly
     for name in found:
         assert sum(part[name] for part in parts) == pytest.approx(found[name], rel=1e-6), name
+    win, lose = (torch.stack([records[i][name].float() for i in range(3)]) for name in ("win", "lose"))
+    for t in ("", "_t0.1", "_t0.3", "_t0.5", "_t0.7", "_t0.9"):
+        assert found[f"eval_win{t}"] == pytest.approx(win.square().mean().item(), rel=1e-5)
+        assert found[f"eval_lose{t}"] == pytest.approx(lose.square().mean().item(), rel=1e-5)
+    for t in (0.1, 0.3, 0.5, 0.7, 0.9):                    # x_t − x₀ = t·(ε − x₀)
+        assert found[f"eval_ref_win_t{t}"] == pytest.approx(t ** 2 * (1 + win.square().mean().item()), rel=0.05)
 
 
 # ---- Training: a run ------------------------------------------------------------------------------------------------
@@ -204,27 +178,8 @@ def test_a_run_logs_every_step_and_starts_at_log_2(straight):
     lines = [json.loads(line) for line in (straight / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 1, 2, 3]
     for line in lines:
-        assert {"loss", *ERRORS, "margin", "accuracy", "grad_norm", "lr", "seconds"} <= line.keys()
-        by_t = {f"eval_{e}_t{t}" for e in ERRORS for t in train.EVAL_T}
-        assert {"eval_margin", "eval_accuracy", *by_t} <= line.keys()
+        assert {"loss", *ERRORS, "margin", "accuracy", "grad_norm", "lr", "seconds", "eval_margin"} <= line.keys()
     assert lines[0]["preference"] == pytest.approx(math.log(2), abs=1e-6) and lines[0]["margin"] == 0
-    moved = {name: abs(lines[3][f"eval_{name}"] - lines[0][f"eval_{name}"]) for name in ERRORS}
-    for name in ("win", "lose"):                           # in the looks, too, it is the policy that learns
-        assert moved[f"ref_{name}"] < 0.1 * moved[name]
-
-def test_the_reference_moves_by_ema_in_fp32(straight):
-    before = {f"ref.{k}": v.float() for k, v in exported(folders.TINY).items()}
-    for step in range(1, 5):
-        now = checkpoint(straight, step)
-        for name in before:
-            assert torch.equal(now[name], torch.lerp(before[name], now["model" + name[3:]], 1 - 0.996)), (step, name)
-        before = now = {name: now[name] for name in before}
-    assert not torch.equal(now["ref.proj_out.weight"], exported(folders.TINY)["proj_out.weight"].float())
-
-def test_forwards_of_the_sharded_reference_see_its_updates(cache, tmp_path):
-    # after every step, the reference is the policy
-    lines = run_training(tmp_path / "run", cache, ema_decay=0.0, steps=3)
-    assert [line["margin"] for line in lines] == [0, 0, 0] and lines[0]["win"] != lines[1]["win"]
 
 def test_a_run_exports_what_it_trained(straight):
     ours, last = model.load_dit(straight).net.state_dict(), checkpoint(straight, 4)
@@ -233,59 +188,34 @@ def test_a_run_exports_what_it_trained(straight):
     assert not torch.equal(ours["proj_out.weight"], model.load_dit("tiny").net.proj_out.weight)
 
 def test_a_loss_that_is_not_finite_stops_before_the_update(straight, cache, tmp_path, monkeypatch):
-    updates, update = [], torch.optim.AdamW.step
-
-    def spy(*arguments, **options):
-        updates.append(1)
-        return update(*arguments, **options)
-
     spy_on_losses(monkeypatch, lambda count, loss: loss * (math.nan if count == 3 else 1))
-    monkeypatch.setattr(torch.optim.AdamW, "step", spy)
     with pytest.raises(UserError) as stopped:
         run_training(tmp_path / "run", cache, save_every=2)
-    message = str(stopped.value)
-    assert all(part in message for part in ("step 2", *NAMES, "step-000002")) and "\n" not in message
-    assert len(updates) == 2 and len(metrics(tmp_path / "run")) == 2
+    assert all(part in str(stopped.value) for part in ("step 2", *NAMES, "step-000002"))
+    assert len(metrics(tmp_path / "run")) == 2 and not (tmp_path / "run" / "transformer").exists()
     assert same_tensors(checkpoint(tmp_path / "run", 2), checkpoint(straight, 2))
 
-def test_between_comparisons_the_anchor_trains_alone(cache, tmp_path, monkeypatch):
-    compared, supervised = spy_on_losses(monkeypatch), []
+def test_between_comparisons_the_anchor_trains_alone_and_a_run_goes_on_there_bit_for_bit(cache, tmp_path):
+    out = tmp_path / "run"
+    run = partial(run_training, cache=cache, compare_every=2, anchor=20.0, decay=1.0, save_every=1, steps=3)
+    lines, whole = run(out), checkpoint(out, 3)
+    assert ["ref_win" in line for line in lines] == [True, False, True]
+    assert lines[1]["loss"] == pytest.approx(20 * lines[1]["win"])
+    (plain,) = run(tmp_path / "plain", compare_every=1, steps=1)               # of the same draws
+    assert lines[0]["win"] == plain["win"] and lines[0]["preference"] == plain["preference"]
+    assert lines[0]["loss"] == pytest.approx(2 * plain["preference"] + 20 * plain["win"])
+    shutil.rmtree(out / "checkpoints" / "step-000003")
+    (out / "done").unlink()
+    assert run(out) == lines and same_tensors(checkpoint(out, 3), whole)
 
-    def spy(policy, **given):
-        supervised.append(given)
-        return realdpo.sft_loss(policy, **given)
-
-    monkeypatch.setattr(train, "sft_loss", spy)
-    lines = run_training(tmp_path / "run", cache, compare_every=3, anchor=20.0)
-    assert ["ref_win" in line for line in lines] == [True, False, False, True]
-    assert [call["scale"] for call in compared] == [3, 3] and len(supervised) == 2
-    for line in lines[1:3]:
-        assert line["loss"] == pytest.approx(20 * line["win"])
-    plain = run_training(tmp_path / "plain", cache, anchor=20.0, steps=1)      # of the same draws
-    assert lines[0]["win"] == plain[0]["win"] and lines[0]["preference"] == plain[0]["preference"]
-    assert lines[0]["loss"] == pytest.approx(3 * plain[0]["preference"] + 20 * plain[0]["win"])
-
-def test_every_sample_has_its_own_noise_and_t_and_an_epoch_every_record_once(cache, tmp_path, monkeypatch):
+def test_every_sample_of_a_run_has_draws_of_its_own(cache, tmp_path, monkeypatch):
     losses = spy_on_losses(monkeypatch)
     monkeypatch.setattr(model.FlowPrediction, "t_min", 0.4)
-    run_training(tmp_path / "run", cache, batch=2)             # four steps: two epochs
-    t, noise, wins = (torch.cat([batch[k] for batch in losses]) for k in ("t", "noise", "win"))
+    run_training(tmp_path / "run", cache, batch=2, micro_batch=1)              # four steps: every record twice
+    t, noise, wins, lose = (torch.cat([batch[name] for batch in losses]) for name in ("t", "noise", "win", "lose"))
     assert len(set(t.tolist())) == 8 and 0.4 < t.min() and t.max() <= 1
     assert_unrelated(noise)
-    for epoch in (wins[:4], wins[4:]):
-        assert len(epoch.flatten(1).unique(dim=0)) == 4
-
-def test_drawn_negatives_depend_on_seed_step_and_place_alone(cache, tmp_path, monkeypatch):
-    losses, runs = spy_on_losses(monkeypatch), []
-    for micro_batch in (1, 4):
-        run_training(tmp_path / f"run-{micro_batch}", cache, lose_per_step=1, micro_batch=micro_batch, steps=2)
-        runs.append([torch.cat([batch[name] for batch in losses]).flatten(1) for name in ("win", "lose")])
-        losses.clear()
-    for pairs in zip(*runs):
-        assert torch.equal(*pairs)
-    wins, lose = runs[0]
-    assert lose.shape == wins.shape and len(lose) == 8
-    assert len(lose.unique(dim=0)) > len(wins.unique(dim=0)) == 4                       # not always the same one
+    assert lose.shape == wins[:, None].shape and len(lose.unique(dim=0)) > 4   # not always the same one
 
 @pytest.mark.parametrize("options", [dict(micro_batch=1), dict(micro_batch=2, graphs="two"),
                                      dict(checkpointing="full"), dict(checkpointing="selective")], ids=str)
@@ -295,14 +225,6 @@ def test_how_a_batch_is_computed_changes_no_gradient(options, straight, cache, t
     for ours, theirs, close in zip(lines, metrics(straight), (1e-5, 1e-4)):
         for name in ("loss", "grad_norm", *ERRORS):
             assert ours[name] == pytest.approx(theirs[name], rel=close), name
-
-def test_held_out_records_may_have_fewer_negatives_than_a_step_takes(straight, cache, looks, tmp_path):
-    held_out = shutil.copytree(looks["eval_data"], tmp_path / "held-out")
-    rewrite_records((held_out / "lose").iterdir(), lambda latents: latents[:1])
-    line, = run_training(tmp_path / "run", cache, lose_per_step=2, eval_data=str(held_out), steps=1)
-    two = metrics(straight)[0]                             # which has looked at both
-    assert line["eval_win"] == pytest.approx(two["eval_win"], rel=1e-3)
-    assert abs(line["eval_lose"] / two["eval_lose"] - 1) > 0.01
 
 def test_supervised_training_needs_no_negatives(videos, tmp_path):
     lines = run_training(tmp_path / "run", encode(videos, tmp_path / "cache"), method="sft", steps=2)
