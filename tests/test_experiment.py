@@ -11,6 +11,7 @@ from support.files import sole_owner
 import numpy as np
 import pytest
 
+import model
 import train
 from toy import budget, experiment, make_model, regimes, runs
 from toy.world import read_toy_video, toy_video, world_of
@@ -135,6 +136,7 @@ def small_experiment(monkeypatch):
     monkeypatch.setitem(regimes.REGIMES, "nearly right", regimes.Regime(count=1, further=1))
     monkeypatch.setattr(regimes, "CLEAN", 8)
     monkeypatch.setattr(runs, "UNIT", 3)
+    monkeypatch.setattr(model, "ADAPTED", model.ADAPTED)                       # which every run sets
 
 @pytest.mark.slow
 def test_the_experiment_prints_its_tables_and_then_from_kept_scores_alone(tmp_path, small_experiment, capsys):
