@@ -329,7 +329,7 @@ def rotate(x, rope):
         turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(rope))
     return turned.flatten(-2).to(x.dtype)
 
-ADAPTED = ("attn1",)                                       # the layers that get adapters
+ADAPTED = ("attn1", "ff")                                  # the layers that get adapters
 
 class Projection(nn.Linear):
     """W·x + b and, with adapters of low rank R (Hu et al. 2022: LoRA, at scale 1), + B·(A·x).

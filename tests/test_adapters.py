@@ -44,7 +44,7 @@ def pair(folder, rank=4, moved=True):
 def test_a_run_starts_at_log_2_to_the_bit_and_moves_nothing_but_each_sides_adapters(adapted):
     assert metrics(adapted)[0]["preference"] == torch.tensor(2.0).log().item() and metrics(adapted)[0]["margin"] == 0
     before, last = checkpoint(adapted, 1), checkpoint(adapted, 4)
-    assert all(".lora_" in name for name in last) and len(last) == 4 * 2 * 4 * 2      # kinds, A and B, layers, blocks
+    assert all(".lora_" in name for name in last) and len(last) == 4 * 2 * 6 * 2      # kinds, A and B, layers, blocks
     for step in range(2, 5):                               # the reference follows, A and B each on their own
         now = checkpoint(adapted, step)
         for name in now:

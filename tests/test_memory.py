@@ -73,7 +73,7 @@ def test_memory_and_flops_are_those_of_the_real_code(layers, checkpointing, grap
     work = Work(options, sum(whole), layers)
     memory = sum(size for kind, size in work.memory(RANKS).items() if "guess" not in kind)
     assert memory == pytest.approx(tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"], rel=close)
-    assert work.flops() == pytest.approx(counter.get_total_flops(), rel=0.005)
+    assert work.flops() == pytest.approx(counter.get_total_flops(), rel=0.015 if rank else 0.005)
 
 @pytest.mark.parametrize("options, forwards", [
     ({}, 8), (dict(lose_per_step=0), 16), (dict(method="sft"), 3), (dict(method="dpo"), 8), (dict(method="rwr"), 9),
