@@ -204,7 +204,7 @@ def test_two_machines_of_two_ranks_compute_what_one_rank_does(half, straight, ca
         same_to_rounding(tmp_path / name, metrics(tmp_path / name), straight)
     alone = run_training(tmp_path / "adapters, alone", cache, rank=4, graphs="one", steps=2)
     for ours, theirs in zip(metrics(tmp_path / "adapters"), alone, strict=True):
-        assert ours == pytest.approx(theirs, abs=1e-5, rel=1e-4)
+        assert ours == pytest.approx(theirs, abs=1e-4, rel=1e-4)
     shutil.rmtree(tmp_path / "four" / "checkpoints" / "step-000004")
     same_to_rounding(tmp_path / "four", run_training(tmp_path / "four", cache), straight)     # the rest on one rank
     weights = 4 * sum(p.numel() for p in model.load_dit("tiny").parameters())
