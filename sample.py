@@ -72,7 +72,7 @@ def make_videos(options):
         prompts, bench = read_bench(options.bench)
         videos = {folder / f"{prompt.name}.mp4": prompt for prompt in prompts}
         files.claim(folder / "bench.json", videos, **bench_settings(options, bench),
-              transformer=folders.fingerprint_of(options.model, "transformer", "scheduler"))
+                    transformer=folders.fingerprint_of(options.model, "transformer", "scheduler"))
         missing = [file for file in list(videos)[rank::world] if not file.exists()]
         videos = {file: videos[file] for file in missing}
     if not videos:
@@ -97,7 +97,7 @@ def negatives(options):
     folder = Path(options.data) / "lose"
     settings = {name: getattr(options, name) for name in ("negatives", "steps", "guidance", "solver", "seed")}
     made_by = files.claim(folder / "made_by.json", files.visible(folder, "*.safetensors"), **settings,
-                    transformer=folders.fingerprint_of(options.model, "transformer", "scheduler"))
+                          transformer=folders.fingerprint_of(options.model, "transformer", "scheduler"))
     todo = []
     for index, name in list(enumerate(records.names))[rank::world]:
         if not is_made(folder / f"{name}.safetensors", made_by=made_by, win=records.hashes[name]):
@@ -115,7 +115,7 @@ def negatives(options):
                                solver=options.solver, uncond=empty, progress=False).bfloat16())
         lose = {"lose": torch.cat(lose)}                                                        # (N,C,F,H,W)
         files.write_tensors(folder / f"{name}.safetensors", lose, made_by=made_by, win=records.hashes[name],
-                      hash=files.hash_of(lose))
+                            hash=files.hash_of(lose))
     done = len(files.visible(folder, "*.safetensors"))           # other ranks may still be at work
     say(f"{done} of {len(records)} records have {options.negatives} negatives in {folder}; "
         f"next: python train.py --model {quote(options.model)} --data {quote(options.data)}")

@@ -181,8 +181,8 @@ def train_step(policy, reference, optimizer, records, options, step, process, me
     if bad:                                                # before the optimizer can spoil the weights
         names = [records.names[index] for _, index in samples]
         raise UserError(f"step {step}: {', '.join(bad)} not finite, records {' '.join(names)}; nothing was updated; "
-                        f"last good checkpoint: {max(folders.checkpoints_of(options.out), default='none')}; go on from one "
-                        "with --resume, a lower --lr or --beta and another --out")
+                        f"last good checkpoint: {max(folders.checkpoints_of(options.out), default='none')}; go on from "
+                        "one with --resume, a lower --lr or --beta and another --out")
     metrics["lr"] = learning_rate(options, step, number_of_steps(options, len(records)))
     group = optimizer.param_groups[0]
     group["lr"] = metrics["lr"]
@@ -219,7 +219,8 @@ def evaluate(policy, reference, records, options, process):
                          noise=torch.randn(record["win"].shape, generator=rng).to(process.device))
             errors = []
             for denoiser in (policy, reference):
-                win, *lose = [denoising_errors(denoiser, video, weighting=options.weighting, **given) for video in videos]
+                look = partial(denoising_errors, denoiser, weighting=options.weighting, **given)
+                win, *lose = [look(video) for video in videos]
                 errors += [win, torch.cat(lose, dim=1)]
             for name, value in preference_loss(*errors, options.beta)[1].items():
                 sums[f"eval_{name}"] += value.double() * share / len(EVAL_T)
@@ -243,9 +244,9 @@ class Previews:
         settings = sample.settle(dataclasses.replace(settings, **folders.defaults_of(options.model, "sample")))
         self.folder, self.process = Path(options.out) / "videos", process
         prompts, bench = read_bench(options.bench)
-        files.claim(self.folder / "bench.json", files.visible(self.folder, "step-*"),  # a run has one bench
-              captions={prompt.name: prompt.caption for prompt in prompts},
-              **sample.bench_settings(settings, bench))
+        captions = {prompt.name: prompt.caption for prompt in prompts}
+        files.claim(self.folder / "bench.json", files.visible(self.folder, "step-*"), captions=captions,
+                    **sample.bench_settings(settings, bench))                                   # a run has one bench
         # The policy's forward passes are collectives: every rank makes as many videos, if need be those of others.
         places = range(process.rank, process.rank + len(prompts), process.world_size)
         mine = [prompts[place % len(prompts)] for place in places]
@@ -400,6 +401,15 @@ def read_records(options):
                         f"a record, those of {options.data} have {n_lose}")
     return records, held_out
 
+def starting_point(options, process):
+    """(checkpoint or None, steps done) from which a run goes on: the same on all ranks, of which one may have a stale
+    view of a network file system."""
+    checkpoint, done = folders.choose_checkpoint(options.out, options.resume)
+    newest = over_ranks(done, process)
+    if newest > done:
+        checkpoint = Path(options.out) / "checkpoints" / f"step-{newest:06d}"
+    return checkpoint, newest
+
 def train(options, process, mesh):
     """Train until all steps are done or someone asks to stop, with checkpoints on the way; at the end write the trained
     transformer. Returns whether training is complete."""
@@ -411,10 +421,7 @@ def train(options, process, mesh):
         raise UserError(f"--anchor {options.anchor}: nothing trains between two comparisons; give --compare-every 1")
     records, held_out = read_records(options)
     steps = number_of_steps(options, len(records))
-    checkpoint, done = folders.choose_checkpoint(out, options.resume)
-    newest = over_ranks(done, process)                     # a rank may have a stale view of a network file system
-    if newest > done:
-        checkpoint, done = out / "checkpoints" / f"step-{newest:06d}", newest
+    checkpoint, done = starting_point(options, process)
     about = dict(options=flags(changed(options)), processes=f"{process.world_size} × {process.device.type}")
     if folders.begin_run(options, records.hashes, steps, done, learning_rate, rank, about):
         say(f"{out} has ended: its {steps} steps are done, nothing is left to do")

@@ -24,6 +24,7 @@ def option(default=MISSING, help="", group=None, least=None):
     return field(default=default, metadata=dict(help=help, group=group, least=least))
 
 def flag(name):
+    """A field of Options on the command line: ema_every -> --ema-every."""
     return "--" + name.replace("_", "-")
 
 def flags(values):

@@ -17,6 +17,7 @@ HUB_MODEL = "zai-org/CogVideoX-5b-I2V"
 ASSUMED = dict(use_rotary_positional_embeddings=False, prediction_type="epsilon", rescale_betas_zero_snr=False)
 
 def is_checkpoint(folder):
+    """Whether a folder is a checkpoint of a training run."""
     return (folder / "checkpoint.json").is_file()
 
 def folder_of(path):
@@ -68,8 +69,8 @@ def resolve(path, *parts, named=""):
             while cause.__cause__ or cause.__context__:
                 cause = cause.__cause__ or cause.__context__
             reason = " ".join(f"{type(cause).__name__}: {cause}".split())                # one line of it
-            raise UserError(f"{base}{named}: no such model folder, and the hub did not give it ({reason:.200}); once that "
-                            "is mended, the same command goes on") from e
+            raise UserError(f"{base}{named}: no such model folder, and the hub did not give it ({reason:.200}); once "
+                            "that is mended, the same command goes on") from e
     for part in parts:
         if not (folder / part).exists():
             raise UserError(f"{base}: {folder} has no {part}; copy it from the published model (no tokenizer.json)")
@@ -174,9 +175,12 @@ def withdraw_export(out):
             shutil.rmtree(path)
         path.unlink(missing_ok=True)
 
+def read_log(file):
+    """The lines of a metrics.jsonl, as dicts. Of a run that is at work, or was killed, the last may be half written."""
+    lines = file.read_text().splitlines() if file.is_file() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
 def open_log(file, first):
     """Open metrics.jsonl for appending, without the lines of steps that will be done again."""
-    lines = file.read_text().splitlines() if file.exists() else []
-    rows = [json.loads(line) for line in lines if line.endswith("}")]      # a killed run may leave half a line
-    write_json(file, *[row for row in rows if row["step"] < first])
+    write_json(file, *[row for row in read_log(file) if row["step"] < first])
     return open(file, "a")

@@ -48,6 +48,7 @@ def paired_rows(files):
         yield f"{files}, row {number}", {"file_name": name, "text": caption}
 
 def json_rows(path):
+    """The rows of a metadata.jsonl."""
     for number, line in enumerate(read_lines(path), start=1):
         try:
             fields = json.loads(line.strip() or "{}")
@@ -58,6 +59,7 @@ def json_rows(path):
         yield f"{path}, row {number}", fields
 
 def csv_rows(path):
+    """The rows of a metadata.csv."""
     table = csv.DictReader([line + "\n" for line in read_lines(path)], strict=True)
     try:
         table.fieldnames = [name.strip() for name in table.fieldnames or ()]

@@ -2,7 +2,7 @@
 
     python -m support.page RUN         writes it anew, and the curves alone as RUN/curves.svg
 """
-import json, math
+import math
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -11,6 +11,7 @@ from string import Template
 from support import UserError
 from support.command import command, option
 from support.files import read_json, visible, whole_file
+from support.folders import read_log
 
 WIDTH, HEIGHT = 300, 190                                   # of a panel, pixels; three stand beside each other
 LEFT, RIGHT, TOP, BOTTOM = 52, 14, 40, 24                  # around its frame
@@ -27,11 +28,10 @@ CLIP = 1.0                                                 # where train.py clip
 def read_metrics(run):
     """The lines of a run's metrics.jsonl, as dicts. Raises UserError if there are none."""
     file = run / "metrics.jsonl"
-    lines = file.read_text().splitlines() if file.is_file() else []
-    found = [json.loads(line) for line in lines if line.endswith("}")]         # the last one may be half written
-    if not found:
+    lines = read_log(file)
+    if not lines:
         raise UserError(f"{file}: has no step yet; give the --out of a training run that has made some")
-    return found
+    return lines
 
 def curve(lines, key, minus=None):
     """[(step, value)] of the lines that have this metric, minus another one if it is named, as at most POINTS means."""
@@ -93,11 +93,13 @@ def draw_panel(title, curves, last):
         parts.append(f'<text x="{x(step):.1f}" y="{bottom + 15}" text-anchor="middle">{step:g}</text>')
     place = LEFT
     for number, (label, points) in enumerate(curves.items()):
-        path = "L".join(f"{x(step):.1f} {y(value):.1f}" for step, value in points)
-        dot = f'<circle cx="{x(points[0][0]):.1f}" cy="{y(points[0][1]):.1f}" r="2"' if len(points) == 1 else "<g"
+        places = [f"{x(step):.1f} {y(value):.1f}" for step, value in points]
         if points:
-            parts.append(f'<path class="line" stroke="{COLOURS[number]}" d="M{path}"/>{dot} fill="{COLOURS[number]}"/>'
+            parts.append(f'<path class="line" stroke="{COLOURS[number]}" d="M{"L".join(places)}"/>'
                          f'<text x="{place}" y="30" fill="{COLOURS[number]}">{label}</text>')
+        if len(points) == 1:                               # a line of one point would not be seen
+            cx, cy = places[0].split()
+            parts.append(f'<circle cx="{cx}" cy="{cy}" r="2" fill="{COLOURS[number]}"/>')
         place += 7 * len(label) + 8
     parts.append(f'<rect class="frame" x="{LEFT}" y="{TOP}" width="{right - LEFT}" height="{bottom - TOP}"/>')
     return "\n".join(parts)
@@ -162,6 +164,7 @@ class Options:
     run: str = option(help="the --out of a training run")
 
 def main(options):
+    """Write RUN/index.html and RUN/curves.svg."""
     write_page(options.run)
     with whole_file(Path(options.run) / "curves.svg") as part:
         part.write_text(draw_curves(read_metrics(Path(options.run)), columns=3), encoding="utf-8")

@@ -225,7 +225,7 @@ def row_line(runs, row, compared):
 
 def comparison_table(runs):
     """Every method at its own rate, beside SFT."""
-    lines = [f"| | rate | runs | rvd | difference to SFT | " + " | ".join(MEASURES) + " |", "|---" * 10 + "|"]
+    lines = ["| | rate | runs | rvd | difference to SFT | " + " | ".join(MEASURES) + " |", "|---" * 10 + "|"]
     for row in (BASE, SFT, *CANDIDATES, *OTHERS):
         lines.append(row_line(runs, row, [SFT]))
     return "\n".join(lines)

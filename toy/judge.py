@@ -8,7 +8,7 @@ from pathlib import Path
 
 from support import UserError
 from support.command import command, option
-from support.files import read_header, read_tensors, write_tensors
+from support.files import read_tensors, write_tensors
 from support.films import from_uint8, to_uint8
 from support.folders import fingerprint_of
 import numpy as np
@@ -16,6 +16,7 @@ import torch
 from tqdm import tqdm
 
 import model
+from data import is_made
 from toy.world import (ACTIONS, COLOURS, FPS, GREY, JITTER, ROOT, SPEEDS, draw_figure, pose, read_toy_video, render,
                        skeleton, world_of)
 
@@ -34,7 +35,7 @@ def coded_continuations(world, number, frames, size, folder):
     They take much longer than the rest of judging, so they are kept in `folder`."""
     file = Path(folder) / f"{world}-{number:05d}.safetensors"
     made_by = dict(vae=fingerprint_of("tiny", "vae"), paces=len(PACES), frames=frames, size=size)
-    if not file.exists() or not made_by.items() <= read_header(file)[1].items():
+    if not is_made(file, **made_by):
         clips = [from_uint8(real) for real in continuations(draw_figure(world, number), frames, size)]
         vae = model.load_vae("tiny")
         coded = [torch.from_numpy(to_uint8(video)) for video in vae.decode(vae.encode(torch.stack(clips)))]

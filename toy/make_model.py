@@ -222,7 +222,7 @@ def make_base(folder, steps, seed=0, clips=4096, unseen=128):
         print(f"base: loss {loss(generator('unseen'), torch.arange(clips, len(win))):.4f} on clips it has not seen")
 
 BASE_STEPS = 6000
-DEFAULTS = json.loads((TINY / "defaults.json").read_text())      # of the commands' options, for this model
+DEFAULTS = json.loads((TINY / "defaults.json").read_text())            # of the commands' options, for this model
 
 @dataclass
 class Options:
